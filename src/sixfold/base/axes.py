@@ -1,0 +1,48 @@
+"""Axis cards: for each axis of the mesh, what it divides and whose collectives it needs.
+
+Geometry, memory, checkpoints and tests walk these cards; an axis exists when it has a card here.
+This module holds facts only; it never computes a layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AXIS_NAMES = ("data", "shard", "tensor", "pipe", "context", "expert")
+"""The six words of the field, whether or not an axis has its card yet."""
+
+
+@dataclass(frozen=True)
+class AxisCard:
+    """Facts about one axis.
+
+    Args:
+        name: the axis, one of AXIS_NAMES.
+        divides: what is cut along this axis, in one phrase.
+        collectives: the collectives a step issues along this axis.
+        changes_module: whether modules are transformed for this axis.
+        checkpoint: how a checkpoint sees what this axis divides.
+        page: its page under docs/.
+    """
+
+    name: str
+    divides: str
+    collectives: tuple[str, ...]
+    changes_module: bool
+    checkpoint: str
+    page: str
+
+
+CARDS: dict[str, AxisCard] = {
+    card.name: card
+    for card in (
+        AxisCard(
+            name="data",
+            divides="the samples of the global batch",
+            collectives=("all-reduce",),
+            changes_module=False,
+            checkpoint="every rank holds the whole state; rank 0 writes it",
+            page="axes/data.md",
+        ),
+    )
+}

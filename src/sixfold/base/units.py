@@ -1,0 +1,38 @@
+"""Units of measure as text: bytes, counts and durations for tables, errors and live lines.
+
+Called wherever a number is shown to a person; never parses, never rounds what is computed with.
+"""
+
+from __future__ import annotations
+
+
+def bytes_text(num_bytes: float) -> str:
+    """`1536` -> `1.5 KiB`; binary prefixes, because memory is allocated in them."""
+    value = float(num_bytes)
+    for prefix in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or prefix == "GiB":
+            return f"{value:.0f} {prefix}" if prefix == "B" else f"{value:.1f} {prefix}"
+        value /= 1024
+    raise AssertionError("unreachable: the loop returns at GiB")
+
+
+def count_text(count: float) -> str:
+    """`5_900_000` -> `5.9 M`; decimal prefixes, for parameters, tokens and operations."""
+    value = float(count)
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000 or prefix == "T":
+            return f"{value:.0f}" if prefix == "" else f"{value:.1f} {prefix}"
+        value /= 1000
+    raise AssertionError("unreachable: the loop returns at T")
+
+
+def duration_text(seconds: float) -> str:
+    """`95` -> `1m35s`; below ten seconds one decimal."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

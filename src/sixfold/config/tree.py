@@ -1,0 +1,216 @@
+"""The configuration as one typed, frozen tree; field docstrings are the help texts.
+
+Built by `config.load` from files, dictionaries and overrides; read by plan, engine and train.
+It holds what the user asks, never what is derived from it: `None` means "decide for me", and
+whoever decides writes the number and its origin into the run folder. No tensor library here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DType = Literal["fp64", "fp32", "bf16"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Shared rules: frozen, strict about types and about unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+    )
+
+
+class ModelConfig(Section):
+    """The reference decoder that `sixfold train` builds, and rules for modules in general."""
+
+    width: Positive = 256
+    """Size of the residual stream."""
+    num_layers: Positive = 6
+    """Number of decoder blocks."""
+    num_heads: Positive = 4
+    """Query heads; must divide width."""
+    num_kv_heads: Positive | None = None
+    """Key and value heads; must divide num_heads. Unset: as many as num_heads."""
+    ffn_width: Positive | None = None
+    """Hidden size of the feed-forward part. Unset: 8/3 of width, rounded up to a multiple of 64."""
+    rope_base: Annotated[float, Field(gt=1.0)] = 10_000.0
+    """Base of the rotary position frequencies."""
+    tie_embeddings: bool = True
+    """Use the token embedding as output head too."""
+    dropout: Fraction = 0.0
+    """Dropout probability on embeddings and on both branches of a block."""
+    batch_stats: Literal["micro"] | None = None
+    """"micro" accepts batch statistics (BatchNorm) taken over each micro-batch. Unset: refused where
+    a batch is cut over ranks or micro-batches."""
+
+
+class DataConfig(Section):
+    """The text that `sixfold train` learns from, and how it becomes tokens."""
+
+    path: Path | None = None
+    """Folder of text files. Unset: the source files of this Python's standard library."""
+    include: tuple[str, ...] = ("*.py",)
+    """File name patterns taken from the folder, at any depth."""
+    max_mb: Annotated[float, Field(gt=0.0)] | None = None
+    """Upper bound on the text used, in MB (1e6 bytes). Unset: all of it."""
+    vocab_size: Annotated[int, Field(ge=257, le=65_536)] = 4096
+    """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per sample."""
+    held_out_files: Positive = 60
+    """Files kept aside for evaluation, chosen by a hash of their names."""
+    cache: Path | None = None
+    """Folder of prepared corpora. Unset: ~/.cache/sixfold."""
+
+
+class BatchConfig(Section):
+    """The global batch of one update; what follows from it is derived and printed."""
+
+    global_: Annotated[int, Field(ge=1, alias="global")] | None = None
+    """Samples per update over all ranks."""
+    tokens: Positive | None = None
+    """Tokens per update over all ranks, in place of `global`; a multiple of data.sequence_length."""
+    micro: Positive | None = None
+    """Samples per forward pass on one rank. Unset: the rank's whole share at once."""
+
+
+class LayoutConfig(Section):
+    """How many ranks along each axis."""
+
+    data: Positive | None = None
+    """Data-parallel ranks. Unset: all ranks that the other axes leave."""
+    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    """Residency preset of model state, 0 to 3. Unset: 0."""
+    shard: Positive | None = None
+    """Ranks per hybrid group that a residency cuts over. Unset: all."""
+    tensor: Positive = 1
+    """Ranks along the tensor axis."""
+    pipe: Positive = 1
+    """Ranks along the pipe axis."""
+    context: Positive = 1
+    """Ranks along the context axis."""
+    expert: Positive = 1
+    """Ranks along the expert axis."""
+
+
+class PrecisionConfig(Section):
+    """The number types of training."""
+
+    compute: DType | None = None
+    """Type of forward and backward. Unset: the model's own; for `sixfold train`, bf16 where the
+    processor multiplies it fast, else fp32."""
+    storage: DType | None = None
+    """Type in which the model is shown whole and written. Unset: fp32, or fp64 under fp64."""
+    grad: DType | None = None
+    """Type in which gradients accumulate. Unset: fp32, or fp64 under fp64."""
+    reduce: DType | None = None
+    """Type in which gradients cross ranks. Unset: the type of grad."""
+    master: DType | None = None
+    """Type of the weights the optimizer updates. Unset: fp32, or fp64 under fp64."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer, when it is named here and not handed over from Python."""
+
+    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    """Which torch optimizer."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Decay rates of adamw's two moments. Unset: 0.9 and 0.999."""
+    eps: Annotated[float, Field(gt=0.0)] | None = None
+    """Added to the denominator of adamw and adagrad. Unset: torch's own."""
+    momentum: Fraction | None = None
+    """Momentum of sgd. Unset: 0."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decay of matrices; vectors and scalars are never decayed."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Upper bound on the global gradient norm. Unset: no clipping."""
+
+
+class LRScheduleConfig(Section):
+    """The learning rate over the run, as a factor on the peak."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at train.steps."""
+    warmup_steps: NonNegative = 0
+    """Updates over which the rate rises linearly from zero."""
+    final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Where linear and cosine end, as a part of the peak."""
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: Positive | None = None
+    """Updates in the run."""
+    minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Time for the updates, in place of `steps`: converted once, after a timed rehearsal, into a
+    number of steps that is written down."""
+    eval_every: Positive | None = None
+    """Updates between evaluations on the held-out part. Unset: only at the end."""
+    prompt: str = "def "
+    """Start of the sample completion."""
+    sample_tokens: NonNegative = 64
+    """Tokens in the sample completion; 0 for none."""
+    folder: Path = Path("runs")
+    """Where run folders are made."""
+
+
+class CheckpointConfig(Section):
+    """When the state is saved."""
+
+    every: Positive | None = None
+    """Updates between saves. Unset: only at the end and when interrupted."""
+    keep_last: Positive = 2
+    """Complete checkpoints kept in the run folder."""
+
+
+class MonitorConfig(Section):
+    """What is watched while the run goes."""
+
+    every: Positive = 1
+    """Updates between records of metrics."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """What one rank could do in 1e12 operations a second, for the utilisation figure. Unset: measured
+    at the start by a matrix product."""
+
+
+class LaunchConfig(Section):
+    """How ranks are started on this machine."""
+
+    ranks: Positive | None = None
+    """Ranks on this machine. Unset: one per core, or per GPU."""
+    threads: Positive | None = None
+    """Compute threads per rank. Unset: the cores divided by the ranks."""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+    """How long a rank waits for the others in one collective."""
+
+
+class Config(Section):
+    """What the user asks."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Root of every random stream."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    layout: LayoutConfig = LayoutConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LRScheduleConfig = LRScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    launch: LaunchConfig = LaunchConfig()
