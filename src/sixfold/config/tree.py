@@ -77,7 +77,7 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """The global batch of one update; what follows from it is derived and printed."""
 
-    global_: Annotated[int, Field(ge=1, alias="global")] | None = None
+    global_: Annotated[Positive | None, Field(alias="global")] = None
     """Samples per update over all ranks."""
     tokens: Positive | None = None
     """Tokens per update over all ranks, in place of `global`; a multiple of data.sequence_length."""
@@ -133,8 +133,8 @@ class OptimizerConfig(Section):
     """Added to the denominator of adamw and adagrad. Unset: torch's own."""
     momentum: Fraction | None = None
     """Momentum of sgd. Unset: 0."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Decay of matrices; vectors and scalars are never decayed."""
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight decay of every parameter. Unset: torch's own for this optimizer."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Upper bound on the global gradient norm. Unset: no clipping."""
 

@@ -1,0 +1,268 @@
+"""Opening a checkpoint and reading tensors out of it, each verified as it is read.
+
+The engine opens a folder, checks it against the model it has, and copies tensors in one at a time. A
+reader touches only the bytes it asks for. This module never writes, and never changes a tensor's type
+or shape to make it fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint.content import MODEL, OPTIMIZER
+from sixfold.checkpoint.files import CHUNK_BYTES
+from sixfold.checkpoint.manifest import STATE, FileEntry, Manifest, TensorEntry, damaged, read_manifest
+from sixfold.checkpoint.retention import latest, old_name
+from sixfold.checkpoint.tensorfile import DTYPES, Shape, chunks_of
+
+_NUM_NEAR_NAMES = 20
+"""Missing names that get their nearest spelling; the search is slow and one prefix explains them all."""
+
+
+def open_checkpoint(folder: Path | str) -> Saved:
+    """Open one complete checkpoint; checks its manifest and the size of every file.
+
+    Raises:
+        CheckpointError: not a checkpoint, not complete, damaged, or of another format version.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not folder.exists() and old_name(folder).exists():
+        folder = old_name(folder)  # a save that replaced it was killed between its two renames
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}",
+            rule="a checkpoint is a folder",
+            fix=_other_folder(folder),
+        )
+    try:
+        return Saved(folder, read_manifest(folder))
+    except CheckpointError as error:
+        inside = latest(folder)
+        if inside is None:
+            raise
+        raise CheckpointError(
+            error.given, rule=error.rule, fix=f"open the newest inside it: {inside}"
+        ) from error
+
+
+def _other_folder(folder: Path) -> str:
+    near = _near(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))
+    if near:
+        return f"did you mean {folder.with_name(near)}?"
+    newest = latest(folder.parent)
+    return f"open {newest}" if newest else "give the folder that `save` was given"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One complete checkpoint.
+
+    Every read verifies the bytes it reads and raises a `CheckpointError` that names the damaged file.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Each further name of a tied tensor -> the name it is stored under."""
+        return self.manifest.aliases
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The JSON state as it was saved, tuples as lists."""
+        state: dict[str, Any] = json.loads(self.read_file(STATE))
+        return state
+
+    @cached_property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the model part, aliases at the end."""
+        return (*self._entries[MODEL], *self.aliases)
+
+    @cached_property
+    def optimizer_names(self) -> tuple[str, ...]:
+        """Names of the parameters that have optimizer state."""
+        return tuple(self._optimizer)
+
+    def read_model(self, name: str) -> Tensor:
+        """One tensor of the model part, on the CPU, by its name or an alias."""
+        entry = self._entries[MODEL].get(self.aliases.get(name, name))
+        if entry is None:
+            raise self._unknown(name, self.model_names)
+        return self._read(entry)
+
+    def read_optimizer(self, name: str) -> dict[str, Tensor]:
+        """State key -> tensor of one parameter; empty for a model tensor that has no state."""
+        if name not in self._optimizer and name not in self.model_names:
+            raise self._unknown(name, self.optimizer_names)
+        return {key: self._read(entry) for key, entry in self._optimizer.get(name, {}).items()}
+
+    def read_file(self, name: str) -> bytes:
+        """One whole file, such as an extra file."""
+        entry = next((file for file in self.manifest.files if file.name == name), None)
+        if entry is None:
+            raise self._unknown(name, [file.name for file in self.manifest.files])
+        data = bytearray(entry.size)
+        self._fill(entry.name, 0, memoryview(data), entry.crc32)
+        return bytes(data)
+
+    def model(self) -> Iterator[tuple[str, Tensor]]:
+        """All stored tensors of the model part, one in memory at a time; aliases are not repeated."""
+        return ((name, self._read(entry)) for name, entry in self._entries[MODEL].items())
+
+    def optimizer(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The state of all parameters that have one, one parameter in memory at a time."""
+        return ((name, self.read_optimizer(name)) for name in self._optimizer)
+
+    def load_model(
+        self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]], *, strict: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The expected tensors as (name, tensor), read one at a time after everything was checked.
+
+        Args:
+            expected: name -> (global shape, dtype) of every parameter and buffer, tied names included.
+            strict: False leaves out names that only one side has. Shapes and types must always agree.
+
+        Raises:
+            CheckpointError: at the call, before anything is read: lists all that does not fit.
+        """
+        problems = self._mismatches(expected)
+        if strict:
+            problems = [*self._unaccounted(expected), *problems]
+        if problems:
+            raise CheckpointError(
+                f"{self.folder} does not fit the model, {len(problems)} problem(s):\n    "
+                + "\n    ".join(problems),
+                rule="the checkpoint holds every tensor of the model with its shape and type, and no other",
+                fix="build the model that was saved, or read tensors with `read_model` and convert them"
+                + ("; strict=False accepts missing and extra names" if strict else ""),
+            )
+        known = set(self.model_names)
+        return ((name, self.read_model(name)) for name in expected if name in known)
+
+    def verify(self) -> None:
+        """Read every file and compare its crc32; raises one `CheckpointError` naming all damaged files."""
+        problems = []
+        for file in self.manifest.files:
+            try:
+                self._sum(file)
+            except CheckpointError as error:
+                problems.append(error.given.splitlines()[-1].strip())
+        if problems:
+            raise damaged(self.folder, problems)
+
+    # How names lead to bytes.
+
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, TensorEntry]]:
+        entries: dict[str, dict[str, TensorEntry]] = {MODEL: {}, OPTIMIZER: {}}
+        for entry in self.manifest.tensors:
+            entries.setdefault(entry.part, {})[entry.name] = entry
+        return entries
+
+    @cached_property
+    def _optimizer(self) -> dict[str, dict[str, TensorEntry]]:
+        states: dict[str, dict[str, TensorEntry]] = {}
+        for full_name, entry in self._entries[OPTIMIZER].items():
+            name, _, key = full_name.rpartition("/")
+            states.setdefault(name, {})[key] = entry
+        return states
+
+    def _mismatches(self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> list[str]:
+        problems = []
+        for name, (shape, dtype) in expected.items():
+            entry = self._entries[MODEL].get(self.aliases.get(name, name))
+            if entry is None:
+                continue
+            if entry.shape != tuple(shape):
+                problems.append(f"{name}: shape {list(entry.shape)} saved, {list(shape)} expected")
+            if DTYPES[entry.dtype] != dtype:
+                problems.append(f"{name}: {DTYPES[entry.dtype]} saved, {dtype} expected")
+        return problems
+
+    def _unaccounted(self, expected: Iterable[str]) -> list[str]:
+        expected = set(expected)
+        missing = sorted(expected - set(self.model_names))
+        wanted = {self.aliases.get(name, name) for name in expected}
+        extra = sorted(name for name in self._entries[MODEL] if name not in wanted)
+        near = {name: _near(name, extra) for name in missing[:_NUM_NEAR_NAMES]}
+        return [
+            *(f"missing: {name}" + (f" (saved: {near[name]})" if near.get(name) else "") for name in missing),
+            *(f"extra: {name}" for name in extra),
+        ]
+
+    def _unknown(self, name: str, names: Sequence[str]) -> CheckpointError:
+        near = _near(name, names)
+        fix = f"did you mean {near!r}?" if near else f"ask for one of its {len(names)} names"
+        return CheckpointError(
+            f"{self.folder} holds no {name!r}",
+            rule="names are those the model had when it was saved",
+            fix=fix,
+        )
+
+    def _read(self, entry: TensorEntry) -> Tensor:
+        shape: Shape = entry.shape
+        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        self._fill(entry.file, entry.start, data, entry.crc32, what=f" in {entry.part} {entry.name!r}")
+        return tensor
+
+    def _fill(self, file: str, start: int, data: memoryview, crc32: int, what: str = "") -> None:
+        """Read `len(data)` bytes from `start` into `data` and compare their sum."""
+        crc = 0
+        with self._opened(file) as handle:
+            handle.seek(start)
+            for chunk in chunks_of(data):
+                crc = zlib.crc32(chunk[: _read_into(handle, chunk)], crc)
+        if crc != crc32:
+            raise damaged(self.folder, [f"{file}: crc32 {crc:08x}{what}, the manifest says {crc32:08x}"])
+
+    def _sum(self, file: FileEntry) -> None:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, file.size)))
+        crc = 0
+        with self._opened(file.name) as handle:
+            while size := _read_into(handle, buffer):
+                crc = zlib.crc32(buffer[:size], crc)
+        if crc != file.crc32:
+            raise damaged(self.folder, [f"{file.name}: crc32 {crc:08x}, the manifest says {file.crc32:08x}"])
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[FileIO]:
+        try:
+            with FileIO(self.folder / file, "rb") as handle:
+                yield handle
+        except OSError as error:
+            raise damaged(self.folder, [f"{file}: {error.strerror}"]) from error
+
+
+def _read_into(handle: FileIO, buffer: memoryview) -> int:
+    """Fill the buffer as far as the file goes; returns the bytes read."""
+    filled = 0
+    while filled < len(buffer):
+        size = handle.readinto(buffer[filled:])
+        if not size:
+            break
+        filled += size
+    return filled
+
+
+def _near(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(get_close_matches(name, list(names), n=1)), None)

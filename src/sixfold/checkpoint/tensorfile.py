@@ -1,0 +1,133 @@
+"""The safetensors format: which bytes of which file hold which tensor, and tensors as bytes.
+
+`writing` plans files here from names, dtypes and shapes alone, before any data is touched, so every
+writer that knows the same names arrives at the same files. A file is an 8-byte little-endian length,
+a JSON header of that length, then the tensors' bytes without gaps. This module opens no file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sixfold.checkpoint.files import CHUNK_BYTES
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""The format's tags for number types."""
+
+TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one whole tensor lies: bytes `start` to `stop`, counted from the start of the file."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file as planned: its name, its first bytes, and its tensors in the order they lie."""
+
+    name: str
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        return self.slots[-1].stop
+
+
+def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def plan_files(
+    part: str, specs: Mapping[str, tuple[Shape, torch.dtype]], max_file_bytes: int
+) -> tuple[TensorFile, ...]:
+    """Lay tensors into `<part>.safetensors`, or into several numbered files of at most that much data.
+
+    Tensors keep the given order from file to file; one larger than a file gets a file of its own.
+    """
+    groups: list[list[str]] = []
+    filled = 0
+    for name, (shape, dtype) in specs.items():
+        size = num_bytes(shape, dtype)
+        if not groups or filled + size > max_file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    names = [f"{part}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = [f"{part}.safetensors"]
+    return tuple(
+        _lay_out(file, {name: specs[name] for name in group})
+        for file, group in zip(names, groups, strict=True)
+    )
+
+
+def _lay_out(file: str, specs: Mapping[str, tuple[Shape, torch.dtype]]) -> TensorFile:
+    # Wide types first keeps every tensor aligned to its own element size, so readers can map the file.
+    ordered = sorted(specs, key=lambda name: -specs[name][1].itemsize)
+    offsets: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in ordered:
+        offsets[name] = (end, end + num_bytes(*specs[name]))
+        end = offsets[name][1]
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name in ordered:
+        shape, dtype = specs[name]
+        entries[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    at = len(header)
+    slots = (Slot(name, *specs[name], at + offsets[name][0], at + offsets[name][1]) for name in ordered)
+    return TensorFile(file, header, tuple(slots))
+
+
+def index_json(files: Sequence[TensorFile]) -> bytes:
+    """The index that tells readers of safetensors which of several files holds which tensor."""
+    total = sum(slot.stop - slot.start for file in files for slot in file.slots)
+    where = {slot.name: file.name for file in files for slot in file.slots}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1).encode()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes: a view of its own memory where it is contiguous and on the host, else a copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def chunks_of(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]

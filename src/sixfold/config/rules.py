@@ -1,0 +1,217 @@
+"""Rules between options: which exclude each other, and which combinations are illegal.
+
+A rule is a function over the values of the paths it names; it returns the broken rule and a change
+that works, or None. The resolver walks `RULES`; adding a rule is adding one function here.
+Rules between an option and the machine belong to the plan, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Verdict = tuple[str, str] | None
+"""(rule, fix), or None where the rule is kept."""
+
+PARTNERS = {
+    "batch.global": "batch.tokens",
+    "batch.tokens": "batch.global",
+    "train.steps": "train.minutes",
+    "train.minutes": "train.steps",
+}
+"""Two ways to say one thing: at most one of them is set."""
+
+_OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "adagrad": ("eps",)}
+_BITS = {"fp64": 64, "fp32": 32, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check over the values of `paths`, in that order."""
+
+    paths: tuple[str, ...]
+    check: Callable[..., Verdict]
+
+
+RULES: list[Rule] = []
+
+
+def _rule(*paths: str) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
+    def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
+        RULES.append(Rule(paths, check))
+        return check
+
+    return register
+
+
+def displaced_by(path: str, value: object) -> list[str]:
+    """What lower layers said that loses its meaning when a higher layer sets `path` to `value`."""
+    if value is None:
+        return []
+    if path == "optimizer.name":
+        return [f"optimizer.{key}" for key in _foreign_keys(str(value))]
+    if path == "lr_schedule.name" and value == "constant":
+        return ["lr_schedule.final_ratio"]
+    return [PARTNERS[path]] if path in PARTNERS else []
+
+
+def _foreign_keys(name: str) -> list[str]:
+    special = dict.fromkeys(key for keys in _OPTIMIZER_KEYS.values() for key in keys)
+    return [key for key in special if key not in _OPTIMIZER_KEYS[name]]
+
+
+def _divisor_below(number: int, bound: int) -> int:
+    return next(candidate for candidate in range(min(bound, number), 0, -1) if number % candidate == 0)
+
+
+@_rule("model.width", "model.num_heads")
+def _heads(width: int, num_heads: int) -> Verdict:
+    step = 2 * num_heads
+    if width % step == 0:
+        return None
+    works = max(1, round(width / step)) * step
+    return (
+        f"model.width is an even multiple of model.num_heads (rotary positions turn pairs); "
+        f"{width} / {num_heads} = {width / num_heads:g}",
+        f"set model.width = {works}",
+    )
+
+
+@_rule("model.num_heads", "model.num_kv_heads")
+def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
+    if num_kv_heads is None or num_heads % num_kv_heads == 0:
+        return None
+    works = _divisor_below(num_heads, num_kv_heads)
+    return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
+
+
+@_rule("batch.tokens", "data.sequence_length")
+def _whole_samples(tokens: int | None, length: int) -> Verdict:
+    if tokens is None or tokens % length == 0:
+        return None
+    works = max(1, round(tokens / length)) * length
+    return "batch.tokens is a multiple of data.sequence_length", f"set batch.tokens = {works}"
+
+
+@_rule("batch.micro", "batch.global")
+def _micro(micro: int | None, samples: int | None) -> Verdict:
+    if micro is None or samples is None or micro <= samples:
+        return None
+    return (
+        "a micro-batch is a part of the global batch, so batch.micro <= batch.global",
+        f"set batch.micro = {samples} or less, or leave it unset",
+    )
+
+
+@_rule("batch.micro", "batch.tokens", "data.sequence_length")
+def _micro_of_tokens(micro: int | None, tokens: int | None, length: int) -> Verdict:
+    if micro is None or tokens is None or tokens % length or micro <= tokens // length:
+        return None
+    return (
+        f"a micro-batch is a part of the global batch, here {tokens // length} samples "
+        f"(batch.tokens / data.sequence_length)",
+        f"set batch.micro = {tokens // length} or less, or leave it unset",
+    )
+
+
+def _only_for(key: str) -> None:
+    owners = [name for name, keys in _OPTIMIZER_KEYS.items() if key in keys]
+
+    @_rule(f"optimizer.{key}", "optimizer.name")
+    def check(value: object, name: str) -> Verdict:
+        if value is None or name in owners:
+            return None
+        return (
+            f"optimizer.{key} belongs to {' and '.join(owners)}; {name} has no such setting",
+            f'leave optimizer.{key} unset, or set optimizer.name = "{owners[0]}"',
+        )
+
+
+for _key in ("betas", "eps", "momentum"):
+    _only_for(_key)
+
+
+@_rule("lr_schedule.name", "train.steps", "train.minutes")
+def _schedule_needs_an_end(name: str, steps: int | None, minutes: float | None) -> Verdict:
+    if name == "constant" or steps is not None or minutes is not None:
+        return None
+    return (
+        f"a {name} schedule ends with the run, so the length of the run must be known",
+        'set train.steps = 1000 (or train.minutes = 3), or lr_schedule.name = "constant"',
+    )
+
+
+@_rule("lr_schedule.final_ratio", "lr_schedule.name")
+def _final_ratio(final_ratio: float, name: str) -> Verdict:
+    if name != "constant" or final_ratio == 0.0:
+        return None
+    return (
+        "a constant schedule has no end to descend to, so lr_schedule.final_ratio would do nothing",
+        'leave lr_schedule.final_ratio unset, or set lr_schedule.name = "cosine"',
+    )
+
+
+@_rule("lr_schedule.warmup_steps", "train.steps")
+def _warmup(warmup_steps: int, steps: int | None) -> Verdict:
+    if steps is None or warmup_steps < steps:
+        return None
+    return (
+        "the warm-up ends before the run does: lr_schedule.warmup_steps < train.steps",
+        f"set lr_schedule.warmup_steps = {steps // 10}, or train.steps = {10 * warmup_steps}",
+    )
+
+
+def _whole_under_fp64(key: str) -> None:
+    @_rule(f"precision.{key}", "precision.compute")
+    def check(value: str | None, compute: str | None) -> Verdict:
+        if compute != "fp64" or value in (None, "fp64"):
+            return None
+        return (
+            f'under precision.compute = "fp64" every type is fp64; precision.{key} would throw digits away',
+            f'leave precision.{key} unset, or set it to "fp64"',
+        )
+
+
+for _key in ("storage", "grad", "reduce", "master"):
+    _whole_under_fp64(_key)
+
+
+@_rule("precision.master", "precision.compute")
+def _master(master: str | None, compute: str | None) -> Verdict:
+    if master is None or compute in (None, "fp64") or _BITS[master] >= _BITS[compute]:
+        return None
+    return (
+        "the weights that the optimizer updates are not narrower than those of forward and backward",
+        f'leave precision.master unset, or set it to "{compute}"',
+    )
+
+
+@_rule("layout.shard", "layout.zero")
+def _shard_cuts_something(shard: int | None, zero: int | None) -> Verdict:
+    if shard is None or zero:
+        return None
+    return (
+        "layout.shard is the size of the groups that model state is cut over; layout.zero = 0 (also when "
+        "unset) cuts nothing",
+        "set layout.zero = 3 (or 1 or 2), or leave layout.shard unset",
+    )
+
+
+@_rule("layout.shard", "layout.data", "layout.context")
+def _shard_divides(shard: int | None, data: int | None, context: int) -> Verdict:
+    if shard is None or data is None or data * context % shard == 0:
+        return None
+    return (
+        f"layout.shard divides layout.data x layout.context = {data * context}",
+        f"set layout.shard = {_divisor_below(data * context, shard)}",
+    )
+
+
+@_rule("layout.expert", "layout.data", "layout.context")
+def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
+    if data is None or data * context % expert == 0:
+        return None
+    return (
+        f"layout.expert divides layout.data x layout.context = {data * context}",
+        f"set layout.expert = {_divisor_below(data * context, expert)}",
+    )

@@ -1,0 +1,305 @@
+"""The engine: the object users train with.
+
+Made by `initialize`; holds the rooms' objects and forwards to them. It owns no algorithm: programs
+come from `program`, are played by `pipeline`, change `state`; files are written by `checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ConfigError, StateError
+from sixfold.config import Resolved
+from sixfold.data.loader import Loader
+from sixfold.engine import persistence
+from sixfold.mesh import Mesh, Streams
+from sixfold.parallel import DTYPES
+from sixfold.pipeline import (
+    Batch,
+    Counts,
+    LossForm,
+    Player,
+    Share,
+    StepResult,
+    WrittenOut,
+    fields_of,
+    split,
+    to_device,
+)
+from sixfold.plan import LearningRate, Plan
+from sixfold.program import Op, Program, accumulation, check, forward_only
+from sixfold.state import BoundOptimizer, ModelState
+
+
+class Engine:
+    """A model being trained on every rank.
+
+    Attributes:
+        module: the user's own model.
+        plan: what was decided.
+        resolved: what was asked, with the origin of every value.
+        mesh: which rank is where.
+        state: the units behind the module's parameters.
+        bound: the optimizer over them.
+        aliases: further names of tied parameters -> first name.
+        learning_rate: the schedule; replace it by `ending_at` when the number of steps is settled later.
+        num_steps: updates done.
+        num_samples: samples consumed over all ranks, from which the data order goes on.
+        last: what the latest update came to; None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        resolved: Resolved,
+        plan: Plan,
+        mesh: Mesh,
+        streams: Streams,
+        state: ModelState,
+        bound: BoundOptimizer,
+        loss_form: LossForm,
+        aliases: Mapping[str, str],
+        learning_rate: LearningRate,
+    ) -> None:
+        self.module = module
+        self.resolved = resolved
+        self.plan = plan
+        self.mesh = mesh
+        self.state = state
+        self.bound = bound
+        self.aliases = aliases
+        self.learning_rate = learning_rate
+        self.num_steps = 0
+        self.num_samples = 0
+        self.last: StepResult | None = None
+        self._streams = streams
+        self._loss_form = loss_form
+        self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
+        self._written_out = WrittenOut(self._player, mesh)
+        compute = resolved.config.precision.compute
+        self._cast = DTYPES[compute] if compute is not None else None
+
+    # What this rank is and has.
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer, the user's own object."""
+        return self.bound.inner
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the global batch this rank feeds, from 0."""
+        return self.mesh.data_rank
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts that the global batch is divided into."""
+        return self.mesh.data_ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.mesh.device
+
+    def loader(self, dataset: Any, **options: Any) -> Loader:
+        """This rank's part of every global batch of a map-style dataset, from `num_samples` on.
+
+        Args:
+            options: `shuffle`, `collate`, `num_workers`, `drop_last` of `sixfold.data.loader.Loader`.
+
+        Raises:
+            ConfigError: the global batch is not configured in samples.
+        """
+        size = self.resolved.config.batch.global_
+        if size is None:
+            raise ConfigError(
+                f"engine.loader with batch.global = {size}",
+                rule="the loader cuts global batches, so it must know their number of samples",
+                fix='set batch.global, for example config={"batch": {"global": 32}}',
+            )
+        return Loader(
+            dataset,
+            global_batch=size,
+            seed=self.resolved.config.seed,
+            data_rank=self.data_rank,
+            data_ranks=self.data_ranks,
+            start=self.num_samples,
+            **options,
+        )
+
+    # One update from one batch.
+
+    def train_step(self, batch: Batch) -> float:
+        """One update from this rank's part of the global batch.
+
+        Args:
+            batch: a mapping (passed by keyword), tuple or list (by position) or tensor, samples along
+                dim 0; None or zero samples are an empty share. Ranks may hold unequal parts.
+
+        Returns:
+            The mean loss over the global batch before this update, the same on every rank.
+        """
+        self._refuse_mixing("train_step")
+        update, forwards = self._prepare(batch)
+        self._set_lr()
+        self.last = self._play(accumulation(len(forwards)), forwards, update)
+        self._count_update(update.samples)
+        return self.last.loss
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        """Loss of this rank's part of a global batch, in evaluation mode, without learning from it.
+
+        Returns:
+            Mean loss and its weight, the same on every rank.
+        """
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                update, forwards = self._prepare(batch)
+                return self._play(forward_only(len(forwards)), forwards, update)
+        finally:
+            self.module.train(was_training)
+
+    def rehearse(self, batch: Batch) -> None:
+        """Play a step without its update: forwards, backwards and reduction, for timing.
+
+        Parameters, optimizer state and random streams stay as they are; buffers are put back.
+        """
+        self._refuse_mixing("rehearse")
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        update, forwards = self._prepare(batch)
+        whole = accumulation(len(forwards)).instructions
+        self._play(
+            Program(tuple(item for item in whole if item.op not in (Op.STEP, Op.PUBLISH))), forwards, update
+        )
+        self.state.finish_reduce()
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def _prepare(self, batch: Batch) -> tuple[Counts, dict[int, Callable[[], Share]]]:
+        """Counts of the whole update over all ranks, and this rank's forwards by micro-batch."""
+        self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
+        update = Counts(*self.mesh.total(*Counts.of(batch).numbers()))
+        micros = split(batch, self.resolved.config.batch.micro)
+        return update, {micro: self._forward_of(micro, part, update) for micro, part in enumerate(micros)}
+
+    def _forward_of(self, micro: int, batch: Batch, update: Counts) -> Callable[[], Share]:
+        def forward() -> Share:
+            part = to_device(batch, self.device, self._cast)
+            args, kwargs = fields_of(part, self.module.forward, all_of_them=self._loss_form.loss_fn is None)
+            if self._loss_form.counts_items:
+                kwargs["num_items_in_batch"] = self._loss_form.scale(update)
+            with self._stream(micro):
+                return self._loss_form.read(self.module(*args, **kwargs), part, update)
+
+        return forward
+
+    def _play(
+        self, program: Program, forwards: Mapping[int, Callable[[], Share]], update: Counts
+    ) -> StepResult:
+        check(program)
+        return self._player.play(program, forwards, self._loss_form.scale(update))
+
+    # The same, written out.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one micro-batch; returns the module's own output.
+
+        Without gradients (`torch.no_grad`) it is the module's forward and nothing is counted.
+        """
+        args, kwargs = to_device(args, self.device, self._cast), to_device(kwargs, self.device, self._cast)
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        micro = self._written_out.forward(kwargs or args)
+        with self._stream(micro):
+            return self.module(*args, **kwargs)
+
+    def backward(
+        self, loss: torch.Tensor, *, weight: float | None = None, retain_graph: bool = False
+    ) -> None:
+        """Backward of a mean loss; gradients accumulate until `step`.
+
+        Args:
+            loss: mean over the micro-batch, one number.
+            weight: what it is a mean over (targets, say); None: the micro-batch's samples. `step`
+                divides by the sum of weights over micro-batches and ranks.
+            retain_graph: keep the graph for a further backward.
+        """
+        self._written_out.backward(loss, weight, retain_graph=retain_graph)
+
+    def step(self) -> StepResult:
+        """One update from the backwards since the last one; every rank calls it, with or without any."""
+        self._set_lr()
+        self.last, samples = self._written_out.step()
+        self._count_update(samples)
+        return self.last
+
+    # The whole model.
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The whole model, readable and writable; edits hold afterwards, on every rank.
+
+        Under a narrower compute type edits are taken over from the working parameters; numbers that
+        were not edited keep their full precision.
+        """
+        self._refuse_mixing("gathered")
+        with torch.no_grad():
+            yield self.module
+            self.state.absorb_edits()
+            self.state.share_weights(self.module.buffers())
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole logical model on the CPU, in the storage type, tied names included; copies."""
+        return persistence.full_state_dict(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
+
+        Raises:
+            CheckpointError: it could not be written; what was in `folder` before is untouched.
+        """
+        self._refuse_mixing("save")
+        persistence.save(self, Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model; nothing was changed.
+        """
+        self._refuse_mixing("load")
+        persistence.load(self, Path(folder))
+
+    def close(self) -> None:
+        """End the process group that `initialize` started, and take the hooks off the module."""
+        self.state.remove()
+        self.mesh.close()
+
+    def _stream(self, micro: int) -> Any:
+        return self._streams.keyed("step", self.num_steps, self.data_rank, micro)
+
+    def _set_lr(self) -> None:
+        if self.learning_rate.moves:
+            self.bound.set_lr(self.learning_rate.factor(self.num_steps))
+
+    def _count_update(self, samples: float) -> None:
+        self.num_steps += 1
+        self.num_samples += round(samples)
+
+    def _refuse_mixing(self, what: str) -> None:
+        if not self._player.is_idle:
+            raise StateError(
+                f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",
+                rule="an update that was begun is ended before another one, a save or an edit",
+                fix=f"call engine.step() before engine.{what}",
+            )

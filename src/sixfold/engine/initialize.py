@@ -1,0 +1,150 @@
+"""`sixfold.initialize`: from a module and a configuration to an engine.
+
+Called once per model on every rank. It decides nothing itself: configuration, placement, plan, mesh,
+weights, optimizer and state come from their rooms, in this order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sixfold.base.errors import ModelError
+from sixfold.config import Config, Resolved, load
+from sixfold.engine.engine import Engine
+from sixfold.launch.environment import Placement, discover
+from sixfold.mesh import Mesh, Streams
+from sixfold.parallel import ModuleFacts, materialize, module_facts
+from sixfold.pipeline import LossForm
+from sixfold.plan import decide, decide_learning_rate
+from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
+from sixfold.state.optimizer import OptimizerLike
+
+LossFn = Callable[[Any, Any], Any]
+ConfigLike = str | Path | Mapping[str, Any] | Config | Resolved | None
+
+
+def initialize(
+    model: nn.Module,
+    *,
+    config: ConfigLike = None,
+    optimizer: OptimizerLike | None = None,
+    loss_fn: LossFn | None = None,
+    device: torch.device | str | None = None,
+) -> Engine:
+    """Make `model` trainable on every rank of this job.
+
+    Args:
+        model: any module, the same on every rank. With weights it keeps them (rank 0's); on the meta
+            device it is initialised by its own rules, the same for every layout.
+        config: a TOML, YAML or JSON file, a dictionary, or a Config.
+        optimizer: a torch optimizer over the model's parameters, a factory that receives them, or
+            None for the one that `config` names.
+        loss_fn: `loss_fn(output, batch)` returning a loss or a pair (sum, weight); None when the
+            model returns its loss.
+        device: where this rank computes. None: its GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
+    """
+    resolved = _resolve(config)
+    asked = resolved.config
+    placement = discover(os.environ)
+    place = torch.device(device) if device is not None else _own_device(placement)
+    facts = module_facts(model)
+    # Decided once on the model as it was handed over, so that what cannot run is refused before any
+    # weight is made; the optimizer's groups, known only later, refine the units.
+    draft = decide(asked, facts.parameters, _world_size(placement))
+    mesh = Mesh.form(
+        draft.geometry,
+        place,
+        rank=_rank(placement),
+        address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
+        timeout_s=asked.launch.timeout_s,
+    )
+    _agree(mesh, model, facts, asked)
+    _check_batch_stats(facts, asked, mesh)
+    refuse_two_definitions(asked.optimizer, optimizer)
+    streams = Streams(asked.seed, place)
+    if facts.on_meta:
+        materialize(model, streams)
+    else:
+        model.to(place)
+    made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
+    facts = module_facts(model, [group["params"] for group in made.param_groups])
+    plan = decide(asked, facts.parameters, mesh.world_size)
+    state = ModelState(model, plan, mesh)
+    state.share_weights(model.buffers())
+    bound = bind(made, state)
+    return Engine(
+        module=model,
+        resolved=resolved,
+        plan=plan,
+        mesh=mesh,
+        streams=streams,
+        state=state,
+        bound=bound,
+        loss_form=LossForm(model, loss_fn),
+        aliases=facts.aliases,
+        learning_rate=decide_learning_rate(asked),
+    )
+
+
+def _resolve(config: ConfigLike) -> Resolved:
+    if isinstance(config, Resolved):
+        return config
+    if isinstance(config, str | Path):
+        return load(config)
+    return load(values=config)
+
+
+def _world_size(placement: Placement | None) -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return placement.world_size if placement else 1
+
+
+def _rank(placement: Placement | None) -> int:
+    if dist.is_initialized():
+        return dist.get_rank()
+    return placement.rank if placement else 0
+
+
+def _own_device(placement: Placement | None) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", placement.local_rank if placement else torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _agree(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Config) -> None:
+    own_launch = asked.model_copy(update={"launch": None})
+    mesh.agree(
+        {
+            "parameter names": " ".join(fact.name for fact in facts.parameters),
+            "parameter shapes": " ".join(str(fact.shape) for fact in facts.parameters),
+            "parameter types": " ".join(fact.dtype for fact in facts.parameters),
+            "requires_grad": " ".join(str(fact.trainable) for fact in facts.parameters),
+            "buffers": " ".join(f"{name}{tuple(part.shape)}" for name, part in model.named_buffers()),
+            "tied names": " ".join(f"{alias}={name}" for alias, name in sorted(facts.aliases.items())),
+            "configuration": own_launch.model_dump_json(warnings=False),
+        }
+    )
+
+
+def _check_batch_stats(facts: ModuleFacts, asked: Config, mesh: Mesh) -> None:
+    is_cut = mesh.data_ranks > 1 or asked.batch.micro is not None
+    if facts.has_batch_stats and is_cut and asked.model.batch_stats is None:
+        raise ModelError(
+            f"the model takes batch statistics (BatchNorm) and batches are cut over {mesh.data_ranks} "
+            f"data rank(s), batch.micro = {asked.batch.micro}",
+            rule="batch statistics depend on how the batch is cut, so the layout would change the numbers",
+            fix='set model.batch_stats = "micro" to take them over each micro-batch, or use GroupNorm',
+        )

@@ -1,0 +1,157 @@
+"""The mesh: which rank is where, and the one door through which ranks exchange data.
+
+Formed by the engine from a geometry; state, checkpoint and train call its collectives by axis.
+With one rank along an axis nothing is sent and the same lines run. It never decides what to send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sixfold.base.errors import MeshError
+from sixfold.plan.geometry import Geometry
+
+
+class Pending:
+    """A collective under way; `wait` returns when its tensor may be used."""
+
+    def __init__(self, work: dist.Work | None = None) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Block until the collective has finished; at once when nothing was sent."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among all ranks.
+
+    Args:
+        geometry: ranks along each axis.
+        rank: this process, 0 to world_size - 1.
+        device: where this rank keeps its tensors.
+        owns_group: whether the process group was started here and ends with `close`.
+    """
+
+    geometry: Geometry
+    rank: int
+    device: torch.device
+    owns_group: bool = False
+
+    @classmethod
+    def form(
+        cls, geometry: Geometry, device: torch.device, *, rank: int, address: str | None, timeout_s: float
+    ) -> Mesh:
+        """Join all ranks; a default process group that already exists is used as it is.
+
+        Args:
+            rank: this process.
+            address: "host:port" where rank 0 listens; None for a process of its own.
+            timeout_s: how long a collective waits for other ranks.
+        """
+        if geometry.world_size == 1 or dist.is_initialized():
+            return cls(geometry, rank, device)
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=rank,
+            world_size=geometry.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return cls(geometry, rank, device, owns_group=True)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.geometry.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the global batch this rank feeds."""
+        return self.geometry.coordinate(self.rank, "data")
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts that the global batch is divided into."""
+        return self.geometry.degree("data")
+
+    def all_reduce(self, tensor: torch.Tensor) -> Pending:
+        """Start to sum `tensor`, in place, over the data ranks."""
+        if self.data_ranks == 1:
+            return Pending()
+        return Pending(dist.all_reduce(tensor, async_op=True))
+
+    def broadcast(self, tensor: torch.Tensor) -> Pending:
+        """Start to copy rank 0's `tensor` into everyone's, in place."""
+        if self.world_size == 1:
+            return Pending()
+        return Pending(dist.broadcast(tensor, src=0, async_op=True))
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
+        if self.data_ranks == 1:
+            return [float(number) for number in numbers]
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        self.all_reduce(tensor).wait()
+        return [float(number) for number in tensor.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        return self.total(float(flag))[0] > 0
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self.total(0.0)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raise on every rank unless all ranks hold the same facts.
+
+        Args:
+            facts: text under a name; the names are compared too.
+
+        Raises:
+            MeshError: with the names that differ and the ranks that differ from rank 0.
+        """
+        if self.world_size == 1:
+            return
+        mine = torch.tensor([_digest(name, text) for name, text in sorted(facts.items())], device=self.device)
+        # Lengths first: a gather of unequal lengths would hang or tear.
+        counts = self._gather(torch.tensor([len(facts)], device=self.device))
+        same_length = all(int(count) == len(facts) for count in counts)
+        rows = self._gather(mine) if same_length else counts
+        strangers = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
+        if strangers:
+            differing = [
+                name
+                for place, name in enumerate(sorted(facts))
+                if same_length and any(int(row[place]) != int(rows[0][place]) for row in rows)
+            ]
+            raise MeshError(
+                f"rank(s) {', '.join(map(str, strangers))} differ from rank 0 in: "
+                f"{', '.join(differing) or 'the number of facts'}",
+                rule="every rank builds the same model with the same configuration",
+                fix="build the model from the same code, configuration and seed on every rank",
+            )
+
+    def close(self) -> None:
+        """End the process group if it was started here."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(rows, tensor)
+        return rows
+
+
+def _digest(name: str, text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{name}={text}".encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,46 @@
+"""Random streams: every draw is keyed by what it is for, never by what was drawn before.
+
+Initial weights are keyed by (seed, module name); dropout by (seed, step, data rank, micro-batch).
+Used by `parallel` and `pipeline`. The process's own random state is left as it was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+def key_of(*parts: object) -> int:
+    """A 63-bit seed from any printable parts, the same on every machine and in every version."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of one run on one device.
+
+    Args:
+        seed: root of every stream.
+        device: where random numbers are drawn besides the CPU.
+    """
+
+    seed: int
+    device: torch.device
+
+    @contextmanager
+    def keyed(self, *parts: object) -> Iterator[None]:
+        """Draw from the stream of (seed, *parts) inside the block; restore the state after it."""
+        devices = [self.device] if self.device.type != "cpu" else []
+        with torch.random.fork_rng(devices=devices, device_type=_fork_type(self.device)):
+            torch.manual_seed(key_of(self.seed, *parts))
+            yield
+
+
+def _fork_type(device: torch.device) -> str:
+    # fork_rng wants the name of an accelerator even where none of its devices is forked.
+    return device.type if device.type != "cpu" else "cuda"

@@ -1,0 +1,226 @@
+"""The reference decoder: rotary positions, RMS norms, gated feed-forward, grouped-query attention.
+
+`sixfold train` and the benchmarks build it; any other torch loop can. One forward pass returns the
+pair (summed loss, number of targets), so that whoever divides a batch can normalise it once.
+It never communicates, knows nothing of the rest of Sixfold, and holds no state besides its parameters, so
+building it on the meta device and calling every `reset_parameters`, children first, is a full start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sixfold.models.attention import attend, rotary_tables, rotate
+
+NORM_EPS = 1e-6
+LOSS_ROWS = 256
+"""Rows of logits that are upcast together: they fit the cache, a whole batch of them does not."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder. `width / num_heads` is the size of one head and must be even.
+
+    Raises:
+        ValueError: when the sizes do not divide.
+    """
+
+    vocab_size: int
+    context_length: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_width: int
+    rope_base: float = 10_000.0
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+
+    @classmethod
+    def derive(
+        cls,
+        *,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        ffn_width: int | None = None,
+        **others: Any,
+    ) -> DecoderConfig:
+        """The config with what is left open decided: as many key heads as query heads, and a
+        feed-forward of 8/3 of the width, rounded up to a multiple of 64."""
+        return cls(
+            width=width,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads or num_heads,
+            ffn_width=ffn_width or -(-8 * width // (3 * 64)) * 64,
+            **others,
+        )
+
+
+class Linear(nn.Linear):
+    """A projection without bias whose output has the scale of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+
+class Embedding(nn.Embedding):
+    """As a tied head it is a projection too, and is drawn like one: first logits have variance one."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dim; torch computes it in fp32 (fp64 for fp64)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_width = config.width // config.num_heads
+        self.q_proj = Linear(config.width, config.num_heads * self.head_width)
+        self.k_proj = Linear(config.width, config.num_kv_heads * self.head_width)
+        self.v_proj = Linear(config.width, config.num_kv_heads * self.head_width)
+        self.o_proj = Linear(config.num_heads * self.head_width, config.width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            # Spelt out, because "-1" is ambiguous in an empty batch.
+            num_heads = projected.shape[-1] // self.head_width
+            return projected.view(*projected.shape[:2], num_heads, self.head_width)
+
+        query = rotate(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
+        key = rotate(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
+        value = heads(self.v_proj(x)).transpose(1, 2)
+        out: Tensor = self.o_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.ffn_width)
+        self.up_proj = Linear(config.width, config.ffn_width)
+        self.down_proj = Linear(config.ffn_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_layers, self.dropout = config.num_layers, config.dropout
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = FeedForward(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the two projections into the residual stream again, smaller: 2 * num_layers of them
+        add up there, and the sum is to keep its scale."""
+        for projection in (self.self_attn.o_proj, self.mlp.down_proj):
+            nn.init.normal_(projection.weight, std=(projection.in_features * 2 * self.num_layers) ** -0.5)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        branch = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + F.dropout(branch, self.dropout, self.training)
+        branch = self.mlp(self.post_attention_layernorm(x))
+        return x + F.dropout(branch, self.dropout, self.training)
+
+
+class Backbone(nn.Module):
+    """Tokens [batch, length] to hidden states [batch, length, width]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        config = self.config
+        x = self.embed_tokens(inputs)
+        cos, sin = rotary_tables(inputs.shape[1], config.width // config.num_heads, config.rope_base, x)
+        x = F.dropout(x, config.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Decoder(nn.Module):
+    """A causal language model; initialised on construction, or later from the meta device.
+
+    Parameter names and the order of rotary pairs are those that the common open decoders use, so
+    other libraries read its weights as they are. A tied head has no parameter of its own.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Tokens [batch, length] to the scores of the next token [batch, length, vocab_size]."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(self.model(inputs), head.weight)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [batch, length + 1] to (summed cross-entropy in nats, number of targets).
+
+        The sum is fp32 (fp64 for fp64), whatever the type of the parameters.
+        """
+        logits, targets = self.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        num_pieces = max(1, -(-len(targets) // LOSS_ROWS))
+        pieces = zip(logits.chunk(num_pieces), targets.chunk(num_pieces), strict=True)
+        sums = [F.cross_entropy(rows.to(wide), target, reduction="sum") for rows, target in pieces]
+        return torch.stack(sums).sum(), torch.tensor(targets.numel(), device=tokens.device)
+
+
+def num_flops(config: DecoderConfig, batch: int, length: int) -> int:
+    """Operations in the matrix products of one forward and backward pass over [batch, length].
+
+    A multiplication and its addition count as two, the backward pass as twice the forward pass.
+    As is customary for utilisation figures, attention counts the whole square of positions,
+    although a causal kernel may leave out half of it; recomputed work is not counted.
+    """
+    head_width = config.width // config.num_heads
+    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * head_width
+    block = attention + 3 * config.width * config.ffn_width
+    weights = config.num_layers * block + config.vocab_size * config.width
+    scores_and_mix = config.num_layers * 2 * length * config.width
+    return 6 * batch * length * (weights + scores_and_mix)

@@ -1,0 +1,124 @@
+"""From the times of updates to rates: seconds per update, tokens per second, utilisation, time left.
+
+The training loop brackets each update with `start` and `stop`, so evaluation and saving do not count
+as training time. Plain arithmetic on given numbers: no tensors, no files, no printing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known after one update; None where it does not apply.
+
+    Args:
+        step: the update just finished, counted from 1.
+        loss: mean loss of the global batch, nats per target.
+        lr: learning rate the update used.
+        grad_norm: norm of the whole gradient before clipping.
+        tokens: targets in this update, over all ranks.
+        samples: samples consumed since the start of the run, over all ranks.
+        seconds: duration of this update.
+        tokens_per_s: over all ranks, the median of the last updates.
+        mfu: matrix-product operations per second as a fraction of what the ranks can do.
+        memory_bytes: memory of this rank.
+        eta_s: seconds of updates still to come.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    tokens: int
+    samples: int
+    seconds: float
+    tokens_per_s: float
+    mfu: float | None
+    memory_bytes: int | None
+    eta_s: float
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        return asdict(self)
+
+
+class Meter:
+    """Turns updates into records with smoothed rates.
+
+    Args:
+        total_steps: updates in the whole run.
+        flops_per_token: operations per target, forward and backward; None when unknown.
+        peak_flops: operations per second that all ranks together can do; None when unknown.
+        window: how many of the last updates a rate is the median of. A median, because the first
+            update is slow by nature and single ones are slow by accident.
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        window: int = 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.total_steps = total_steps
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self._clock = clock
+        self._started: float | None = None
+        self._seconds: deque[float] = deque(maxlen=window)
+        self._rates: deque[float] = deque(maxlen=window)
+
+    def start(self) -> None:
+        """An update begins now."""
+        self._started = self._clock()
+
+    def stop(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        tokens: int,
+        samples: int,
+        memory_bytes: int | None = None,
+    ) -> StepRecord:
+        """The update has ended now.
+
+        Raises:
+            RuntimeError: when no update was started.
+        """
+        if self._started is None:
+            raise RuntimeError(f"stop({step}) without a start() before it")
+        # A clock may stand still between two readings; a rate must not divide by that zero.
+        seconds = max(self._clock() - self._started, 1e-9)
+        self._started = None
+        self._seconds.append(seconds)
+        self._rates.append(tokens / seconds)
+        tokens_per_s = median(self._rates)
+        return StepRecord(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            samples=samples,
+            seconds=seconds,
+            tokens_per_s=tokens_per_s,
+            mfu=self._utilisation(tokens_per_s),
+            memory_bytes=memory_bytes,
+            eta_s=median(self._seconds) * max(self.total_steps - step, 0),
+        )
+
+    def _utilisation(self, tokens_per_s: float) -> float | None:
+        if self.flops_per_token is None or self.peak_flops is None:
+            return None
+        return self.flops_per_token * tokens_per_s / self.peak_flops

@@ -1,0 +1,9 @@
+"""Facts about modules, and what is done to modules before they are trained.
+
+The engine calls it between plan and state; it moves no state and sends nothing.
+"""
+
+from sixfold.parallel.facts import DTYPES, ModuleFacts, dtype_name, module_facts
+from sixfold.parallel.materialize import materialize
+
+__all__ = ["DTYPES", "ModuleFacts", "dtype_name", "materialize", "module_facts"]

@@ -1,0 +1,139 @@
+"""Give a module that stands on the meta device its storage and its initial weights.
+
+Called by the engine before state exists. Every module is initialised by its own rule, under a
+generator keyed by (seed, module name), on whole shapes: the same weights for every rank count and
+layout. A model that comes with weights is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ModelError
+from sixfold.mesh import Streams
+
+
+def materialize(module: nn.Module, streams: Streams) -> None:
+    """Allocate `module` on the streams' device and initialise it by its own rules.
+
+    Plain modules need `reset_parameters`; children go before parents, since parents may rewrite
+    what their children drew. Models with `initialize_weights` (Hugging Face) bring their rules in
+    `_init_weights`. Ties hold afterwards as they did before.
+
+    Raises:
+        ModelError: a tensor was left without an initial value; all of them are named.
+    """
+    ties = _ties(module)
+    module.to_empty(device=streams.device)
+    _tie_again(module, ties)
+    unset = _Unset(module)
+    if _method(module, "initialize_weights"):
+        _by_model_rules(module, streams)
+    else:
+        _by_module_rules(module, streams)
+    unset.refuse()
+
+
+def _by_module_rules(module: nn.Module, streams: Streams) -> None:
+    for name, part in _children_first(module):
+        reset = _method(part, "reset_parameters")
+        if reset is not None:
+            with streams.keyed("init", name):
+                reset()
+
+
+def _by_model_rules(module: nn.Module, streams: Streams) -> None:
+    tie, initialize = _method(module, "tie_weights"), _method(module, "initialize_weights")
+    assert initialize is not None, "chosen because it has this rule"
+    if tie is not None:
+        tie()
+    names = {part: name for name, part in module.named_modules()}
+
+    def keyed(rule: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def apply(part: nn.Module) -> None:
+            with streams.keyed("init", names[part]):
+                rule(part)
+
+        return apply
+
+    wrapped: list[Any] = [part for part in module.modules() if callable(getattr(part, "_init_weights", None))]
+    for part in wrapped:
+        part._init_weights = keyed(part._init_weights)
+    try:
+        initialize()
+    finally:
+        for part in wrapped:
+            del part._init_weights
+
+
+def _method(module: nn.Module, name: str) -> Callable[[], None] | None:
+    found = getattr(module, name, None)
+    return found if callable(found) else None
+
+
+def _children_first(module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:
+    for child_name, child in module.named_children():
+        yield from _children_first(child, f"{name}.{child_name}" if name else child_name)
+    yield name, module
+
+
+def _ties(module: nn.Module) -> list[list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie_again(module: nn.Module, ties: list[list[str]]) -> None:
+    for first, *others in ties:
+        shared = module.get_parameter(first)
+        for other in others:
+            owner, _, attribute = other.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, shared)
+
+
+class _Unset:
+    """Marks every tensor before initialisation and names those that still carry the mark after.
+
+    `to_empty` leaves whatever the memory held; a tensor that no rule writes would train on garbage.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        self._tensors = [
+            (name, tensor) for name, tensor in tensors if tensor.numel() and tensor.dtype != torch.bool
+        ]
+        with torch.no_grad():
+            for _, tensor in self._tensors:
+                tensor.fill_(_mark(tensor))
+        self._module = module
+
+    def refuse(self) -> None:
+        current = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        left = [name for name, _ in self._tensors if _is_marked(current.get(name))]
+        if left:
+            raise ModelError(
+                f"{len(left)} tensor(s) of {type(self._module).__name__} on the meta device have no "
+                f"initial value: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
+                rule="a module on meta is initialised by the reset_parameters of each of its parts",
+                fix="give the owning module a reset_parameters() that writes them, or build the model "
+                "on the CPU with its weights",
+            )
+
+
+def _mark(tensor: torch.Tensor) -> float | int:
+    return (
+        float("nan") if tensor.is_floating_point() or tensor.is_complex() else torch.iinfo(tensor.dtype).max
+    )
+
+
+def _is_marked(tensor: torch.Tensor | None) -> bool:
+    if tensor is None:
+        return False
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    return bool((tensor == _mark(tensor)).any())

@@ -1,0 +1,24 @@
+"""Plays programs: turns instructions into forwards, backwards and verbs of the state engine.
+
+Driven by the engine, for a whole step at once or one instruction at a time. It writes no schedule
+and owns no state but the losses of the step under way.
+"""
+
+from sixfold.pipeline.batch import Batch, fields_of, num_samples, split, to_device
+from sixfold.pipeline.loss import Counts, LossForm, Share
+from sixfold.pipeline.player import Player, StepResult
+from sixfold.pipeline.written_out import WrittenOut
+
+__all__ = [
+    "Batch",
+    "Counts",
+    "LossForm",
+    "Player",
+    "Share",
+    "StepResult",
+    "WrittenOut",
+    "fields_of",
+    "num_samples",
+    "split",
+    "to_device",
+]

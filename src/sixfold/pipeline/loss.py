@@ -1,0 +1,232 @@
+"""Loss normalisation: one division by the global weight of the update, whatever the partition.
+
+A micro-batch's loss is read as a share: a sum over a common scale P, and its weight. P is the update's
+global number of samples (or of targets, for models that divide by it themselves), summed over ranks
+before the first forward; gradients are multiplied once by P / (global weight) at `step`. Used by the
+player and the engine; it never calls backward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ModelError
+from sixfold.mesh import Mesh, Streams
+from sixfold.pipeline.batch import Batch, num_samples
+
+IGNORED = -100
+"""Label that torch's cross-entropy leaves out."""
+
+WAYS = (
+    "return (sum, weight) from the model or from loss_fn, or call engine.backward(loss, weight=...) "
+    "with the micro-batch's number of targets"
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One micro-batch's part of the loss.
+
+    Args:
+        value: what backward starts from, a 0-d tensor: summed loss / P.
+        weight: what the sum is a sum over; None for a further loss of a micro-batch already counted.
+    """
+
+    value: torch.Tensor
+    weight: torch.Tensor | float | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Samples and targets, summable over micro-batches and ranks.
+
+    `targets` counts labels that are not -100, `shifted` leaves out each sequence's first one (causal
+    models predict the next token); the squares decide whether all samples have equally many.
+    """
+
+    samples: float = 0.0
+    targets: float = 0.0
+    targets_squared: float = 0.0
+    shifted: float = 0.0
+    shifted_squared: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counts:
+        """Count a batch; without integer labels of at least two dims every sample is one target."""
+        samples = float(num_samples(batch))
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dim() < 2:
+            return cls(samples, samples, samples, samples, samples)
+        valid = (labels != IGNORED).flatten(1).double()
+        whole, shifted = valid.sum(1), valid[:, 1:].sum(1)
+        return cls(
+            float(labels.shape[0]),
+            float(whole.sum()),
+            float(whole.square().sum()),
+            float(shifted.sum()),
+            float(shifted.square().sum()),
+        )
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(mine + theirs for mine, theirs in zip(self.numbers(), other.numbers(), strict=True)))
+
+    def numbers(self) -> tuple[float, ...]:
+        """The fields in order."""
+        return astuple(self)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether samples differ in their number of targets: n sum(x^2) = (sum x)^2 exactly where not."""
+        return (
+            self.samples * self.targets_squared != self.targets**2
+            or self.samples * self.shifted_squared != self.shifted**2
+        )
+
+    def refuse_ragged(self, who: str) -> None:
+        """Raise when a mean over samples would weigh targets unequally."""
+        if self.is_ragged:
+            raise ModelError(
+                f"{who} gives a mean loss for {self.samples:.0f} samples with {self.targets:.0f} targets, "
+                "unequally many per sample",
+                rule="a bare scalar counts as the mean over samples; with ragged targets the update would "
+                "depend on how the batch is cut",
+                fix=WAYS,
+            )
+
+
+class LossForm:
+    """How a model's loss is read; settled on the first batch and kept.
+
+    Args:
+        module: the model; asked for `num_items_in_batch` where its forward takes it.
+        loss_fn: `loss_fn(output, batch)`, in place of the model's own loss.
+    """
+
+    def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Batch], Any] | None) -> None:
+        self._module = module
+        self.loss_fn = loss_fn
+        self._shift: int | None = None
+        self._settled = False
+
+    def settle(self, batch: Batch, streams: Streams, mesh: Mesh) -> None:
+        """Find out on a real batch whether the model divides by `num_items_in_batch`.
+
+        Called on every rank in its first step; ranks with empty shares follow the others.
+        """
+        if self._settled:
+            return
+        found = -1
+        if self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch):
+            with streams.keyed("settle"), torch.no_grad():
+                found = _honoured_shift(self._module, batch)
+        # Votes: -1 from ranks without samples or without the ability; a real shift otherwise.
+        votes = mesh.total(float(found == 0), float(found == 1), float(num_samples(batch) > 0))
+        for shift in (0, 1):
+            if votes[shift] and votes[shift] == votes[2]:
+                self._shift = shift
+        self._settled = True
+
+    @property
+    def counts_items(self) -> bool:
+        """Whether the model divides its summed loss by `num_items_in_batch`."""
+        return self._shift is not None
+
+    def scale(self, update: Counts) -> float:
+        """P of an update with these global counts."""
+        return self._items(update) if self.counts_items else update.samples
+
+    def read(self, output: Any, batch: Batch, update: Counts) -> Share:
+        """A micro-batch's share of the loss.
+
+        Args:
+            update: counts of the whole update, over all ranks.
+        """
+        result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
+        scale = self.scale(update)
+        if isinstance(result, tuple | list):
+            value, weight = self._pair(result)
+            return Share(value / scale, weight)
+        if not isinstance(result, torch.Tensor) or result.numel() != 1:
+            raise ModelError(
+                f"the loss is {_describe(result)}",
+                rule="a loss is one number, an output with .loss, or a pair (sum, weight)",
+                fix="return the loss from forward, or give loss_fn(output, batch) to sixfold.initialize",
+            )
+        value = result.reshape(())
+        if self.counts_items:
+            return Share(value, self._items(Counts.of(batch)))
+        update.refuse_ragged(type(self._module).__name__)
+        samples = float(num_samples(batch))
+        return Share(value * (samples / scale), samples)
+
+    def _items(self, counts: Counts) -> float:
+        return counts.shifted if self._shift == 1 else counts.targets
+
+    def _pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        if len(result) != 2 or not isinstance(result[0], torch.Tensor) or result[0].numel() != 1:
+            raise ModelError(
+                f"the loss is {_describe(result)}",
+                rule="a pair is (summed loss as a tensor, weight as a number or 0-d tensor)",
+                fix="return exactly these two, for example (loss.sum(), targets.numel())",
+            )
+        return result[0].reshape(()), result[1]
+
+
+def loss_of(output: Any) -> Any:
+    """The loss in a model's output: `.loss`, `["loss"]`, or the output itself."""
+    if isinstance(output, Mapping):
+        return output.get("loss", output)
+    return getattr(output, "loss", output)
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, torch.Tensor):
+        return f"a tensor of shape {tuple(result.shape)}"
+    if isinstance(result, tuple | list):
+        return f"a {type(result).__name__} of {len(result)}"
+    return f"{type(result).__name__} {result!r}"[:120]
+
+
+def _takes_num_items(module: nn.Module, batch: Batch) -> bool:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return False
+    parameters = inspect.signature(module.forward).parameters
+    return "num_items_in_batch" in parameters or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _honoured_shift(module: nn.Module, batch: Batch) -> int:
+    """How many leading labels the model leaves out of the sum it divides; -1 if it does not divide.
+
+    The same sample is put in with `num_items_in_batch` = 1 and without: sum / mean is the number of
+    targets the model itself counts. Accepting the argument proves nothing; some models ignore it.
+    """
+    one = {
+        key: value[:1] if isinstance(value, torch.Tensor) and value.dim() else value
+        for key, value in batch.items()
+    }
+    labels = one["labels"]
+    one["labels"] = torch.where(labels == IGNORED, torch.zeros_like(labels), labels)
+    was_training = module.training
+    module.eval()
+    try:
+        mean = loss_of(module(**one))
+        total = loss_of(module(**one, num_items_in_batch=1))
+    except TypeError:
+        return -1
+    finally:
+        module.train(was_training)
+    if not isinstance(mean, torch.Tensor) or not isinstance(total, torch.Tensor) or labels.dim() < 2:
+        return -1
+    counted = float(total.double() / mean.double())
+    for shift in (1, 0):
+        if abs(counted - (labels[:, shift:]).numel()) < 0.01 * labels.numel() / labels.shape[-1]:
+            return shift
+    return -1

@@ -1,0 +1,177 @@
+"""The player: performs a program's instructions on this rank.
+
+The engine hands it a whole program, or the single instructions of a written-out loop: one code path
+for both. It calls the verbs of the state engine in the order the program says and never chooses an
+order itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from sixfold.base.errors import ModelError, ProgramError
+from sixfold.mesh import Mesh
+from sixfold.pipeline.loss import Share
+from sixfold.program import Instruction, Op, Program
+from sixfold.state import BoundOptimizer, ModelState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one program came to, the same on every rank.
+
+    Args:
+        loss: mean loss over the global batch.
+        weight: what it is a mean over: samples, or targets where the loss says so.
+        grad_norm: 2-norm of the gradient of that mean, before clipping; None without an update.
+    """
+
+    loss: float
+    weight: float
+    grad_norm: float | None = None
+
+
+@dataclass
+class _Step:
+    """The step under way: shares whose backward is still to come, and the sums so far."""
+
+    scale: float
+    forwards: Mapping[int, Callable[[], Share]] = field(default_factory=dict)
+    shares: dict[int, Share] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor | float] = field(default_factory=list)
+    accumulates: bool = False
+    result: StepResult | None = None
+
+
+class Player:
+    """Plays programs of one stage.
+
+    Args:
+        state: whose verbs are called.
+        optimizer: what `step` runs; None where nothing is trained.
+        clip_norm: bound on the global gradient norm, None for none.
+    """
+
+    def __init__(
+        self, state: ModelState, optimizer: BoundOptimizer, mesh: Mesh, clip_norm: float | None
+    ) -> None:
+        self._state = state
+        self._optimizer = optimizer
+        self._mesh = mesh
+        self._clip_norm = clip_norm
+        self._step: _Step | None = None
+        self._perform: dict[Op, Callable[[_Step, Instruction], None]] = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.REDUCE: self._reduce,
+            Op.STEP: self._update,
+            Op.PUBLISH: lambda step, instruction: self._state.publish(),
+        }
+
+    def play(self, program: Program, forwards: Mapping[int, Callable[[], Share]], scale: float) -> StepResult:
+        """Play a whole program.
+
+        A written-out step under way is left as it is, so that one may evaluate in its middle.
+
+        Args:
+            forwards: runs the stage on one micro-batch, by its number.
+            scale: P, by which the shares are divided already.
+        """
+        outer, self._step = self._step, _Step(scale, forwards)
+        try:
+            for instruction in program.instructions:
+                self.perform(instruction)
+            return self._step.result or self._totals(self._step)
+        finally:
+            self._step = outer
+
+    def perform(self, instruction: Instruction) -> None:
+        """Perform one instruction of the step under way; the first one starts a step."""
+        if self._step is None:
+            self._step = _Step(scale=1.0)
+        self._perform[instruction.op](self._step, instruction)
+
+    def backward(self, micro: int, share: Share, *, retain_graph: bool) -> None:
+        """Perform `backward` on a share that the caller made itself."""
+        if self._step is None:
+            self._step = _Step(scale=1.0)
+        self._count(self._step, share)
+        self._step.shares[micro] = share
+        self._backward(self._step, Instruction(Op.BACKWARD, 0, micro), retain_graph=retain_graph)
+
+    def update(self) -> StepResult:
+        """Perform the end of a written-out step: `reduce 0 | step | publish 0`."""
+        for instruction in Program.parse("reduce 0 | step | publish 0").instructions:
+            self.perform(instruction)
+        assert self._step is not None, "perform starts a step"
+        assert self._step.result is not None, "the instruction step leaves a result"
+        result, self._step = self._step.result, None
+        return result
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no written-out step is under way."""
+        return self._step is None
+
+    def _forward(self, step: _Step, instruction: Instruction) -> None:
+        assert instruction.micro is not None, "instructions check their own numbers"
+        share = step.forwards[instruction.micro]()
+        step.shares[instruction.micro] = share
+        self._count(step, share)
+
+    def _backward(self, step: _Step, instruction: Instruction, *, retain_graph: bool = False) -> None:
+        assert instruction.micro is not None, "instructions check their own numbers"
+        share = step.shares.pop(instruction.micro, None)
+        if share is None:
+            raise ProgramError(
+                f"{instruction} without a forward of micro-batch {instruction.micro}",
+                rule="a backward follows its forward, once",
+                fix="put the forward before it in the program",
+            )
+        self._accumulate(step)
+        share.value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    def _reduce(self, step: _Step, instruction: Instruction) -> None:
+        self._accumulate(step)
+        self._state.open_reduce()
+
+    def _update(self, step: _Step, instruction: Instruction) -> None:
+        self._state.finish_reduce()
+        totals = self._totals(step)
+        if totals.weight == 0:
+            raise ModelError(
+                f"the global weight of this update is {totals.weight:g}: no sample or target on any rank",
+                rule="an update averages over at least one sample",
+                fix="skip empty global batches, or check the labels (-100 is left out)",
+            )
+        factor = step.scale / totals.weight
+        grad_norm = float(self._state.grad_norm()) * abs(factor)
+        if not math.isfinite(grad_norm):
+            raise self._state.non_finite(grad_norm)
+        if self._clip_norm is not None:
+            # torch's own formula, so that a clipped run equals torch's.
+            factor *= min(1.0, self._clip_norm / (grad_norm + 1e-6))
+        self._state.scale_grads(factor)
+        self._optimizer.step()
+        step.result = StepResult(totals.loss, totals.weight, grad_norm)
+
+    def _accumulate(self, step: _Step) -> None:
+        if not step.accumulates:
+            self._state.begin()
+            step.accumulates = True
+
+    def _count(self, step: _Step, share: Share) -> None:
+        step.losses.append(share.value.detach())
+        if share.weight is not None:
+            step.weights.append(share.weight)
+
+    def _totals(self, step: _Step) -> StepResult:
+        loss, weight = self._mesh.total(
+            sum(float(value) for value in step.losses), sum(float(value) for value in step.weights)
+        )
+        return StepResult(loss * step.scale / weight if weight else math.nan, weight)

@@ -1,0 +1,99 @@
+"""The written-out loop: `engine()`, `backward`, `step` as single instructions of the same program.
+
+The engine forwards to it. It keeps count of micro-batches and their weights between calls and plays
+nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sixfold.base.errors import ModelError
+from sixfold.mesh import Mesh
+from sixfold.pipeline.batch import Batch
+from sixfold.pipeline.loss import Counts, Share
+from sixfold.pipeline.player import Player, StepResult
+
+
+@dataclass
+class _Tally:
+    """Counts since the last update.
+
+    Args:
+        micro: number of the micro-batch under way.
+        open: counts of forwards that no backward has followed yet.
+        closed: counts of micro-batches whose backward has been played.
+        weight: weight of the micro-batch under way once its backward has been played.
+        unweighted: whether any weight was taken from the number of samples.
+        num_backwards: backwards so far.
+    """
+
+    micro: int = 0
+    open: Counts = field(default_factory=Counts)
+    closed: Counts = field(default_factory=Counts)
+    weight: float | None = None
+    unweighted: bool = False
+    num_backwards: int = 0
+
+
+class WrittenOut:
+    """Plays forwards, backwards and updates one at a time."""
+
+    def __init__(self, player: Player, mesh: Mesh) -> None:
+        self._player = player
+        self._mesh = mesh
+        self._tally = _Tally()
+
+    @property
+    def num_backwards(self) -> int:
+        """Backwards since the last update."""
+        return self._tally.num_backwards
+
+    def forward(self, batch: Batch) -> int:
+        """Note a forward on `batch`; returns the number of its micro-batch.
+
+        A forward after a backward begins the next micro-batch; several forwards before one backward
+        (two models' inputs, real and generated ones) belong to the same.
+        """
+        tally = self._tally
+        if tally.weight is not None:
+            tally.micro, tally.weight = tally.micro + 1, None
+        tally.open += Counts.of(batch)
+        return tally.micro
+
+    def backward(self, loss: torch.Tensor, weight: float | None, *, retain_graph: bool) -> None:
+        """Backward of a mean loss; a further loss of the same micro-batch is added, not averaged.
+
+        Args:
+            weight: what `loss` is a mean over; None for the micro-batch's number of samples.
+        """
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise ModelError(
+                f"backward of {type(loss).__name__} {getattr(loss, 'shape', loss)!r}",
+                rule="backward starts from one number",
+                fix="reduce the loss to a scalar tensor, for example loss.mean()",
+            )
+        tally = self._tally
+        tally.num_backwards += 1
+        is_further = tally.weight is not None
+        if tally.weight is None:
+            tally.unweighted |= weight is None
+            tally.weight = float(weight) if weight is not None else tally.open.samples or 1.0
+            tally.closed, tally.open = tally.closed + tally.open, Counts()
+        share = Share(loss.reshape(()) * tally.weight, None if is_further else tally.weight)
+        self._player.backward(tally.micro, share, retain_graph=retain_graph)
+
+    def step(self) -> tuple[StepResult, float]:
+        """Play the update.
+
+        Returns:
+            What it came to, and the samples consumed over all ranks.
+        """
+        tally, self._tally = self._tally, _Tally()
+        *numbers, unweighted = self._mesh.total(*tally.closed.numbers(), float(tally.unweighted))
+        counts = Counts(*numbers)
+        if unweighted:
+            counts.refuse_ragged("engine.backward(loss) without weight")
+        return self._player.update(), counts.samples

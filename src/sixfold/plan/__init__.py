@@ -1,0 +1,33 @@
+"""What is decided, from what is asked and plain facts; no tensor library here.
+
+`engine` and `train` ask this room once per run and pass the frozen answer down; nothing here
+allocates, starts or plays anything.
+"""
+
+from sixfold.plan.batch import BatchPlan, decide_batch
+from sixfold.plan.geometry import Geometry, decide_geometry
+from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
+from sixfold.plan.plan import Plan, decide
+from sixfold.plan.precision import PrecisionPlan, decide_precision
+from sixfold.plan.residency import PRESETS, Residency, decide_residency
+from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
+
+__all__ = [
+    "PRESETS",
+    "BatchPlan",
+    "Geometry",
+    "LearningRate",
+    "ParameterFacts",
+    "Plan",
+    "PrecisionPlan",
+    "Residency",
+    "Slot",
+    "UnitPlan",
+    "cut_units",
+    "decide",
+    "decide_batch",
+    "decide_geometry",
+    "decide_learning_rate",
+    "decide_precision",
+    "decide_residency",
+]

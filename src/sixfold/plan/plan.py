@@ -1,0 +1,81 @@
+"""The plan: everything that is decided about a run, frozen, printed as one screen.
+
+`decide` is called once by the engine; the rooms below it receive the plan and decide nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sixfold.base.units import bytes_text, count_text
+from sixfold.config import Config
+from sixfold.plan.geometry import Geometry, decide_geometry
+from sixfold.plan.precision import ITEM_BYTES, PrecisionPlan, decide_precision
+from sixfold.plan.residency import Residency, decide_residency
+from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided.
+
+    Args:
+        geometry: ranks along each axis.
+        residency: where each kind of state lives.
+        precision: number types, one entry per working type that occurs among floating parameters.
+        units: what travels together, in module order.
+    """
+
+    geometry: Geometry
+    residency: Residency
+    precision: tuple[PrecisionPlan, ...]
+    units: tuple[UnitPlan, ...]
+
+    def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
+        """The number types of `unit`; None where its numbers are not floating."""
+        return next((types for types in self.precision if types.compute == unit.dtype), None)
+
+    def __str__(self) -> str:
+        trainable = sum(slot.numel for unit in self.units if unit.trainable for slot in unit.slots)
+        frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
+        working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
+        return "\n".join(
+            (
+                f"ranks       {self.geometry.world_size}: {self.geometry}",
+                f"parameters  {count_text(trainable)} trained, {count_text(frozen)} frozen, "
+                f"{bytes_text(working)} in {len(self.units)} unit(s)",
+                f"residency   {self.residency}",
+                *(f"precision   {types}" for types in self.precision),
+            )
+        )
+
+
+def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int) -> Plan:
+    """Decide geometry, residency, precision and units.
+
+    Args:
+        parameters: facts of the module's parameters in module order, with their own types.
+
+    Raises:
+        PlanError: the layout cannot be carried out with `world_size` ranks.
+    """
+    floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
+    types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
+    working = [
+        ParameterFacts(
+            facts.name,
+            facts.shape,
+            types[facts.dtype].compute if facts.dtype in types else facts.dtype,
+            facts.trainable,
+            facts.group,
+            facts.block,
+        )
+        for facts in parameters
+    ]
+    return Plan(
+        geometry=decide_geometry(config.layout, world_size),
+        residency=decide_residency(config.layout),
+        precision=tuple(dict.fromkeys(types.values())),
+        units=cut_units(working),
+    )

@@ -1,0 +1,130 @@
+"""Units: which parameters travel together, and where each lies in its unit's flat buffers.
+
+`cut_units` is called once with facts about a module; the state engine allocates exactly what it
+says. It sees names, shapes and types as plain data, never a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from sixfold.plan.precision import ITEM_BYTES
+
+ALIGN = 32
+"""Elements to which every parameter's place is rounded up: 64 bytes in the narrowest type."""
+
+TARGET_BYTES = 8 * 2**20
+"""Neighbouring blocks share a unit up to this size: smaller units pay latency, larger ones leave
+less to overlap with backward."""
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """What the plan needs to know of one parameter.
+
+    Args:
+        name: its first name in the module.
+        shape: its global shape.
+        dtype: its working type.
+        trainable: whether it gets gradients.
+        group: the optimizer group it belongs to.
+        block: which of the module's repeated blocks holds it, None outside of them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    group: int = 0
+    block: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place: elements [offset, offset + numel) of its unit."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    group: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """One unit: a flat buffer and the parameters in it, ordered by optimizer group.
+
+    Args:
+        dtype: working type of all its parameters.
+        trainable: whether it has gradients and optimizer state.
+        slots: places in order, without overlap.
+        numel: elements of the flat buffer, padding included.
+    """
+
+    dtype: str
+    trainable: bool
+    slots: tuple[Slot, ...]
+    numel: int
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(group, start, stop) of each optimizer group's contiguous run, in order."""
+        runs: list[tuple[int, int, int]] = []
+        for slot in self.slots:
+            stop = slot.offset + _round_up(slot.numel)
+            if runs and runs[-1][0] == slot.group:
+                runs[-1] = (slot.group, runs[-1][1], stop)
+            else:
+                runs.append((slot.group, slot.offset, stop))
+        return runs
+
+
+def cut_units(parameters: Iterable[ParameterFacts], target_bytes: int = TARGET_BYTES) -> tuple[UnitPlan, ...]:
+    """Cut parameters, given in module order, into units in that order.
+
+    A unit holds one (dtype, trainable) kind. Parameters of one block stay together; neighbouring
+    blocks are joined until `target_bytes` of working parameters are reached. Every parameter has
+    exactly one slot.
+    """
+    open_runs: dict[tuple[str, bool], list[ParameterFacts]] = {}
+    done: list[tuple[int, UnitPlan]] = []
+    order: dict[tuple[str, bool], int] = {}
+    for place, facts in enumerate(parameters):
+        kind = (facts.dtype, facts.trainable)
+        run = open_runs.setdefault(kind, [])
+        starts_block = not run or facts.block is None or run[-1].block != facts.block
+        if run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes:
+            done.append((order[kind], _lay_out(run)))
+            run = open_runs[kind] = []
+        if not run:
+            order[kind] = place
+        run.append(facts)
+    done += [(order[kind], _lay_out(run)) for kind, run in open_runs.items() if run]
+    return tuple(unit for _, unit in sorted(done, key=lambda item: item[0]))
+
+
+def _lay_out(run: Sequence[ParameterFacts]) -> UnitPlan:
+    slots: list[Slot] = []
+    offset = 0
+    for facts in sorted(run, key=lambda facts: facts.group):
+        slots.append(Slot(facts.name, facts.shape, offset, facts.group))
+        offset += _round_up(facts.numel)
+    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), offset)
+
+
+def _bytes(run: Sequence[ParameterFacts]) -> int:
+    return sum(facts.numel for facts in run) * ITEM_BYTES.get(run[0].dtype, 1)
+
+
+def _round_up(numel: int) -> int:
+    return -(-numel // ALIGN) * ALIGN

@@ -1,0 +1,34 @@
+"""Schedules: generators of programs.
+
+Each function writes the program of one rank from a handful of numbers; which residency windows it
+needs comes in as plain data. Called by `pipeline` before a step; nothing is played here.
+"""
+
+from __future__ import annotations
+
+from sixfold.program.instructions import Instruction, Op, Program
+
+
+def accumulation(num_micro: int) -> Program:
+    """Gradient accumulation: a pipeline of one stage.
+
+    Args:
+        num_micro: micro-batches of this rank in this update; 0 is legal (an empty share still
+            takes part in the reduction and the update).
+
+    The reduction window opens before the last backward, so that communication runs under it.
+    """
+    body: list[Instruction] = []
+    for micro in range(num_micro):
+        body.append(Instruction(Op.FORWARD, 0, micro))
+        if micro == num_micro - 1:
+            body.append(Instruction(Op.REDUCE, 0))
+        body.append(Instruction(Op.BACKWARD, 0, micro))
+    if num_micro == 0:
+        body.append(Instruction(Op.REDUCE, 0))
+    return Program((*body, Instruction(Op.STEP), Instruction(Op.PUBLISH, 0)))
+
+
+def forward_only(num_micro: int) -> Program:
+    """Evaluation: the forwards of one stage and nothing else."""
+    return Program(tuple(Instruction(Op.FORWARD, 0, micro) for micro in range(num_micro)))

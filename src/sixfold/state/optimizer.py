@@ -1,0 +1,270 @@
+"""Any torch optimizer over flat units.
+
+The user's optimizer stays the same object: its groups are pointed at contiguous runs of the master
+buffers, settings per group kept. Elementwise optimizers get one tensor per unit and group; any
+other gets each whole parameter. Called by the engine once; the player calls `step`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sixfold.base.errors import ConfigError, StateError
+from sixfold.config import OptimizerConfig
+from sixfold.plan import Slot
+from sixfold.state.state import ModelState
+from sixfold.state.unit import Unit
+
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""Optimizers whose update of a number depends on that number's own history only."""
+
+OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
+
+
+def build_optimizer(asked: OptimizerConfig) -> Callable[[Iterable[Any]], Optimizer]:
+    """A factory for the optimizer named in the configuration."""
+    kinds: dict[str, type[Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+        "adagrad": torch.optim.Adagrad,
+    }
+    kind = kinds[asked.name]
+    named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm"}, exclude_none=True)
+
+    def factory(parameters: Iterable[Any]) -> Optimizer:
+        return kind(parameters, **named)
+
+    return factory
+
+
+def make_optimizer(optimizer: OptimizerLike, module: nn.Module) -> Optimizer:
+    """The optimizer over `module`'s trainable parameters, before it is bound to units.
+
+    Args:
+        optimizer: an optimizer over parameters of `module`, or a factory that receives them.
+
+    Raises:
+        StateError: it already has state, or it misses or adds parameters.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    held = {parameter for group in made.param_groups for parameter in group["params"]}
+    if any(float(state.get("step", 1)) > 0 for state in made.state.values()):
+        raise StateError(
+            f"{type(made).__name__} already has state for {len(made.state)} tensor(s)",
+            rule="the optimizer is handed over before its first step",
+            fix="call sixfold.initialize before optimizer.step(), and engine.load to bring state back",
+        )
+    strangers = len(held - set(names))
+    missing = [names[parameter] for parameter in parameters if parameter not in held]
+    if strangers or missing:
+        raise StateError(
+            f"{type(made).__name__} holds {strangers} tensor(s) that are not parameters of "
+            f"{type(module).__name__} and misses {len(missing)} of its trainable ones "
+            f"({', '.join(missing[:4])})",
+            rule="the optimizer updates exactly the parameters with requires_grad=True",
+            fix="build it over model.parameters(), and set requires_grad=False on what stays fixed",
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A contiguous run of one unit's master buffer that the optimizer sees as one tensor."""
+
+    unit: Unit
+    start: int
+    stop: int
+    tensor: nn.Parameter
+    slots: tuple[Slot, ...]
+
+
+class BoundOptimizer:
+    """A torch optimizer whose groups point at master buffers.
+
+    Args:
+        inner: the torch optimizer, the user's own object.
+        runs: what it updates, by group.
+        base_lrs: each group's peak learning rate.
+    """
+
+    def __init__(self, inner: Optimizer, runs: list[_Run]) -> None:
+        self.inner = inner
+        self._runs = runs
+        self.base_lrs = [float(group["lr"]) for group in inner.param_groups]
+
+    def step(self) -> None:
+        """Update the master buffers from the reduced gradients."""
+        for run in self._runs:
+            grads = run.unit.grads
+            assert grads is not None, "only trainable units are bound"
+            grad = grads[run.start : run.stop].view(run.tensor.shape)
+            run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)
+        self.inner.step()
+        for run in self._runs:
+            run.tensor.grad = None
+
+    def set_lr(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` of its peak."""
+        for group, base in zip(self.inner.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group."""
+        return float(self.inner.param_groups[0]["lr"])
+
+    def named_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Optimizer state by parameter name and key, in the parameters' own shapes.
+
+        Scalars (a step count) stand under every parameter of their run. Views, not copies.
+        """
+        named: dict[str, dict[str, torch.Tensor]] = {}
+        for run in self._runs:
+            for key, value in self.inner.state.get(run.tensor, {}).items():
+                for slot in run.slots:
+                    named.setdefault(slot.name, {})[key] = _part(run, slot, torch.as_tensor(value))
+        return named
+
+    def load_named_state(self, named: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Inverse of `named_state`.
+
+        Raises:
+            StateError: a parameter has no entry, while others have.
+        """
+        missing = [slot.name for run in self._runs for slot in run.slots if slot.name not in named]
+        if named and missing:
+            raise StateError(
+                f"no optimizer state for {len(missing)} parameter(s): {', '.join(missing[:8])}",
+                rule="a checkpoint holds optimizer state for every trainable parameter or for none",
+                fix="load a checkpoint of the same model, or train on from its weights alone",
+            )
+        self.inner.state.clear()
+        for run in self._runs if named else ():
+            state: dict[str, torch.Tensor] = {}
+            for key, first in named[run.slots[0].name].items():
+                if _per_tensor(key, named, run):
+                    state[key] = first.clone()
+                    continue
+                whole = torch.zeros(run.tensor.shape, dtype=first.dtype, device=run.tensor.device)
+                for slot in run.slots:
+                    _part(run, slot, whole).copy_(named[slot.name][key])
+                state[key] = whole
+            self.inner.state[run.tensor] = state
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Settings of each group that are plain numbers, texts or flags; lr is the peak."""
+        return [
+            {
+                **{
+                    key: list(value) if isinstance(value, tuple) else value
+                    for key, value in group.items()
+                    if _is_plain(value)
+                },
+                "lr": base,
+            }
+            for group, base in zip(self.inner.param_groups, self.base_lrs, strict=True)
+        ]
+
+
+def bind(inner: Optimizer, state: ModelState) -> BoundOptimizer:
+    """Point the groups of `inner` at the master buffers of `state`.
+
+    State that a constructor made (torch's Adagrad does) moves along.
+    """
+    elementwise = type(inner) in ELEMENTWISE
+    names: dict[torch.Tensor, str] = {
+        parameter: slot.name
+        for unit in state.trained
+        for parameter, slot in zip(unit.parameters, unit.plan.slots, strict=True)
+    }
+    initial = {
+        names[parameter]: {key: torch.as_tensor(value).clone() for key, value in values.items()}
+        for parameter, values in inner.state.items()
+    }
+    runs: list[_Run] = []
+    for unit in state.trained:
+        for group, start, stop in unit.plan.segments():
+            slots = tuple(slot for slot in unit.plan.slots if slot.group == group)
+            if elementwise:
+                runs.append(_run(unit, start, stop, unit.master[start:stop], slots))
+            else:
+                runs += [
+                    _run(
+                        unit, slot.offset, slot.offset + slot.numel, unit.slot_of(unit.master, slot), (slot,)
+                    )
+                    for slot in slots
+                ]
+    for index, group_settings in enumerate(inner.param_groups):
+        group_settings["params"] = [run.tensor for run in runs if run.slots[0].group == index]
+        if elementwise and _may_fuse(inner, group_settings):
+            group_settings["fused"] = True
+    bound = BoundOptimizer(inner, runs)
+    bound.load_named_state(initial)
+    return bound
+
+
+def _run(unit: Unit, start: int, stop: int, view: torch.Tensor, slots: tuple[Slot, ...]) -> _Run:
+    return _Run(unit, start, stop, nn.Parameter(view, requires_grad=True), slots)
+
+
+def _part(run: _Run, slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    if value.shape != run.tensor.shape or run.tensor.shape == slot.shape:
+        return value
+    begin = slot.offset - run.start
+    return value[begin : begin + slot.numel].view(slot.shape)
+
+
+def _is_plain(value: object) -> bool:
+    kinds = (int, float, str, bool, type(None))
+    return isinstance(value, kinds) or (
+        isinstance(value, tuple) and all(isinstance(item, kinds) for item in value)
+    )
+
+
+def _per_tensor(key: str, named: Mapping[str, Mapping[str, torch.Tensor]], run: _Run) -> bool:
+    # One number for a whole tensor, such as torch's count of updates under "step"; the name only
+    # decides where the shapes cannot, in a run of nothing but 0-d parameters.
+    shaped = all(named[slot.name][key].shape == slot.shape for slot in run.slots)
+    return not shaped or (key == "step" and all(slot.shape == () for slot in run.slots))
+
+
+def _may_fuse(inner: Optimizer, group: dict[str, Any]) -> bool:
+    # Only where the user left the choice to torch: one fused pass over a flat tensor runs at the
+    # speed of memory, the default loop several times slower.
+    undecided = "fused" in inspect.signature(type(inner).__init__).parameters and group.get("fused") is None
+    blocked = any(group.get(key) for key in ("foreach", "capturable", "differentiable", "maximize"))
+    tensor_lr = isinstance(group.get("lr"), torch.Tensor)
+    return undecided and not blocked and not tensor_lr
+
+
+def refuse_two_definitions(asked: OptimizerConfig, optimizer: object) -> None:
+    """Raise when an optimizer was handed over and its settings are configured as well."""
+    also = sorted(asked.model_fields_set - {"clip_norm"})
+    if optimizer is not None and also:
+        raise ConfigError(
+            f"optimizer.{', optimizer.'.join(also)} configured beside a {type(optimizer).__name__} "
+            "handed over from Python",
+            rule="the optimizer is defined in one place",
+            fix="drop these keys (optimizer.clip_norm may stay), or hand over no optimizer",
+        )

@@ -1,0 +1,181 @@
+"""The model state of one rank: its units and the verbs that act on all of them.
+
+Driven by the player: `open_reduce` before the last backward, then `finish_reduce`, the optimizer,
+`publish`. Units are reduced in one fixed order, last unit first, whichever parameters were used on
+this rank. It issues collectives only through the mesh and never looks at a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ModelError, StateError
+from sixfold.mesh import Mesh
+from sixfold.parallel import DTYPES
+from sixfold.plan import Plan, Slot
+from sixfold.state.unit import Unit
+
+
+class ModelState:
+    """Units of one module, in module order.
+
+    Args:
+        module: whose parameters become views of the units' buffers.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh) -> None:
+        self.mesh = mesh
+        parameters = dict(module.named_parameters())
+        self.units = [Unit(unit, plan.precision_of(unit), parameters, mesh.device) for unit in plan.units]
+        self.trained = [unit for unit in self.units if unit.plan.trainable]
+        self._window = _ReduceWindow(self.trained, mesh)
+
+    def share_weights(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Give every rank rank 0's weights and buffers."""
+        pending = [self.mesh.broadcast(unit.master) for unit in self.units]
+        # A broadcast writes in place, so buffers that are views of something go through a copy.
+        copies = [(buffer, buffer.detach().contiguous().clone()) for buffer in buffers if buffer.numel()]
+        pending += [self.mesh.broadcast(copy) for _, copy in copies]
+        for each in pending:
+            each.wait()
+        with torch.no_grad():
+            for buffer, copy in copies:
+                buffer.copy_(copy)
+        self.publish()
+
+    def begin(self) -> None:
+        """Start accumulating gradients for the next update; gradients of the last one go."""
+        for unit in self.trained:
+            unit.zero_grads()
+
+    def open_reduce(self) -> None:
+        """From here on a unit is reduced as soon as its gradients are complete."""
+        self._window.open()
+
+    def finish_reduce(self) -> None:
+        """Reduce what has not been reduced, and wait for all of it."""
+        self._window.close()
+
+    def grad_norm(self) -> torch.Tensor:
+        """The 2-norm of all reduced gradients, a 0-d fp64 tensor, the same on every rank."""
+        squares = [
+            torch.linalg.vector_norm(unit.grads).double().square()
+            for unit in self.trained
+            if unit.grads is not None
+        ]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        return total.sqrt()
+
+    def non_finite(self, grad_norm: float) -> ModelError:
+        """The error for a gradient that is not finite, naming the first parameter it is found in."""
+        names = [
+            slot.name
+            for unit in self.trained
+            for slot in unit.plan.slots
+            if unit.grads is not None and not unit.slot_of(unit.grads, slot).isfinite().all()
+        ]
+        return ModelError(
+            f"the gradient norm is {grad_norm}; {len(names)} parameter(s) are not finite, first: "
+            f"{names[0] if names else 'none (the sum of squares overflowed)'}",
+            rule="an update is made from finite gradients only",
+            fix="lower optimizer.lr, set optimizer.clip_norm, or compute in a wider type",
+        )
+
+    def scale_grads(self, factor: float) -> None:
+        """Multiply all reduced gradients."""
+        if factor != 1.0:
+            for unit in self.trained:
+                if unit.grads is not None:
+                    unit.grads.mul_(factor)
+
+    def publish(self) -> None:
+        """Bring the updated state into the working parameters."""
+        for unit in self.trained:
+            unit.publish()
+
+    def absorb_edits(self) -> None:
+        """Take over what a user wrote into working parameters."""
+        for unit in self.trained:
+            unit.absorb_edits()
+
+    def slots(self) -> Iterator[tuple[Unit, Slot]]:
+        """Every parameter's unit and place."""
+        for unit in self.units:
+            for slot in unit.plan.slots:
+                yield unit, slot
+
+    def whole(self, unit: Unit, slot: Slot) -> torch.Tensor:
+        """One parameter in the storage type, whole; may share memory with the state."""
+        dtype = (
+            DTYPES[unit.precision.storage] if unit.precision and unit.plan.trainable else unit.master.dtype
+        )
+        return unit.slot_of(unit.master, slot).to(dtype)
+
+    def remove(self) -> None:
+        """Take the hooks off the module; its parameters stay usable."""
+        self._window.remove()
+
+
+class _ReduceWindow:
+    """Reduces units in fixed order while backward runs.
+
+    A unit is complete when each of its parameters has received its gradient since the window was
+    opened; parameters that receive none are counted in by `close`.
+    """
+
+    def __init__(self, units: list[Unit], mesh: Mesh) -> None:
+        self._order = list(reversed(units))
+        self._mesh = mesh
+        self._missing: dict[Unit, int] = {}
+        self._next = 0
+        self._open = False
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._arrival(unit))  # type: ignore[no-untyped-call]
+            for unit in units
+            for parameter in unit.parameters
+        ]
+
+    def open(self) -> None:
+        self._missing = {unit: len(unit.parameters) for unit in self._order}
+        self._next = 0
+        self._open = True
+
+    def close(self) -> None:
+        if not self._open:
+            self.open()
+        while self._next < len(self._order):
+            self._start()
+        for unit in self._order:
+            unit.finish_reduce()
+        self._open = False
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self) -> None:
+        unit = self._order[self._next]
+        unit.home_grads()
+        unit.start_reduce(self._mesh)
+        self._next += 1
+
+    def _arrival(self, unit: Unit) -> Callable[[nn.Parameter], None]:
+        def arrived(parameter: nn.Parameter) -> None:
+            if not self._open:
+                return
+            self._missing[unit] -= 1
+            if self._missing[unit] < 0:
+                raise StateError(
+                    f"a parameter of shape {tuple(parameter.shape)} received a second gradient after its "
+                    "unit was handed to the reduction",
+                    rule="one backward pass gives each parameter its gradient once",
+                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
+                    "(engine.backward), which reduces in step()",
+                )
+            while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
+                self._start()
+
+        return arrived

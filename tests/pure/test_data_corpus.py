@@ -1,0 +1,294 @@
+"""Preparing and opening corpora, on folders of a few small files."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import lzma
+import multiprocessing
+import os
+import shutil
+from itertools import pairwise
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sixfold.base.errors import DataError
+from sixfold.config.tree import DataConfig
+from sixfold.data.corpus import Corpus, prepare
+from sixfold.data.tokenizer import DOCUMENT_MARK
+
+WORDS = ["the", "order", "of", "samples", "never", "follows", "from", "ranks"]
+
+
+def text_of(number: int) -> str:
+    return "".join(
+        f"{WORDS[(number * 7 + line * line) % len(WORDS)]} = {number + line}\n" for line in range(40)
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    for number in range(20):
+        path = folder / ("deep/er" if number % 3 else "") / f"file{number:02d}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text_of(number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """One small corpus for the tests that only read it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(6):
+        (folder / f"{number}.py").write_text(text_of(number))
+    return prepare(asked(folder, held_out_files=2, cache=folder / "cache"))
+
+
+def asked(source: Path, **changes: object) -> DataConfig:
+    settings = {"path": source, "vocab_size": 300, "held_out_files": 5, "cache": source.parent / "cache"}
+    return DataConfig.model_validate({**settings, **changes})
+
+
+class Phases(list[str]):
+    """Records what prepare does."""
+
+    def __call__(self, phase: str, done: float) -> None:
+        assert 0 <= done <= 1
+        if phase not in self:
+            self.append(phase)
+
+
+BUILDING = ["read files", "train tokenizer", "tokenize", "compress"]
+
+
+def relative(source: Path) -> dict[str, str]:
+    return {path.relative_to(source).as_posix(): path.read_text() for path in source.rglob("*.py")}
+
+
+def documents(corpus: Corpus, tokens: np.ndarray) -> list[str]:
+    assert tokens[0] == corpus.document_mark
+    starts = [*np.flatnonzero(tokens == corpus.document_mark).tolist(), len(tokens)]
+    return [corpus.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(starts)]
+
+
+def test_the_shards_are_the_text(source: Path) -> None:
+    corpus = prepare(asked(source))
+    files = relative(source)
+    held_out = [files.pop(name) for name in corpus.held_out_names]
+    assert len(held_out) == corpus.num_held_out_documents == 5
+    assert list(corpus.held_out_names) == sorted(corpus.held_out_names)
+    assert documents(corpus, corpus.held_out) == held_out
+    assert documents(corpus, corpus.train) == [files[name] for name in sorted(files)]
+    assert corpus.num_train_documents == 15
+    assert corpus.num_train_bytes == sum(len(text.encode()) for text in files.values())
+    assert corpus.num_held_out_bytes == sum(len(text.encode()) for text in held_out)
+    assert corpus.vocab_size == corpus.tokenizer.get_vocab_size() == 300
+    assert corpus.train.dtype == np.uint16
+    assert corpus.train.max() < 300
+    assert len(corpus.train) < corpus.num_train_bytes / 1.5
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.train[0] = 1
+
+
+def test_compressors_see_the_held_out_bytes(source: Path) -> None:
+    corpus = prepare(asked(source))
+    files = relative(source)
+    content = "".join(files[name] for name in corpus.held_out_names).encode()
+    assert corpus.compressors == {
+        "gzip -9": 8 * len(gzip.compress(content, 9, mtime=0)) / len(content),
+        "xz -9": 8 * len(lzma.compress(content, preset=9)) / len(content),
+    }
+
+
+@given(text=st.text())
+def test_any_text_survives(corpus: Corpus, text: str) -> None:
+    ids = corpus.encode(text)
+    assert corpus.decode(ids) == text
+    assert all(0 <= token < corpus.vocab_size for token in ids)
+
+
+def test_text_that_spells_the_mark_is_text(corpus: Corpus) -> None:
+    ids = corpus.encode(f"a {DOCUMENT_MARK} b")
+    assert corpus.document_mark not in ids
+    assert corpus.decode(ids) == f"a {DOCUMENT_MARK} b"
+    assert corpus.decode([corpus.document_mark]) == DOCUMENT_MARK
+
+
+def test_a_document_may_spell_the_mark_too(source: Path) -> None:
+    (source / "file00.py").write_text(f"x = '{DOCUMENT_MARK}'\n" * 3)
+    corpus = prepare(asked(source))
+    marks = np.count_nonzero(corpus.train == corpus.document_mark)
+    marks += np.count_nonzero(corpus.held_out == corpus.document_mark)
+    assert marks == 20
+
+
+def test_the_same_text_gives_the_same_files(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "copy")
+    first = prepare(asked(source))
+    second = prepare(asked(tmp_path / "copy", cache=tmp_path / "other"))
+    assert first.folder != second.folder
+    assert first.folder.name == second.folder.name
+    for path in first.folder.iterdir():
+        assert path.read_bytes() == (second.folder / path.name).read_bytes(), path.name
+
+
+def test_long_documents_are_cut_for_the_tokenizer_only(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sixfold.data.corpus._PIECE_CHARS", 50)
+    monkeypatch.setattr("sixfold.data.corpus._BATCH_CHARS", 120)
+    corpus = prepare(asked(source))
+    files = relative(source)
+    assert documents(corpus, corpus.held_out) == [files[name] for name in corpus.held_out_names]
+
+
+def test_a_small_vocabulary_is_reported_as_it_is(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text("ab" * (number + 1))
+    corpus = prepare(asked(tmp_path, vocab_size=4096, held_out_files=1, cache=tmp_path / "cache"))
+    assert 257 <= corpus.vocab_size < 270
+    assert corpus.tokenizer.get_vocab_size() == corpus.vocab_size
+
+
+def test_a_known_corpus_is_not_read_again(source: Path) -> None:
+    phases = Phases()
+    first = prepare(asked(source), on_progress=phases)
+    assert phases == BUILDING
+    phases.clear()
+    again = prepare(asked(source, sequence_length=7), on_progress=phases)
+    assert phases == []
+    assert again.folder == first.folder
+
+
+def test_new_times_are_read_but_not_built_again(source: Path) -> None:
+    first = prepare(asked(source))
+    os.utime(source / "file00.py", (1, 1))
+    phases = Phases()
+    assert prepare(asked(source), on_progress=phases).folder == first.folder
+    assert phases == ["read files"]
+
+
+@pytest.mark.parametrize("change", ["content", "vocab_size", "held_out_files", "max_mb"])
+def test_what_matters_makes_another_corpus(source: Path, change: str) -> None:
+    first = prepare(asked(source))
+    if change == "content":
+        (source / "file00.py").write_text("changed = True\n")
+        second = prepare(asked(source))
+    else:
+        second = prepare(
+            asked(source, **{change: {"vocab_size": 280, "held_out_files": 4, "max_mb": 0.008}[change]})
+        )
+    assert second.folder != first.folder
+    Corpus(first.folder).verify()
+
+
+def prepare_together(barrier: Barrier, config: DataConfig, results: Queue[tuple[str, list[str]]]) -> None:
+    phases = Phases()
+    barrier.wait(timeout=60)
+    folder = prepare(config, on_progress=phases).folder
+    results.put((str(folder), list(phases)))
+
+
+def test_processes_at_once_build_once(source: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(3), context.Queue()
+    processes = [
+        context.Process(target=prepare_together, args=(barrier, asked(source), queue)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({folder for folder, _ in results}) == 1
+    assert sum("compress" in phases for _, phases in results) == 1
+    Corpus(Path(results[0][0])).verify()
+
+
+def folders_in(cache: Path) -> set[str]:
+    return {path.name for path in (cache / "corpora").iterdir() if path.is_dir()}
+
+
+def test_a_build_that_was_broken_off_leaves_nothing(source: Path) -> None:
+    def stop(phase: str, done: float) -> None:
+        if phase == "compress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(asked(source), on_progress=stop)
+    assert folders_in(source.parent / "cache") == {"known"}
+    phases = Phases()
+    prepare(asked(source), on_progress=phases).verify()
+    assert phases == BUILDING
+
+
+def test_what_a_killed_builder_left_is_cleared_away(source: Path, tmp_path: Path) -> None:
+    name = prepare(asked(source)).folder.name
+    leftover = tmp_path / "other" / "corpora" / f"{name}.building"
+    leftover.mkdir(parents=True)
+    (leftover / "train.bin").write_text("half a shard")
+    prepare(asked(source, cache=tmp_path / "other")).verify()
+    assert folders_in(tmp_path / "other") == {"known", name}
+
+
+def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(asked(source))
+    assert folders_in(source.parent / "cache") == {"known"}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json", "corpus.json"])
+def test_a_truncated_file_is_refused_by_name(source: Path, name: str) -> None:
+    corpus = prepare(asked(source))
+    path = corpus.folder / name
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=name) as caught:
+        prepare(asked(source))
+    assert str(corpus.folder) in caught.value.fix
+    path.unlink()
+    with pytest.raises(DataError, match=name):
+        prepare(asked(source))
+    shutil.rmtree(corpus.folder)  # the fix
+    prepare(asked(source)).verify()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json"])
+def test_a_flipped_bit_is_found_by_verify(source: Path, name: str) -> None:
+    path = prepare(asked(source)).folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} is damaged: crc32"):
+        prepare(asked(source)).verify()
+
+
+def test_another_format_is_refused(source: Path) -> None:
+    path = prepare(asked(source)).folder / "corpus.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(DataError, match="format 99"):
+        prepare(asked(source))
+
+
+def test_a_tokenizer_that_is_none_is_refused(source: Path) -> None:
+    corpus = prepare(asked(source))
+    path = corpus.folder / "tokenizer.json"
+    path.write_text("{" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        prepare(asked(source)).encode("text")
+
+
+def test_a_cache_that_cannot_be_written_says_so(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("a file")
+    with pytest.raises(DataError, match="cannot be written") as caught:
+        prepare(asked(source, cache=tmp_path / "occupied"))
+    assert "data.cache" in caught.value.fix

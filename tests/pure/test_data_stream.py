@@ -1,0 +1,69 @@
+"""Samples and held-out windows cut from one run of tokens."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sixfold.base.errors import DataError
+from sixfold.data.order import sample_index, share
+from sixfold.data.stream import TokenStream, windows
+
+
+def stream(num_tokens: int = 101, length: int = 4, seed: int = 3) -> TokenStream:
+    return TokenStream(np.arange(num_tokens, dtype=np.uint16), length, seed)
+
+
+def test_sample_i_is_its_place_in_the_tokens() -> None:
+    samples = stream()
+    batch = samples.batch(0, range(samples.num_samples))
+    assert samples.num_samples == 25
+    assert batch.dtype == np.int64
+    assert type(batch) is np.ndarray
+    for number, row in enumerate(batch):
+        start = sample_index(3, number, 25) * 4
+        assert row.tolist() == list(range(start, start + 5))
+    assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 4))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_samples"), [(5, 1), (8, 1), (9, 2), (100, 24)])
+def test_num_samples_counts_whole_samples(num_tokens: int, num_samples: int) -> None:
+    samples = stream(num_tokens)
+    assert samples.num_samples == num_samples
+    assert samples.batch(0, range(num_samples)).max() < num_tokens
+
+
+@given(ranks=st.integers(1, 40), first=st.integers(0, 100), global_batch=st.integers(1, 30))
+def test_ranks_together_see_the_global_batch(ranks: int, first: int, global_batch: int) -> None:
+    samples = stream()
+    whole = samples.batch(first, range(global_batch))
+    parts = [samples.batch(first, share(global_batch, rank, ranks)) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_going_on_from_a_counter_equals_going_straight() -> None:
+    straight = stream().batch(0, range(60))
+    resumed = [stream().batch(first, range(6)) for first in range(0, 60, 6)]
+    assert np.array_equal(np.concatenate(resumed), straight)
+    assert np.array_equal(stream().batch(10, [7, 0, 30]), straight[[17, 10, 40]])
+
+
+def test_an_empty_share_keeps_its_width() -> None:
+    assert stream().batch(5, range(0)).shape == (0, 5)
+
+
+def test_too_few_tokens_are_refused_with_a_length_that_works() -> None:
+    with pytest.raises(DataError) as caught:
+        stream(num_tokens=4)
+    assert "sequence_length = 3" in caught.value.fix
+    assert stream(num_tokens=4, length=3).num_samples == 1
+
+
+@given(num_tokens=st.integers(0, 60), length=st.integers(1, 20))
+def test_windows_predict_every_token_once(num_tokens: int, length: int) -> None:
+    cut = list(windows(np.arange(num_tokens, dtype=np.uint16), length))
+    targets = [token for window in cut for token in window[1:].tolist()]
+    assert targets == list(range(1, num_tokens))
+    assert all(np.array_equal(window[:-1] + 1, window[1:]) for window in cut)
+    assert all(len(window) == length + 1 for window in cut[:-1])
+    assert all(window.dtype == np.int64 and len(window) >= 2 for window in cut)
