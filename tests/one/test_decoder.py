@@ -200,7 +200,7 @@ def test_initial_weights_have_the_stated_scale(from_meta: bool) -> None:
     # Nothing but parameters, so nothing that to_empty could leave as garbage.
     assert list(model.buffers()) == []
     for name, parameter in model.named_parameters():
-        std = parameter.shape[-1] ** -0.5
+        std = (parameter.shape[-1] * (1 if "embed" in name else 2)) ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * 3) ** 0.5
         if "norm" in name:

@@ -84,6 +84,13 @@ WORDS = {
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip
 
+_COUNTS = (
+    "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
+    "data.held_out_files", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
+    "layout.pipe", "layout.context", "layout.expert", "train.steps", "train.eval_every", "checkpoint.every",
+    "checkpoint.keep_last", "monitor.every", "launch.ranks", "launch.threads",
+)  # fmt: skip
+
 OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "seed": (-1, 2**63),
     "model.rope_base": (1.0, 0, -10.5),
@@ -102,17 +109,8 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "train.sample_tokens": (-1,),
     "monitor.peak_tflops": (0, -2.0),
     "launch.timeout_s": (0, -1.0),
-    **{
-        path: (0, -3)
-        for path in (
-            "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
-            "data.held_out_files", "batch.global", "batch.micro", "layout.data", "layout.shard",
-            "layout.tensor", "layout.pipe", "layout.context", "layout.expert", "train.steps",
-            "train.eval_every", "checkpoint.every", "checkpoint.keep_last", "monitor.every", "launch.ranks",
-            "launch.threads",
-        )
-    },
-}  # fmt: skip
+    **dict.fromkeys(_COUNTS, (0, -3)),
+}
 
 CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("model.width", 100, "model.num_heads"),
@@ -126,8 +124,6 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("optimizer.name", "adagrad", "optimizer.betas"),
     ("optimizer.name", "sgd", "optimizer.eps"),
     ("lr_schedule.name", "constant", "lr_schedule.final_ratio"),
-    ("lr_schedule.warmup_steps", 300, "train.steps"),
-    ("train.steps", 10, "lr_schedule.warmup_steps"),
     ("precision.compute", "fp64", "precision.storage"),
     ("precision.master", "bf16", "precision.compute"),
     ("layout.zero", 0, "layout.shard"),

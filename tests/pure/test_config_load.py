@@ -204,7 +204,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("a.toml", "seed = 1\n[train\nsteps = 1\n", 2),
         ("b.toml", 'seed = 1\n[train]\nprompt = "a\nsteps = 1\n', 3),
         ("c.toml", "seed = 1\n\n[train]\nsteps = 1 2\n", 4),
-        ("d.toml", "optimizer = {lr = 1}\n[optimizer]\nlr = 1\n", 2),
+        ("d.toml", "optimizer = {lr = 1}\n[optimizer]\neps = 1\n", 2),
         ("e.toml", "[data]\ninclude = [\n  'a',\n", 2),
         ("a.yaml", "seed: 1\ntrain:\n  steps: [1\n", 4),
         ("b.yaml", "- 1\n- 2\n", 1),
@@ -241,7 +241,16 @@ def test_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_toml_in_every_spelling_has_its_lines(tmp_path: Path) -> None:
-    text = 'batch.global = 4\n"seed" = 0x10\noptimizer = { lr = 1, eps = 2 }\n[ train ] # hi\n\'prompt\' = """\na = 1\n[data]\n"""\n"steps" = 3\n'
+    text = """batch.global = 4
+"seed" = 0x10
+optimizer = { lr = 1, eps = 2 }
+[ train ] # hi
+'prompt' = '''
+a = 1
+[data]
+'''
+"steps" = 3
+"""
     file = write(tmp_path, "a.toml", text)
     resolved = load(file)
     assert resolved.config.train.prompt == "a = 1\n[data]\n"
@@ -249,7 +258,8 @@ def test_toml_in_every_spelling_has_its_lines(tmp_path: Path) -> None:
         path: int(origin.rpartition(":")[2]) for path, origin in resolved.origins.items() if ":" in origin
     }
     assert lines == {
-        "batch.global": 1, "seed": 2, "optimizer.lr": 3, "optimizer.eps": 3, "train.prompt": 5, "train.steps": 9,
+        "batch.global": 1, "seed": 2, "optimizer.lr": 3, "optimizer.eps": 3, "train.prompt": 5,
+        "train.steps": 9,
     }  # fmt: skip
 
 
@@ -286,7 +296,8 @@ def test_a_yaml_file_that_expands_without_end_is_only_refused(tmp_path: Path) ->
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
-    text = "lr = 2\n[optimizer]\nlr = '1e-3'\nname = 'adam'\n[btach]\nmicro = 3\n[data]\ninclude = '*.py'\n[model]\nwidth = 250\n"
+    text = "lr = 2\n[optimizer]\nlr = '1e-3'\nname = 'adam'\n[btach]\nmicro = 3\n"
+    text += "[data]\ninclude = '*.py'\n[model]\nwidth = 250\n"
     file = write(tmp_path, "my.toml", text)
     error = refusal(file=file, overrides=["batch.mikro=3"], values={"launch": {"ranks": 0}})
     message = str(error)
@@ -603,6 +614,6 @@ def _single(path: str, value: object) -> dict[str, dict[str, object]]:
 
 
 def test_the_room_loads_no_tensor_library() -> None:
-    code = "import sys; from sixfold.config import load; load(); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, sixfold.config as c; c.load(); print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

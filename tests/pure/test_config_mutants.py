@@ -47,7 +47,7 @@ def test_the_cases_cover_the_tree() -> None:
     added = {path for path, _, _ in ADDED}
     assert ranged - added == set(OUT_OF_RANGE)
     assert {path for path, leaf in LEAVES.items() if leaf.default is None} - added == OPTIONAL
-    assert {kind for kind in map(lambda mutant: mutant.kind, MUTANTS)} >= {"duplicate key", "syntax", "null"}
+    assert {mutant.kind for mutant in MUTANTS} >= {"duplicate key", "syntax", "null"}
     assert len(MUTANTS) == 500
     assert len({mutant.text for mutant in MUTANTS}) > 450
 

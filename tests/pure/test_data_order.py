@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sixfold.data.order import indices_at, sample_index, sample_indices, share
+from sixfold.data.order import indices_at, sample_index, sample_indices
+from sixfold.plan.batch import share
 
 seeds = st.integers(0, 2**63 - 1)
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError
-from sixfold.data.order import sample_index, share
+from sixfold.data.order import sample_index
 from sixfold.data.stream import TokenStream, windows
+from sixfold.plan.batch import share
 
 
 def stream(num_tokens: int = 101, length: int = 4, seed: int = 3) -> TokenStream:

@@ -36,6 +36,14 @@ class Table:
 
     entries: tuple[Entry, ...] = ()
 
+    def plain(self) -> dict[str, object]:
+        """The table as a dictionary, for where it stands in the place of a value."""
+        return {entry.key: _plain(entry.value) for entry in self.entries}
+
+
+def _plain(value: object) -> object:
+    return value.plain() if isinstance(value, Table) else value
+
 
 class Malformed(Exception):
     """A file that its format's parser refuses; the loader turns it into a listed problem."""
@@ -159,7 +167,7 @@ def _json_value(value: object, lines: Iterator[int], place: Place) -> object:
             entries.append(Entry(key, _json_value(inner, lines, place), place(line)))
         return Table(tuple(entries))
     if isinstance(value, list):
-        return [_json_value(inner, lines, place) for inner in value]
+        return [_plain(_json_value(inner, lines, place)) for inner in value]
     return value
 
 

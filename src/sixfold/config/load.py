@@ -174,7 +174,8 @@ def _settings(table: Table, problems: Problems) -> dict[str, Setting]:
 
     def visit(table: Table, prefix: str) -> None:
         for entry in table.entries:
-            path, setting = prefix + entry.key, Setting(_plain(entry.value), entry.place)
+            value = entry.value.plain() if isinstance(entry.value, Table) else entry.value
+            path, setting = prefix + entry.key, Setting(value, entry.place)
             if any(path.startswith(known + ".") for known in unknown):
                 continue  # inside a section that is already noted as unknown
             if path in seen:
@@ -200,13 +201,6 @@ def _as_table(entry: Entry) -> Table | None:
     if isinstance(entry.value, dict):  # an inline table
         return _table(entry.value, entry.place)
     return entry.value if isinstance(entry.value, Table) else None
-
-
-def _plain(value: object) -> object:
-    """A table back as a dictionary, where one stands in the place of a value."""
-    if isinstance(value, Table):
-        return {entry.key: _plain(entry.value) for entry in value.entries}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _note_duplicate(path: str, first: Setting, second: Setting, problems: Problems) -> None:

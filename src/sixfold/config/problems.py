@@ -6,6 +6,7 @@ This module words problems; it finds none.
 
 from __future__ import annotations
 
+import itertools
 import json
 import reprlib
 from collections.abc import Iterator
@@ -89,20 +90,25 @@ class Problems:
         )
 
 
+_LENGTH = 80
+_SHORT = reprlib.Repr()  # plain repr can be of any length
+_SHORT.maxlevel = 2
+
+
 def show(value: object) -> str:
     """A value as it would stand in a file, cut to a readable length."""
+    text = _text(value)
+    return text if len(text) <= _LENGTH else text[: _LENGTH - 3] + "..."
+
+
+def _text(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, Path)):
-        text = str(value)
-        return json.dumps(text if len(text) <= 80 else text[:77] + "...", ensure_ascii=False)
+        return json.dumps(str(value), ensure_ascii=False)
     if isinstance(value, (list, tuple)):
-        more = ["..."] if len(value) > 6 else []
-        return "[" + ", ".join([*(_element(item) for item in value[:6]), *more]) + "]"
-    return reprlib.repr(value)
-
-
-def _element(value: object) -> str:
-    return reprlib.repr(value) if isinstance(value, (list, tuple, dict)) else show(value)
+        elements = (_SHORT.repr(item) if isinstance(item, (list, tuple)) else _text(item) for item in value)
+        return "[" + ", ".join(itertools.islice(elements, _LENGTH)) + "]"
+    return _SHORT.repr(value)

@@ -170,14 +170,14 @@ def _nearby(leaf: Leaf, value: object) -> Iterator[object]:
             yield leaf.base(value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):  # nan and inf have no whole number
-            yield leaf.base(value)
+            yield str(value) if leaf.base in (str, Path) else leaf.base(value)
         yield from sorted(leaf.limits, key=lambda limit: abs(limit - value))
     yield from ((value,), leaf.example)
 
 
 def _is_legal(leaf: Leaf, value: object) -> bool:
     try:
-        Config.model_validate(nested({leaf.path: value}))
+        Config.model_validate(nested({leaf.path: leaf.convert(value)}))
     except ValidationError:
         return False
     return True

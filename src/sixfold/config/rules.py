@@ -151,16 +151,6 @@ def _final_ratio(final_ratio: float, name: str) -> Verdict:
     )
 
 
-@_rule("lr_schedule.warmup_steps", "train.steps")
-def _warmup(warmup_steps: int, steps: int | None) -> Verdict:
-    if steps is None or warmup_steps < steps:
-        return None
-    return (
-        "the warm-up ends before the run does: lr_schedule.warmup_steps < train.steps",
-        f"set lr_schedule.warmup_steps = {steps // 10}, or train.steps = {10 * warmup_steps}",
-    )
-
-
 def _whole_under_fp64(key: str) -> None:
     @_rule(f"precision.{key}", "precision.compute")
     def check(value: str | None, compute: str | None) -> Verdict:

@@ -188,6 +188,6 @@ def nearest(path: str) -> list[str]:
     alike = difflib.get_close_matches(key, sorted(set(last.values())), n=1, cutoff=0.75)
     if alike:
         return [known for known, name in last.items() if name == alike[0]][:3]
-    words = set(re.findall(r"[a-z]+", key))
+    words = set(re.findall(r"[a-z]{3,}", key))
     helps = {known: set(re.findall(r"[a-z]+", leaf.help.lower())) for known, leaf in LEAVES.items()}
     return [known for known, text in helps.items() if words and words <= text][:3]

@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from sixfold.base.errors import DataError
-from sixfold.data.order import sample_indices, share
+from sixfold.data.order import sample_indices
+from sixfold.plan.batch import share
 
 Collate = Callable[[list[Any]], Any]
 _Scalar = str | bytes | int | float | None

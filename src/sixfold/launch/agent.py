@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server import (
+from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
     Worker,

@@ -96,19 +96,19 @@ def from_exception(error: BaseException, *, rank: int, step: int | None) -> Fail
     trace = _without_launcher(error.__traceback__)
     where, source = _users_line(error, trace)
     lines = traceback.TracebackException(type(error), error, trace).format()
-    is_ours = isinstance(error, SixfoldError)
+    told = error if isinstance(error, SixfoldError) else None
     return Failure(
         rank=rank,
         step=step,
         time=time.time(),
         kind=_kind(error),
-        message=error.given if isinstance(error, SixfoldError) else str(error),
+        message=told.given if told else str(error),
         where=where,
         source=source,
         details="".join(lines),
-        rule=error.rule if isinstance(error, SixfoldError) else "",
-        fix=error.fix if isinstance(error, SixfoldError) else "",
-        exit_code=error.exit_code if is_ours else _plain_exit_code(error),
+        rule=told.rule if told else "",
+        fix=told.fix if told else "",
+        exit_code=told.exit_code if told else _plain_exit_code(error),
         victim=is_victim(error),
     )
 
@@ -166,7 +166,9 @@ def render(
         lines += [f"at {cause.where}", f"    {cause.source}"]
     lines += [f"{label}: {text}" for label, text in (("rule", cause.rule), ("fix", cause.fix)) if text]
     for other in sorted(others, key=lambda failure: failure.rank):
-        lines.append(f"also rank {other.rank}{' (a consequence)' if other.victim else ''}: {other.headline}")
+        lines.append(
+            f"also rank {other.rank}{' (a consequence)' if other.victim else ''}: {other.headline[:200]}"
+        )
     if log is not None:
         lines.append(f"log: {log}")
     return "\n".join([*lines, "", cause.details.rstrip(), ""])

@@ -79,7 +79,7 @@ def main(marker: str, scratch: str) -> None:
     words = sys.stdin.read().split()
     if words[-1:] != ["done"]:
         sweep(marker, {int(word) for word in words})
-    shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -52,13 +52,17 @@ class Relay:
             os.close(stream.inner)
         self._thread.start()
 
-    def close(self) -> bool:
-        """Finish, after rank 0 and all its children are gone; True if the output ended inside a line."""
+    @property
+    def is_inside_line(self) -> bool:
+        """Whether the last output ended without a newline, as a live line does."""
+        return any(stream.is_inside_line for stream in self._streams)
+
+    def close(self) -> None:
+        """Finish, after rank 0 and all its children are gone."""
         self._thread.join(timeout=5.0)
         for stream in self._streams:
             stream.finish()
         os.close(self._log)
-        return any(stream.is_inside_line for stream in self._streams)
 
     def _pump(self) -> None:
         with selectors.DefaultSelector() as selector:

@@ -89,7 +89,7 @@ def launch(
             run_agent(job, ranks=ranks, node=node, log=job.logs / "agent.log")
         finally:
             job.end()
-    return job.verdict()
+        return job.verdict()
 
 
 @dataclass
@@ -125,9 +125,7 @@ class Job:
     _ranks: list[_Rank] = field(default_factory=list)
     _relay: Relay | None = None
     _guardian: subprocess.Popen[bytes] | None = None
-    _ends_inside_line: bool = False
-    _announced_stop: bool = False
-    _stalled: bool = False
+    _cut_short: str = ""
     _failed_at: float | None = None
     _linger_from: float | None = None
     _progress: object = None
@@ -188,7 +186,7 @@ class Job:
             return "done" if self._failed_at is None else "failed"
         if self.asked.count and self._failed_at is None:
             self._ask_to_stop(now)
-        return "failed" if self._is_out_of_time(now) else "running"
+        return "failed" if self._is_time_to_end(now) else "running"
 
     def kill(self) -> None:
         """End every process of this launch now."""
@@ -203,8 +201,7 @@ class Job:
         """Nothing of this launch is left after it, nor unread; harmless when repeated."""
         self.kill()
         if self._relay is not None:
-            self._ends_inside_line = self._relay.close()
-            self._relay = None
+            self._relay.close()
         if self._guardian is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._guardian.communicate(b"done\n")
@@ -219,16 +216,12 @@ class Job:
             log = self._log(cause.rank)
             self._say(render(cause, world_size=self.world_size, others=others, log=log))
             return cause.exit_code
-        if any(one.was_killed for one in self._ranks) and not self._is_saved():
-            why = (
-                f"no rank saved or made a step for {STALL_S:.0f} s"
-                if self._stalled
-                else "a second signal came"
-            )
-            self._say(f"sixfold: ended before the ranks had saved, because {why}\n")
+        if self._is_saved():
+            return EXIT_INTERRUPTED
+        if self._cut_short:
+            self._say(f"sixfold: ended before the ranks had saved, because {self._cut_short}\n")
             return EXIT_WORKER
-        stopped = any(one.was_asked and one.process.returncode for one in self._ranks)
-        return EXIT_INTERRUPTED if stopped or self._is_saved() else EXIT_DONE
+        return EXIT_INTERRUPTED if any(one.process.returncode for one in self._ranks) else EXIT_DONE
 
     # Starting.
 
@@ -251,11 +244,13 @@ class Job:
 
     @contextlib.contextmanager
     def _streams(self, rank: int) -> Iterator[tuple[int | None, int, int]]:
-        """Standard input, output and error of a rank: rank 0 keeps the terminal, the others have their log."""
+        """Standard input, output and error of a rank: rank 0 keeps the terminal, others have a log."""
         if rank == 0:
             self._relay = Relay(self._log(0))
-            yield None, self._relay.child_out, self._relay.child_err
-            self._relay.start()
+            try:
+                yield None, self._relay.child_out, self._relay.child_err
+            finally:
+                self._relay.start()
         else:
             with open(self._log(rank), "ab", buffering=0) as log:
                 yield subprocess.DEVNULL, log.fileno(), log.fileno()
@@ -274,19 +269,20 @@ class Job:
 
     def _is_failed_exit(self, one: _Rank) -> bool:
         code = one.process.returncode
-        return code != 0 and not one.was_killed and not (one.was_asked and code in _STOPPED_CODES)
+        return code != 0 and not one.was_killed and not (self.asked.count and code in _STOPPED_CODES)
 
     def _ask_to_stop(self, now: float) -> None:
         """Pass the stop request on to every rank once: to the rank itself, not to its loader workers."""
-        if not self._announced_stop:
-            self._announced_stop, self._progress_at = True, now
-            self._say("sixfold: asked the ranks to save and stop; Ctrl-C again ends at once\n", restore=True)
+        if not any(one.was_asked for one in self._ranks):
+            self._progress_at = now
+            self._say("sixfold: asked the ranks to save and stop; Ctrl-C again ends at once\n")
         for one in self._ranks:
             if not one.was_asked and one.ended_at is None:
                 one.was_asked = True
                 one.process.send_signal(signal.SIGTERM)
 
-    def _is_out_of_time(self, now: float) -> bool:
+    def _is_time_to_end(self, now: float) -> bool:
+        """Whether to kill what is left; sets `_cut_short` when that costs work."""
         if self._failed_at is not None:
             return self.asked.count > 1 or now - self._failed_at > FAILURE_GRACE_S
         if not self.asked.count:
@@ -294,11 +290,13 @@ class Job:
         progress = [read_progress(self.scratch, one.rank) for one in self._ranks]
         if progress != self._progress or any(phase == "saving" for phase, _ in progress):
             self._progress, self._progress_at = progress, now
-        self._stalled = now - self._progress_at > STALL_S
-        if self._linger_from is None and self._is_over():
+        if self.asked.count > 1:
+            self._cut_short = "a second signal came"
+        elif now - self._progress_at > STALL_S:
+            self._cut_short = f"no rank saved or made a step for {STALL_S:.0f} s"
+        if self._linger_from is None and self._has_nothing_left():
             self._linger_from = now
-        is_over = self._linger_from is not None and now - self._linger_from > LINGER_S
-        return self.asked.count > 1 or self._stalled or is_over
+        return bool(self._cut_short) or (self._linger_from is not None and now - self._linger_from > LINGER_S)
 
     def _is_saved(self) -> bool:
         """Whether every rank has said so, or ended well without a need to."""
@@ -308,11 +306,10 @@ class Job:
             phase == "interrupted" or ended for phase, ended in zip(phases, ended_well, strict=True)
         )
 
-    def _is_over(self) -> bool:
-        """Whether the ranks that still live have nothing left to do or nobody to do it with."""
-        return self._is_saved() or any(
-            one.ended_at is not None and one.process.returncode for one in self._ranks
-        )
+    def _has_nothing_left(self) -> bool:
+        """Whether the ranks that still live have nothing to do any more, or nobody to do it with."""
+        is_stopped = any(one.ended_at is not None and one.process.returncode for one in self._ranks)
+        return is_stopped or self._is_saved()
 
     # Telling.
 
@@ -344,12 +341,11 @@ class Job:
             return "\n".join(log.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
         return ""
 
-    def _say(self, text: str, *, restore: bool = False) -> None:
+    def _say(self, text: str) -> None:
         """Write on stderr, below a live line that rank 0 may have left."""
-        is_inside_line = self._ends_inside_line or (restore and os.isatty(2))
+        is_inside_line = self._relay is not None and self._relay.is_inside_line
         sys.stderr.write("\n" + text if is_inside_line else text)
         sys.stderr.flush()
-        self._ends_inside_line = False
 
 
 def _check(command: Sequence[str], ranks: int, node: NodePlacement | None) -> None:

@@ -63,7 +63,7 @@ class Session:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to save and stop. Ranks may learn it at different steps: agree first."""
+        """Whether this rank was asked to save and stop. Ranks learn it at different steps: agree first."""
         self._is_read = True
         return self._stop_at is not None
 

@@ -112,6 +112,18 @@ class Mesh:
         """Return when every rank has come here."""
         self.total(0.0)
 
+    def share_text(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.world_size == 1:
+            return text
+        size = torch.tensor([len(text.encode())], device=self.device)
+        self.broadcast(size).wait()
+        letters = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            letters.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+        self.broadcast(letters).wait()
+        return bytes(letters.tolist()).decode()
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise on every rank unless all ranks hold the same facts.
 

@@ -69,13 +69,16 @@ class DecoderConfig:
 
 
 class Linear(nn.Linear):
-    """A projection without bias whose output has the scale of its input."""
+    """A projection without bias; at first its output has half the variance of its input.
+
+    Half rather than all: a little better after a few hundred updates, in a trial of three gains.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        nn.init.normal_(self.weight, std=(2 * self.in_features) ** -0.5)
 
 
 class Embedding(nn.Embedding):
@@ -150,7 +153,8 @@ class Block(nn.Module):
         """Draw the two projections into the residual stream again, smaller: 2 * num_layers of them
         add up there, and the sum is to keep its scale."""
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):
-            nn.init.normal_(projection.weight, std=(projection.in_features * 2 * self.num_layers) ** -0.5)
+            variance = 1 / (2 * projection.in_features) / (2 * self.num_layers)
+            nn.init.normal_(projection.weight, std=variance**0.5)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         branch = self.self_attn(self.input_layernorm(x), cos, sin)

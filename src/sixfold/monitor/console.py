@@ -121,6 +121,8 @@ class Console:
             if self._live is None:
                 self._live = Live(console=self._rich, auto_refresh=False)
                 self._live.start()
+                # rich hides the cursor, and a run that is killed could not bring it back.
+                self._rich.show_cursor(True)
             self._live.update(Text(line, no_wrap=True), refresh=True)
 
     def _columns(self) -> int:

@@ -6,11 +6,15 @@ as training time. Plain arithmetic on given numbers: no tensors, no files, no pr
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
+
+MEMORY_SHARE = 0.01
+"""Part of the time that reading the memory may take."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Meter:
         peak_flops: operations per second that all ranks together can do; None when unknown.
         window: how many of the last updates a rate is the median of. A median, because the first
             update is slow by nature and single ones are slow by accident.
+        memory: reads the memory of this rank in bytes. Called after an update, so seldom that it takes
+            at most a hundredth of the time: for a large process the system's answer is slow.
         clock: seconds from any origin.
     """
 
@@ -66,11 +72,15 @@ class Meter:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         window: int = 20,
+        memory: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.total_steps = total_steps
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
+        self._memory = memory
+        self._memory_bytes: int | None = None
+        self._memory_due = -math.inf
         self._clock = clock
         self._started: float | None = None
         self._seconds: deque[float] = deque(maxlen=window)
@@ -89,7 +99,6 @@ class Meter:
         grad_norm: float | None,
         tokens: int,
         samples: int,
-        memory_bytes: int | None = None,
     ) -> StepRecord:
         """The update has ended now.
 
@@ -114,7 +123,7 @@ class Meter:
             seconds=seconds,
             tokens_per_s=tokens_per_s,
             mfu=self._utilisation(tokens_per_s),
-            memory_bytes=memory_bytes,
+            memory_bytes=self._read_memory(),
             eta_s=median(self._seconds) * max(self.total_steps - step, 0),
         )
 
@@ -122,3 +131,11 @@ class Meter:
         if self.flops_per_token is None or self.peak_flops is None:
             return None
         return self.flops_per_token * tokens_per_s / self.peak_flops
+
+    def _read_memory(self) -> int | None:
+        begun = self._clock()
+        if self._memory is not None and begun >= self._memory_due:
+            self._memory_bytes = self._memory()
+            ended = self._clock()
+            self._memory_due = ended + (ended - begun) / MEMORY_SHARE
+        return self._memory_bytes

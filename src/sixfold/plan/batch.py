@@ -12,6 +12,15 @@ from sixfold.base.errors import PlanError
 from sixfold.config import BatchConfig
 
 
+def share(size: int, data_rank: int, data_ranks: int) -> range:
+    """Places in a global batch of `size` that `data_rank` of `data_ranks` feeds.
+
+    Contiguous and in order; parts differ by at most one sample, and with more ranks than samples
+    some are empty.
+    """
+    return range(data_rank * size // data_ranks, (data_rank + 1) * size // data_ranks)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How one global batch is divided.
@@ -27,8 +36,8 @@ class BatchPlan:
     data_ranks: int
 
     def share(self, data_rank: int) -> range:
-        """Places in the global batch that `data_rank` works on: contiguous, in order, maybe empty."""
-        return range(data_rank * self.size // self.data_ranks, (data_rank + 1) * self.size // self.data_ranks)
+        """Places in the global batch that `data_rank` works on, see `share`."""
+        return share(self.size, data_rank, self.data_ranks)
 
     def num_micro(self, data_rank: int) -> int:
         """Micro-batches of `data_rank` in one update."""

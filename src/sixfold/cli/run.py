@@ -1,0 +1,51 @@
+"""`sixfold run`: a user's own script on every rank of this machine.
+
+Called by `app`. The script finds its place through `sixfold.initialize` or torch's own environment
+variables; nothing of it is read here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from sixfold.base.errors import ConfigError
+from sixfold.launch import discover, launch, nodes
+from sixfold.launch.resources import default_ranks, default_threads
+from sixfold.train.folder import new_folder, open_folder
+
+
+def run_script(
+    script: Sequence[str], *, ranks: int | None, threads: int | None, into: Path | None, dry_run: bool
+) -> int:
+    """Returns the exit code."""
+    if script[0] != "-m" and not Path(script[0]).is_file():
+        raise ConfigError(
+            f"{script[0]} is not a file",
+            rule="sixfold run takes a Python script, or -m and a module",
+            fix="give the script's path, for example: sixfold run train.py --epochs 3",
+        )
+    place = discover(os.environ)
+    if place is not None:
+        raise ConfigError(
+            f"sixfold run inside a rank (rank {place.rank} of {place.world_size}, from {place.source})",
+            rule="ranks are started once, by one launcher",
+            fix=f"start the script itself there: python {shlex.join(script)}",
+        )
+    count = ranks or default_ranks()[0]
+    command = [sys.executable, "-m", "sixfold.launch.script", *script]
+    if dry_run:
+        typer.echo(f"{count} x {shlex.join(command)}")
+        return 0
+    return launch(
+        command,
+        ranks=count,
+        run_folder=open_folder(into) if into is not None else new_folder(Path("runs")),
+        threads=threads or default_threads(count),
+        node=nodes(os.environ),
+    )

@@ -1,0 +1,91 @@
+"""`sixfold train`: as launcher, prepare the data and start ranks; as a rank, train.
+
+Called by `app`. Whether this process is a rank already (under torchrun, Slurm, Kubernetes or our own
+launcher) is read from its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from sixfold.base.units import bytes_text, count_text
+from sixfold.config import Resolved
+from sixfold.data.corpus import prepare
+from sixfold.launch import discover, launch, nodes, worker_session
+from sixfold.launch.resources import default_ranks, default_threads
+from sixfold.plan import decide_batch, decide_geometry, decide_residency
+from sixfold.train.folder import new_folder, open_folder, run_to_resume
+from sixfold.train.job import Request, decide_compute, resolve
+
+
+def run_train(request: Request, *, dry_run: bool) -> int:
+    """Returns the exit code."""
+    if discover(os.environ) is not None:
+        # Ranks load torch's distributed parts; the launcher need not.
+        from sixfold.train.loop import train
+
+        with worker_session() as session:
+            train(request, session)
+        return 0
+    resolved = resolve(request)
+    asked = resolved.config.launch
+    ranks, reason = (asked.ranks, "") if asked.ranks is not None else default_ranks()
+    threads = asked.threads or default_threads(ranks)
+    if dry_run:
+        _show(resolved, ranks, reason, threads)
+        return 0
+    _prepare(resolved)
+    if request.resume is not None:
+        folder = run_to_resume(request.resume)
+    else:
+        parent = resolved.config.train.folder
+        folder = open_folder(request.into) if request.into is not None else new_folder(parent)
+    return launch(
+        [sys.executable, "-m", "sixfold", "train", *_arguments(request, folder)],
+        ranks=ranks,
+        run_folder=folder,
+        threads=threads,
+        node=nodes(os.environ),
+    )
+
+
+def _arguments(request: Request, folder: Path) -> list[str]:
+    arguments = ["--config", str(request.config)] if request.config is not None else []
+    for override in request.overrides:
+        arguments += ["--set", override]
+    return [*arguments, "--resume" if request.resume is not None else "--into", str(folder)]
+
+
+def _prepare(resolved: Resolved) -> None:
+    """Build or find the corpus before ranks start, where its progress and its errors are seen."""
+    said: list[str] = []
+
+    def progress(phase: str, _part: float) -> None:
+        if phase not in said:
+            said.append(phase)
+            typer.echo(f"corpus      {phase} ...")
+
+    corpus = prepare(resolved.config.data, on_progress=progress)
+    typer.echo(
+        f"corpus      {count_text(len(corpus.train))} training tokens, {corpus.num_held_out_documents} "
+        f"files ({bytes_text(corpus.num_held_out_bytes)}) held out, {corpus.vocab_size} vocabulary entries"
+    )
+
+
+def _show(resolved: Resolved, ranks: int, reason: str, threads: int) -> None:
+    if resolved.config.launch.ranks is None:
+        resolved = resolved.decide({"launch.ranks": ranks}, reason)
+    if resolved.config.launch.threads is None:
+        resolved = resolved.decide({"launch.threads": threads}, "the cores divided by the ranks")
+    resolved = decide_compute(resolved)
+    config = resolved.config
+    decide_residency(config.layout)
+    geometry = decide_geometry(config.layout, ranks)
+    batch = decide_batch(
+        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
+    )
+    typer.echo(f"{resolved}\n# ranks {ranks}: {geometry}\n# batch {batch}")

@@ -1,0 +1,104 @@
+"""What happens around updates: metrics, evaluation, saving. One small class each.
+
+The loop calls them in order on every rank after each update and at the end. They never change an
+update; a new habit of the loop is a new class here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from sixfold.checkpoint import prune, step_folder
+from sixfold.launch import current_session
+from sixfold.monitor.journal import Journal
+from sixfold.monitor.meters import StepRecord
+from sixfold.train.evaluate import bits_per_byte
+from sixfold.train.folder import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from sixfold.train.loop import Run
+
+
+class Callback(Protocol):
+    """What the loop calls on every rank."""
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        """One update has been made."""
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        """The last update has been made, or, not `finished`, the run was asked to stop."""
+
+
+class Metrics:
+    """The live line, and `metrics.jsonl` with one record an update."""
+
+    def __init__(self, run: Run) -> None:
+        self._every = run.resolved.config.monitor.every
+        self._journal = (
+            Journal(run.folder, run.engine.num_steps, warn=run.console.say) if run.is_first else None
+        )
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        if self._journal is None:
+            return
+        if record.step % self._every == 0 or record.step == run.total_steps:
+            self._journal.write(record.as_dict())
+            run.console.update(record)
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        if self._journal is not None:
+            run.console.close()
+            self._journal.close()
+
+
+class Evaluations:
+    """Bits per byte on the held-out part, beside those of general compressors on the same bytes."""
+
+    def __init__(self, run: Run) -> None:
+        self._every = run.resolved.config.train.eval_every
+        self._journal_folder = run.folder
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        due = self._every is not None and record.step % self._every == 0
+        if due and record.step != run.total_steps:
+            run.say(f"update {record.step}: held-out bits per byte {self._measure(run):.4f}")
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        if not finished:
+            return
+        measured = self._measure(run)
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in run.corpus.compressors.items())
+        run.say(f"\nheld-out bits per byte: {measured:.4f}   (on the same bytes: {others})")
+
+    def _measure(self, run: Run) -> float:
+        measured = bits_per_byte(run.engine, run.corpus, run.resolved.config.data.sequence_length)
+        if run.is_first:
+            journal = Journal(self._journal_folder, run.engine.num_steps)
+            journal.write({"step": run.engine.num_steps, "held_out_bits_per_byte": measured})
+            journal.close()
+        return measured
+
+
+class Checkpoints:
+    """Saves every so many updates and at the end; keeps the newest ones."""
+
+    def __init__(self, run: Run) -> None:
+        self._every = run.resolved.config.checkpoint.every
+        self._keep = run.resolved.config.checkpoint.keep_last
+        self._saved_step = run.engine.num_steps if (run.folder / CHECKPOINTS).exists() else -1
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        if self._every is not None and record.step % self._every == 0:
+            self._save(run)
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        if self._saved_step != run.engine.num_steps:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        folder = run.folder / CHECKPOINTS
+        with current_session().saving():
+            run.engine.save(step_folder(folder, run.engine.num_steps))
+            if run.is_first:
+                prune(folder, self._keep)
+        self._saved_step = run.engine.num_steps

@@ -1,0 +1,88 @@
+"""The run folder: where a run keeps its configuration, metrics, logs and checkpoints.
+
+Made by rank 0 or by the launcher; read again by `--resume`. It knows names of files, not their content.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.config import Resolved
+
+CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+
+
+def new_folder(parent: Path) -> Path:
+    """Make an empty run folder named after the time, under `parent`.
+
+    Raises:
+        ConfigError: `parent` cannot be written.
+    """
+    stamp = time.strftime("%Y-%m-%d-%H%M%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+            folder = parent / f"{stamp}{suffix}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise _unwritable(parent, error) from error
+    raise AssertionError(f"a thousand runs began in {parent} within one second")
+
+
+def open_folder(folder: Path) -> Path:
+    """Make `folder` unless it is there and empty.
+
+    Raises:
+        ConfigError: it holds another run, or cannot be written.
+    """
+    if (folder / CONFIG).exists():
+        raise ConfigError(
+            f"--into {folder}: a run is there already",
+            rule="a run folder holds one run",
+            fix=f"go on with it by --resume {folder}, or name another folder",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def run_to_resume(folder: Path) -> Path:
+    """The run folder that `--resume` names.
+
+    Raises:
+        CheckpointError: there is no run in it.
+    """
+    if not (folder / CONFIG).is_file():
+        near = sorted(found.parent.name for found in folder.parent.glob(f"*/{CONFIG}"))[-3:]
+        raise CheckpointError(
+            f"--resume {folder}: no {CONFIG} there",
+            rule="a run is resumed from its run folder",
+            fix=f"name one of: {', '.join(str(folder.parent / name) for name in near)}"
+            if near
+            else "name a folder that `sixfold train` made",
+        )
+    return folder
+
+
+def write_config(folder: Path, resolved: Resolved) -> None:
+    """Write the resolved configuration with the origin of every value."""
+    temporary = folder / f".{CONFIG}.{os.getpid()}"
+    temporary.write_text(resolved.to_toml())
+    temporary.replace(folder / CONFIG)
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot make the run folder {folder}: {error.strerror or error}",
+        rule="a run writes its configuration, metrics and checkpoints into a folder of its own",
+        fix="set train.folder, or give --into, to a folder that can be written",
+    )

@@ -1,0 +1,250 @@
+"""The training run of one rank: set up, update after update, evaluation, save, sample.
+
+The command line calls `train` on every rank inside a worker session. Everything collective goes
+through the engine; what only one rank does (files, the terminal) rank 0 does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.checkpoint import latest
+from sixfold.config import Resolved
+from sixfold.data.corpus import Corpus, prepare
+from sixfold.data.stream import TokenStream
+from sixfold.engine import Engine, initialize
+from sixfold.launch import Session, discover
+from sixfold.models.decoder import Decoder, num_flops
+from sixfold.models.generate import generate
+from sixfold.monitor.console import Console
+from sixfold.monitor.hardware import peak_flops
+from sixfold.monitor.meters import Meter
+from sixfold.parallel import DTYPES
+from sixfold.plan import BatchPlan, decide_batch
+from sixfold.train import job
+from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
+from sixfold.train.folder import CHECKPOINTS, new_folder, open_folder, write_config
+
+REHEARSALS = 3
+"""Timed updates before the first one; the first of them is slow by nature and not counted."""
+
+
+@dataclass
+class Run:
+    """A run under way on this rank; what callbacks see.
+
+    Args:
+        resolved: what was asked, and what was decided since.
+        folder: the run folder.
+        total_steps: updates in the whole run.
+    """
+
+    resolved: Resolved
+    engine: Engine
+    corpus: Corpus
+    stream: TokenStream
+    batch: BatchPlan
+    folder: Path
+    console: Console
+    total_steps: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and talks."""
+        return self.engine.mesh.rank == 0
+
+    def say(self, message: str) -> None:
+        """Tell the user, once over all ranks."""
+        if self.is_first:
+            self.console.say(message)
+
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the global batch that comes next."""
+        part = self.batch.share(self.engine.data_rank)
+        return {"tokens": torch.from_numpy(self.stream.batch(self.engine.num_samples, part))}
+
+
+def train(request: job.Request, session: Session) -> None:
+    """Train as one rank of a job.
+
+    Raises:
+        SixfoldError: whatever keeps the run from starting or going on, with a change that works.
+    """
+    with Console(sys.stdout) as console:
+        run = _set_up(request, console)
+        callbacks: Sequence[Callback] = (Metrics(run), Evaluations(run), Checkpoints(run))
+        _settle_steps(run)
+        if run.is_first:
+            write_config(run.folder, run.resolved)
+        finished = _updates(run, session, callbacks)
+        for callback in callbacks:
+            callback.at_end(run, finished)
+        if finished:
+            _complete_prompt(run)
+            run.say(f"\nrun folder {run.folder}")
+        else:
+            run.say(f"stopped and saved after update {run.engine.num_steps}; go on with:")
+            run.say(f"  sixfold train --resume {run.folder}")
+            session.interrupted()
+        run.engine.close()
+
+
+def _set_up(request: job.Request, console: Console) -> Run:
+    resolved = _note_launch(job.decide_compute(job.resolve(request)))
+    config = resolved.config
+    corpus = prepare(config.data)
+    engine = initialize(job.build_model(resolved, corpus), config=resolved)
+    folder = request.resume
+    if folder is None:
+        folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
+    run = Run(
+        resolved=resolved,
+        engine=engine,
+        corpus=corpus,
+        stream=TokenStream(corpus.train, config.data.sequence_length, config.seed),
+        batch=decide_batch(
+            config.batch, data_ranks=engine.data_ranks, sequence_length=config.data.sequence_length
+        ),
+        folder=folder,
+        console=console,
+    )
+    run.say(f"{engine.plan}\nbatch       {run.batch}")
+    if request.resume is not None:
+        _continue(run)
+    return run
+
+
+def _note_launch(resolved: Resolved) -> Resolved:
+    """Apply the threads that were asked for, and write down how this rank was started."""
+    asked = resolved.config.launch
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
+    placement = discover(os.environ)
+    found = {
+        "launch.ranks": placement.local_world_size if placement else 1,
+        "launch.threads": torch.get_num_threads(),
+    }
+    unset = {
+        path
+        for path, value in (("launch.ranks", asked.ranks), ("launch.threads", asked.threads))
+        if value is None
+    }
+    return resolved.decide({path: found[path] for path in unset}, "as started") if unset else resolved
+
+
+def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
+    if rank != 0:
+        return ""
+    return str(open_folder(request.into) if request.into is not None else new_folder(parent))
+
+
+def _continue(run: Run) -> None:
+    newest = latest(run.folder / CHECKPOINTS)
+    if newest is None:
+        raise CheckpointError(
+            f"{run.folder / CHECKPOINTS} holds no complete checkpoint",
+            rule="a run is resumed from its newest complete checkpoint",
+            fix="start it anew without --resume; it was stopped before its first save",
+        )
+    run.engine.load(newest)
+    run.say(f"resumed     after update {run.engine.num_steps} from {newest}")
+
+
+def _settle_steps(run: Run) -> None:
+    """Turn a time budget into a number of updates, once, by a timed rehearsal."""
+    asked = run.resolved.config.train
+    if asked.steps is None and asked.minutes is None:
+        raise ConfigError(
+            f"train.steps = {asked.steps}, train.minutes = {asked.minutes}",
+            rule="a run ends after a number of updates or after a time",
+            fix="set train.steps = 300 or train.minutes = 3",
+        )
+    if asked.steps is None:
+        assert asked.minutes is not None, "checked above"
+        seconds = _seconds_per_update(run)
+        steps = max(run.engine.num_steps + 1, round(asked.minutes * 60 / seconds))
+        run.resolved = run.resolved.decide(
+            {"train.steps": steps},
+            f"{asked.minutes:g} minutes at {seconds:.3f} s an update, as rehearsed",
+        )
+        run.say(f"length      {steps} updates in {asked.minutes:g} minutes at {seconds:.3f} s each")
+    run.total_steps = run.resolved.config.train.steps or 0
+    run.console.total_steps = run.total_steps
+    run.engine.learning_rate = run.engine.learning_rate.ending_at(run.total_steps)
+
+
+def _seconds_per_update(run: Run) -> float:
+    """Duration of an update, the same number on every rank."""
+    batch = run.next_batch()
+    best = float("inf")
+    for rehearsal in range(REHEARSALS):
+        run.engine.mesh.barrier()
+        began = time.perf_counter()
+        run.engine.rehearse(batch)
+        run.engine.mesh.barrier()
+        if rehearsal > 0:
+            best = min(best, time.perf_counter() - began)
+    # The barriers make ranks agree to within a message; the mean makes it exact.
+    return run.engine.mesh.total(best)[0] / run.engine.mesh.data_ranks
+
+
+def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
+    """Update until the end; False when asked to stop before it."""
+    meter = _meter(run)
+    targets = run.batch.size * run.resolved.config.data.sequence_length
+    while run.engine.num_steps < run.total_steps:
+        session.step = run.engine.num_steps + 1
+        meter.start()
+        loss = run.engine.train_step(run.next_batch())
+        assert run.engine.last is not None, "train_step leaves a result"
+        record = meter.stop(
+            run.engine.num_steps,
+            loss=loss,
+            lr=run.engine.bound.lr,
+            grad_norm=run.engine.last.grad_norm,
+            tokens=targets,
+            samples=run.engine.num_samples,
+        )
+        for callback in callbacks:
+            callback.after_update(run, record)
+        # Ranks learn of a signal at different moments; they stop after the same update.
+        if run.engine.mesh.any(session.stop_requested):
+            return run.engine.num_steps >= run.total_steps
+    return True
+
+
+def _meter(run: Run) -> Meter:
+    config = run.resolved.config
+    module = run.engine.module
+    assert isinstance(module, Decoder), "the loop trains the model that `job` built"
+    length = config.data.sequence_length
+    if config.monitor.peak_tflops is not None:
+        own_peak = config.monitor.peak_tflops * 1e12
+    else:
+        own_peak = peak_flops(DTYPES[config.precision.compute or "fp32"], device=run.engine.device)
+    return Meter(
+        run.total_steps,
+        flops_per_token=num_flops(module.config, 1, length) / length,
+        peak_flops=run.engine.mesh.total(own_peak)[0],
+    )
+
+
+def _complete_prompt(run: Run) -> None:
+    asked = run.resolved.config.train
+    module = run.engine.module
+    if not run.is_first or not asked.sample_tokens or not isinstance(module, Decoder):
+        return
+    start = torch.tensor(
+        [[run.corpus.document_mark, *run.corpus.encode(asked.prompt)]], device=run.engine.device
+    )
+    generator = torch.Generator(run.engine.device).manual_seed(run.resolved.config.seed)
+    tokens = generate(module, start, asked.sample_tokens, temperature=0.7, generator=generator)
+    run.say(f"\nsample\n{run.corpus.decode(tokens[0, 1:].tolist())}")

@@ -1,0 +1,60 @@
+"""What the process measures about itself: orders of magnitude and consistency, never exact times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sixfold.monitor import hardware
+from sixfold.monitor.hardware import _peak_resident_bytes, _rollup_bytes
+
+
+def test_peak_is_a_rate_of_this_century_and_draws_no_random_number() -> None:
+    state = torch.get_rng_state()
+    peak = hardware.peak_flops(torch.float32, seconds=0.0)
+    assert 1e8 < peak < 1e16
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_peak_is_the_best_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_seconds_per_product", lambda *_: [0.5, 0.25, 0.75])
+    assert hardware.peak_flops(torch.float32) == 2 * hardware.PEAK_SIZE**3 / 0.25
+
+
+@pytest.mark.parametrize(
+    ("narrow_s", "fast"), [(0.1, True), (0.66, True), (0.7, False), (1.0, False), (9.0, False)]
+)
+def test_bf16_is_fast_when_it_beats_fp32_clearly(
+    monkeypatch: pytest.MonkeyPatch, narrow_s: float, fast: bool
+) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: narrow_s}
+    monkeypatch.setattr(hardware, "_seconds_per_product", lambda dtype, *_: [seconds[dtype], 50.0, 0.0])
+    assert hardware.fast_bf16() is fast
+
+
+def test_the_real_probe_answers() -> None:
+    assert hardware.fast_bf16() in (True, False)
+
+
+def test_memory_follows_an_allocation() -> None:
+    before = hardware.memory_bytes(), hardware.resident_bytes()
+    held = torch.ones(32 * 2**20 // 4)
+    after = hardware.memory_bytes(), hardware.resident_bytes()
+    for low, high in zip(before, after, strict=True):
+        assert 24 * 2**20 < high - low < 64 * 2**20
+    assert held.nbytes == 32 * 2**20
+    assert after[0] <= after[1]
+
+
+def test_memory_without_the_system_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _rollup_bytes(tmp_path / "missing") is None
+    strange = tmp_path / "rollup"
+    strange.write_text("Rss:  12 kB\n")
+    assert _rollup_bytes(strange) is None
+    strange.write_text("Rss:  12 kB\nPss:   5 kB\nPss_Dirty: 3 kB\n")
+    assert _rollup_bytes(strange) == 5120
+    monkeypatch.setattr(hardware, "_rollup_bytes", lambda _: None)
+    assert hardware.memory_bytes() == pytest.approx(hardware.resident_bytes(), rel=0.2)
+    assert _peak_resident_bytes() >= 0.9 * hardware.resident_bytes()

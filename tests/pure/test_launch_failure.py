@@ -1,0 +1,162 @@
+"""Which failure is the cause, whose line it is, and how it is told."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from sixfold.base.errors import ConfigError, MeshError, PlanError
+from sixfold.launch import failure as failures
+from sixfold.launch.failure import Failure, causal, from_exception, from_exit, is_victim, render
+from sixfold.launch.streams import _last_state
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18356: "
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GLOO + "Connection reset by peer. This is typically caused by a remote worker hanging.",
+        GLOO + "Connection closed by peer [127.0.0.1]:20370.",
+        "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete",
+        "NCCL error: remote process exited or there was a network error",
+        "Connection was likely closed. Did the remote server shutdown or crash?",
+        "wait timeout after 300000ms, keys: /default_pg/0//cpu",
+    ],
+)
+def test_a_broken_link_makes_a_victim(text: str) -> None:
+    assert is_victim(RuntimeError(text))
+
+
+def test_a_victim_is_known_through_what_it_was_turned_into() -> None:
+    try:
+        try:
+            raise RuntimeError(GLOO + "Connection closed by peer")
+        except RuntimeError as error:
+            raise MeshError("cannot reduce", rule="all ranks live", fix="look at the others") from error
+    except MeshError as error:
+        assert is_victim(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(GLOO + "Connection reset by peer"),
+        ConnectionResetError("Connection reset by peer"),  # the user's own connection
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed"),
+        RuntimeError("The server socket has failed to listen on any local network address"),
+    ],
+)
+def test_other_failures_are_causes(error: Exception) -> None:
+    assert not is_victim(error)
+
+
+def fail(rank: int, when: float, *, victim: bool) -> Failure:
+    return Failure(rank, 1, when, "E", "m", "", "", "", "", "", 4, victim)
+
+
+def test_the_cause_is_the_earliest_that_is_no_victim() -> None:
+    early_victim, cause, later = (
+        fail(0, 1.0, victim=True),
+        fail(2, 2.0, victim=False),
+        fail(1, 3.0, victim=False),
+    )
+    assert causal([early_victim, later, cause]) is cause
+    assert causal([fail(1, 5.0, victim=True), early_victim]) is early_victim
+
+
+def users_code(tmp_path: Path, text: str) -> Failure:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        exec(compile(text, str(file), "exec"), {"__name__": "mine"})
+    return from_exception(caught.value, rank=1, step=12)
+
+
+def test_the_users_line_is_the_deepest_outside_libraries(tmp_path: Path) -> None:
+    told = users_code(tmp_path, "import json\ndef read():\n    return json.loads('{')\nread()\n")
+    assert told.where == f"{tmp_path}/mine.py:3, in read"
+    assert told.source == "return json.loads('{')"
+    assert told.kind == "json.decoder.JSONDecodeError"
+
+
+def test_without_a_users_frame_the_deepest_is_told() -> None:
+    try:
+        failures.causal([])
+    except ValueError as error:
+        trace = error.__traceback__
+        assert trace is not None
+        told = from_exception(error.with_traceback(trace.tb_next), rank=0, step=None)
+    assert "failure.py" in told.where
+
+
+def test_a_syntax_error_is_told_at_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    with pytest.raises(SyntaxError) as caught:
+        compile("x = 1\ny = (\n", str(file), "exec")
+    told = from_exception(caught.value, rank=0, step=None)
+    assert told.where == f"{file}:2"
+    assert told.source == "y = ("
+
+
+def test_the_first_five_lines_tell_all(tmp_path: Path) -> None:
+    told = users_code(tmp_path, "def f():\n    raise ValueError('not finite\\nat all')\nf()\n")
+    lines = render(
+        told, world_size=4, others=[fail(0, 9.0, victim=True)], log=Path("rank-1.log")
+    ).splitlines()
+    assert lines[:4] == [
+        "sixfold: rank 1 of 4 failed at step 12",
+        "ValueError: not finite",
+        f"at {tmp_path}/mine.py:2, in f",
+        "    raise ValueError('not finite\\nat all')",
+    ]
+    assert lines[4:6] == ["also rank 0 (a consequence): E: m", "log: rank-1.log"]
+    assert lines[7] == "Traceback (most recent call last):"
+    assert lines[-2:] == ["ValueError: not finite", "at all"]
+
+
+@pytest.mark.parametrize(("kind", "code"), [(ConfigError, 2), (PlanError, 3), (MeshError, 4)])
+def test_errors_for_users_keep_their_three_sentences_and_their_code(
+    kind: type[ConfigError | PlanError | MeshError], code: int
+) -> None:
+    told = from_exception(kind("7 heads", rule="heads divide width", fix="set 8"), rank=0, step=None)
+    text = render(told, world_size=1)
+    assert told.exit_code == code
+    assert f"{kind.__name__}: 7 heads\nrule: heads divide width\nfix: set 8\n" in text
+    assert "before its first step" in text.splitlines()[0]
+
+
+def test_the_exit_code_of_an_argument_parser_stays() -> None:
+    assert from_exception(SystemExit(2), rank=0, step=None).exit_code == 2
+    assert from_exception(SystemExit(3), rank=0, step=None).exit_code == 4
+
+
+def test_silent_ends() -> None:
+    killed = from_exit(-signal.SIGKILL, rank=1, step=3, when=1.0, log_tail="last words")
+    assert killed.message == "rank 1 was killed by SIGKILL (out of memory?)"
+    assert "last words" in render(killed, world_size=2)
+    assert not killed.victim
+    left = from_exit(7, rank=0, step=None, when=1.0, log_tail="")
+    assert left.message == "rank 0 exited with code 7 and left no exception"
+    assert (left.exit_code, left.victim) == (4, False)
+    assert from_exit(
+        -6, rank=0, step=1, when=1.0, log_tail="Watchdog caught collective operation timeout"
+    ).victim
+    assert not from_exit(-6, rank=0, step=1, when=1.0, log_tail="free(): invalid pointer").victim
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    told = from_exception(ConfigError("ä", rule="b", fix="c"), rank=3, step=4)
+    told.write(tmp_path / "rank-3.failure.json")
+    assert Failure.read(tmp_path / "rank-3.failure.json") == told
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-3.failure.json"]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [(b"plain", b"plain"), (b"\rstep 1\rstep 2", b"step 2"), (b"step 1\rstep 2\r", b"step 2\r"), (b"", b"")],
+)
+def test_the_log_keeps_the_last_state_of_a_live_line(line: bytes, shown: bytes) -> None:
+    assert _last_state(line) == shown
