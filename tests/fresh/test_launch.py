@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from sixfold.launch import NodePlacement, launch
+from sixfold.base.errors import ConfigError
+from sixfold.launch import NodePlacement, launch, supervisor
 from sixfold.launch.guardian import members
 
 pytestmark = pytest.mark.fresh
@@ -86,6 +89,7 @@ def launcher_main(
 ) -> None:
     """In the forked launcher: own output files, then the real thing."""
     os.setsid()
+    supervisor.STALL_S = stall_s
     for path, number in ((out, 1), (out if out.startswith("/dev") else f"{folder}/err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600), number)
     command = [sys.executable, "-m", "sixfold.launch.script", *arguments]
@@ -108,15 +112,19 @@ def start(server: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
     launches: list[Launched] = []
 
     def begin(
-        text: str, *arguments: str, ranks: int = 2, out: str | None = None, node: NodePlacement | None = None
+        text: str,
+        *arguments: str,
+        ranks: int = 2,
+        out: str | None = None,
+        node: NodePlacement | None = None,
+        stall_s: float = supervisor.STALL_S,
     ) -> Launched:
         folder = tmp_path / f"launch-{len(launches)}"
         folder.mkdir()
         (folder / "script.py").write_text(PREAMBLE + text)
-        process = server.Process(
-            target=launcher_main,
-            args=(str(folder), [str(folder / "script.py"), *arguments], ranks, out or f"{folder}/out", node),
-        )
+        arguments = (str(folder / "script.py"), *arguments)
+        options = (list(arguments), ranks, out or f"{folder}/out", node, stall_s)
+        process = server.Process(target=launcher_main, args=(str(folder), *options))
         process.start()
         launches.append(Launched(process, folder))
         return launches[-1]
@@ -204,7 +212,7 @@ def test_the_environment_is_the_callers_plus_the_documented_list(tmp_path: Path)
     for rank in range(2):
         theirs = json.loads((tmp_path / f"env-{rank}").read_text())
         changed = {n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)}
-        assert changed - {"PWD", "OLDPWD", "_", "SHLVL"} == documented - (mine.keys() - changed)
+        assert changed - {"PWD", "OLDPWD", "_", "SHLVL"} == documented
         assert (theirs["RANK"], theirs["WORLD_SIZE"], theirs["LOCAL_RANK"]) == (str(rank), "2", str(rank))
         assert (theirs["OMP_NUM_THREADS"], theirs["EXTRA"]) == ("3", "x")
 
@@ -335,8 +343,13 @@ def test_a_rank_that_lingers_after_the_save_is_ended(start: Start) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(start: Start) -> None:
-    text = "while not session.stop_requested: tell(f'up-{rank}')\nwith session.saving():\n    tell(f'saving-{rank}')\n"
-    one = start(HELPER + text + "    await_file('never')")
+    text = """
+while not session.stop_requested: tell(f'up-{rank}')
+with session.saving():
+    tell(f'saving-{rank}')
+    await_file('never')
+"""
+    one = start(HELPER + text)
     one.await_file("up-0")
     one.await_file("up-1")
     one.kill(signal.SIGINT)
@@ -345,6 +358,16 @@ def test_a_second_ctrl_c_ends_at_once(start: Start) -> None:
     one.kill(signal.SIGINT)
     assert one.wait(LIMIT_S) == 4
     assert one.err.endswith("sixfold: ended before the ranks had saved, because a second signal came\n")
+    assert one.left() == []
+
+
+def test_ranks_that_neither_save_nor_step_after_the_signal_are_ended(start: Start) -> None:
+    one = start(HANGS, stall_s=0.5)
+    one.await_file("pid-0")
+    one.await_file("pid-1")
+    one.kill(signal.SIGTERM)
+    assert one.wait(LIMIT_S) == 4
+    assert "because no rank saved or made a step for" in one.err
     assert one.left() == []
 
 
@@ -362,7 +385,7 @@ def test_a_failure_during_the_save_is_a_failure(start: Start) -> None:
 
 def test_a_script_that_never_looks_gets_a_keyboard_interrupt(start: Start) -> None:
     one = start(
-        "try:\n    tell(f'up-{rank}')\n    while True: time.sleep(0.01)\nfinally:\n    tell(f'finally-{rank}')\n"
+        "tell(f'up-{rank}')\ntry:\n    while True: time.sleep(0.01)\nfinally:\n    tell(f'finally-{rank}')\n"
     )
     one.await_file("up-0")
     one.await_file("up-1")
@@ -407,8 +430,6 @@ if rank == 0:
 else:
     print(sys.stdout.isatty())
 """
-    import termios
-
     termios.tcsetwinsize(theirs, (40, 123))
     one = start(text, out=os.ttyname(theirs))
     assert one.wait() == 0
@@ -420,8 +441,6 @@ else:
 
 
 def test_two_nodes_on_one_machine(start: Start) -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -479,6 +498,28 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ["0 2 elastic 0 False", "1 2 elastic 1 False"]
 
 
+def test_sigkill_of_torchrun_takes_the_ranks_along(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(PREAMBLE + "tell(f'pid-{rank}', os.getpid())\nawait_file('never')")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*torchrun, "-m", "sixfold.launch.script", "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"TEST_FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    for rank in range(2):
+        wait_until((tmp_path / f"pid-{rank}").exists, START_S)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not members(f"TEST_FOLDER={tmp_path}", ()), LIMIT_S)
+
+
+def test_a_missing_script_is_a_usage_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sixfold.launch.script", "absent.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ConfigError: no script at 'absent.py'" in done.stderr
+
+
 SLURM_TASK = {
     "SLURM_JOB_ID": "5",
     "SLURM_STEP_ID": "0",
@@ -520,8 +561,6 @@ def test_a_forked_helper_does_not_inherit_the_answer_to_signals(tmp_path: Path) 
 
 
 def test_what_cannot_be_started_is_refused(tmp_path: Path) -> None:
-    from sixfold.base.errors import ConfigError
-
     with pytest.raises(ConfigError, match="no-such-program"):
         launch(["no-such-program"], ranks=1, run_folder=tmp_path)
     with pytest.raises(ConfigError, match="0 ranks"):

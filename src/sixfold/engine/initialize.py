@@ -18,7 +18,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.engine import Engine
-from sixfold.launch.environment import Placement, discover
+from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import ModuleFacts, materialize, module_facts
 from sixfold.pipeline import LossForm
@@ -55,7 +55,8 @@ def initialize(
     """
     resolved = _resolve(config)
     asked = resolved.config
-    placement = discover(os.environ)
+    # A script that formed its process group itself has placed this process already.
+    placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
     facts = module_facts(model)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any

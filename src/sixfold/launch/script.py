@@ -7,12 +7,14 @@ and stop requests answered even if the script has never heard of them. It touche
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
 import sys
+import types
 from collections.abc import Sequence
 
-from sixfold.base.errors import EXIT_USAGE
+from sixfold.base.errors import EXIT_USAGE, ConfigError
 from sixfold.launch.worker import worker_session
 
 
@@ -30,8 +32,24 @@ def main(arguments: Sequence[str]) -> int:
         else:
             if not sys.flags.safe_path:
                 sys.path[0] = os.path.dirname(os.path.realpath(target[0]))
-            runpy.run_path(target[0], run_name="__main__")
+            _run_file(target[0])
     return 0
+
+
+def _run_file(path: str) -> None:
+    """As `python path` does; runpy.run_path would show the script another `sys.argv[0]` or `__file__`."""
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"no script at {path!r} (working directory {os.getcwd()})",
+            rule="the script to run is an existing Python file",
+            fix="give its path relative to the working directory, or use -m for a module",
+        )
+    module = types.ModuleType("__main__")
+    module.__file__ = os.path.abspath(path)
+    sys.modules["__main__"] = module  # for pickle, and for loader workers that are spawned
+    with io.open_code(path) as source:
+        code = compile(source.read(), module.__file__, "exec", dont_inherit=True)
+    exec(code, module.__dict__)
 
 
 if __name__ == "__main__":

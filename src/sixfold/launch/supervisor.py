@@ -42,7 +42,7 @@ from sixfold.launch.failure import Failure, causal, from_exit, render
 from sixfold.launch.streams import Relay
 from sixfold.launch.worker import SCRATCH, failure_path, read_progress
 
-FAILURE_GRACE_S = 2.0
+FAILURE_GRACE_S = 1.0
 LINGER_S = 5.0
 STALL_S = 60.0
 _LOG_TAIL_LINES = 20
@@ -85,6 +85,8 @@ def launch(
         # Torch is loaded here and no earlier: command line help and config checks import this file.
         from sixfold.launch.agent import run_agent
 
+        if asked.count:
+            return EXIT_INTERRUPTED  # nothing had been started
         try:
             run_agent(job, ranks=ranks, node=node, log=job.logs / "agent.log")
         finally:

@@ -25,7 +25,7 @@ from sixfold.launch import Session, discover
 from sixfold.models.decoder import Decoder, num_flops
 from sixfold.models.generate import generate
 from sixfold.monitor.console import Console
-from sixfold.monitor.hardware import peak_flops
+from sixfold.monitor.hardware import memory_bytes, peak_flops
 from sixfold.monitor.meters import Meter
 from sixfold.parallel import DTYPES
 from sixfold.plan import BatchPlan, decide_batch
@@ -234,6 +234,7 @@ def _meter(run: Run) -> Meter:
         run.total_steps,
         flops_per_token=num_flops(module.config, 1, length) / length,
         peak_flops=run.engine.mesh.total(own_peak)[0],
+        memory=memory_bytes,
     )
 
 
