@@ -49,7 +49,7 @@ class Launched:
         os.kill(self.process.pid, number)
 
     def await_file(self, name: str) -> str:
-        wait_until((self.folder / name).exists, START_S)
+        wait_until(lambda: (self.folder / name).exists() or not self.process.is_alive(), START_S)
         return (self.folder / name).read_text()
 
     def pid(self, name: str) -> int:
@@ -85,7 +85,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
 
 
 def launcher_main(
-    folder: str, arguments: list[str], ranks: int, out: str, node: NodePlacement | None
+    folder: str, arguments: list[str], ranks: int, out: str, node: NodePlacement | None, stall_s: float
 ) -> None:
     """In the forked launcher: own output files, then the real thing."""
     os.setsid()

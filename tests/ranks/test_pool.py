@@ -289,7 +289,9 @@ def test_hangs():
 
 @pytest.fixture
 def user_folder(tmp_path: Path) -> Path:
-    (tmp_path / "conftest.py").write_text('pytest_plugins = ["sixfold.testing.plugin"]\n')
+    # A suite started in the background inherits an ignored SIGINT; the one tested here must not.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    (tmp_path / "conftest.py").write_text(f'pytest_plugins = ["sixfold.testing.plugin"]\n{heed}\n')
     (tmp_path / "test_user.py").write_text(_USER_TEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     return tmp_path
@@ -298,7 +300,8 @@ def user_folder(tmp_path: Path) -> Path:
 def start_pytest(folder: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rsE", *options]
     source = Path(pool_module.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(source)}
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(source), "TMPDIR": str(folder / "tmp")}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -337,9 +340,16 @@ def test_report_in_pytest(user_folder: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_pytest(user_folder: Path, stop: signal.Signals) -> None:
     files = [user_folder / f"pid-{rank}" for rank in range(2)]
+    temporary = user_folder / "tmp"
     with start_pytest(user_folder, "-k", "hangs") as process:
         assert wait_for(lambda: all(file.exists() and file.read_text() for file in files))
         pids = [int(file.read_text()) for file in files]
         assert all(map(is_alive, pids))
+        assert list(temporary.glob("sixfold-ranks-*"))
         process.send_signal(stop)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert wait_for(lambda: not any(map(is_alive, pids)), limit_s=10)
+    assert wait_for(lambda: not list(temporary.glob("sixfold-ranks-*")), limit_s=10)

@@ -33,7 +33,7 @@ from sixfold.pipeline import (
     to_device,
 )
 from sixfold.plan import LearningRate, Plan
-from sixfold.program import Op, Program, accumulation, check, forward_only
+from sixfold.program import Program, accumulation, check, forward_only, rehearsal
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -176,10 +176,7 @@ class Engine:
         self._refuse_mixing("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         update, forwards = self._prepare(batch)
-        whole = accumulation(len(forwards)).instructions
-        self._play(
-            Program(tuple(item for item in whole if item.op not in (Op.STEP, Op.PUBLISH))), forwards, update
-        )
+        self._play(rehearsal(len(forwards)), forwards, update)
         self.state.finish_reduce()
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():

@@ -77,6 +77,7 @@ def resident_bytes() -> int:
         fields = Path("/proc/self/statm").read_text().split()
     except OSError:
         return _peak_resident_bytes()
+    # There is no such module on Windows, which ends above at the missing file.
     import resource
 
     return int(fields[1]) * resource.getpagesize()

@@ -1,80 +1,70 @@
 """Check a program without any device: balance and order.
 
-Called by tests over every schedule and by the player before the first step of a new shape. It
-reads instructions only; whether the numbers come out right is for the parity tests.
+Called by the engine before a program is played and by tests over every schedule. It reads instructions
+only; whether the numbers come out right is for the parity tests.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
 
 from sixfold.base.errors import ProgramError
 from sixfold.program.instructions import Instruction, Op, Program
 
 
+@lru_cache(maxsize=256)
 def check(program: Program) -> None:
-    """Raise ProgramError unless `program` is a step that can be played.
+    """Raise ProgramError unless `program` can be played.
 
-    A training step has one `step`; before it every forward is followed by its backward, exactly
-    once each, and every stage's reduction window opens exactly once, not before the second-last
-    backward has ended; after it each of those stages is published once. A program without
-    backward is an evaluation and holds forwards only.
+    No instruction stands twice. Every backward follows its forward. A program with `step` makes an
+    update: every forward has its backward before it; every stage opens its reduction window once,
+    with at most one backward of its own after that; after `step` comes nothing but one `publish` for
+    each stage. A program without `step` publishes nothing.
     """
-    ops = {instruction.op for instruction in program.instructions}
-    if ops <= {Op.FORWARD}:
-        _unique(program, Op.FORWARD)
-        return
-    for op in Op:
-        _unique(program, op)
-    position = {instruction: index for index, instruction in enumerate(program.instructions)}
-    end = position.get(Instruction(Op.STEP))
-    if end is None:
-        raise _broken(program, "no step", "end the program with step and publish")
-    stages = {instruction.stage for instruction in program.instructions if instruction.op is Op.REDUCE}
-    for instruction, index in position.items():
-        _check_place(program, instruction, index, position, end)
-        if instruction.stage is not None and instruction.stage not in stages:
-            raise _broken(program, f"stage {instruction.stage} is never reduced", "add its reduce")
-    for stage in sorted(stage for stage in stages if stage is not None):
-        if Instruction(Op.PUBLISH, stage) not in position:
-            raise _broken(program, f"stage {stage} is never published", f"add publish {stage} after step")
-        last = max(_backwards(program, stage), default=-1)
-        opened = position[Instruction(Op.REDUCE, stage)]
-        if sum(index > opened for index in _backwards(program, stage)) > 1:
-            raise _broken(
-                program,
-                f"reduce {stage} at place {opened} opens before more than one backward (last at {last})",
-                "open the window before the last backward only, or gradients are reduced incomplete",
+    for problem, fix in _problems(program):
+        raise ProgramError(f"{problem} in: {program}", rule="a step is balanced and in order", fix=fix)
+
+
+def _problems(program: Program) -> Iterator[tuple[str, str]]:
+    place: dict[Instruction, int] = {}
+    for index, instruction in enumerate(program.instructions):
+        if instruction in place:
+            yield f"{instruction} stands twice", "keep one of them"
+        place[instruction] = index
+    end = place.get(Instruction(Op.STEP))
+    for instruction, index in place.items():
+        if instruction.op is Op.BACKWARD:
+            forward = Instruction(Op.FORWARD, instruction.stage, instruction.micro)
+            if place.get(forward, len(place)) > index:
+                yield f"{instruction} without {forward} before it", "put the forward first"
+        if instruction.op is Op.PUBLISH and (end is None or index < end):
+            yield f"{instruction} without step before it", "publish after step"
+        if end is not None and index > end and instruction.op is not Op.PUBLISH:
+            yield f"{instruction} after step", "let nothing but publish follow step"
+    if end is not None:
+        yield from _update_problems(place)
+
+
+def _update_problems(place: dict[Instruction, int]) -> Iterator[tuple[str, str]]:
+    stages = sorted({instruction.stage for instruction in place if instruction.stage is not None})
+    for instruction in place:
+        if instruction.op is Op.FORWARD:
+            backward = Instruction(Op.BACKWARD, instruction.stage, instruction.micro)
+            if backward not in place:
+                yield f"{instruction} without {backward}", "add the backward"
+    for stage in stages:
+        for op in (Op.REDUCE, Op.PUBLISH):
+            if Instruction(op, stage) not in place:
+                yield f"stage {stage} without {op.value} {stage}", f"add {op.value} {stage}"
+        opened = place.get(Instruction(Op.REDUCE, stage), 0)
+        after = [
+            instruction
+            for instruction, index in place.items()
+            if instruction.op is Op.BACKWARD and instruction.stage == stage and index > opened
+        ]
+        if len(after) > 1:
+            yield (
+                f"reduce {stage} before {len(after)} backwards of its stage",
+                "open the window before the last backward, or incomplete gradients are reduced",
             )
-
-
-def _check_place(
-    program: Program, instruction: Instruction, index: int, position: dict[Instruction, int], end: int
-) -> None:
-    twin = {Op.FORWARD: Op.BACKWARD, Op.BACKWARD: Op.FORWARD}.get(instruction.op)
-    if twin is not None:
-        other = position.get(Instruction(twin, instruction.stage, instruction.micro))
-        if other is None:
-            raise _broken(program, f"{instruction} has no {twin.value}", f"add its {twin.value}")
-        if instruction.op is Op.FORWARD and other < index:
-            raise _broken(program, f"backward before {instruction}", "put the forward first")
-    if (index > end) != (instruction.op is Op.PUBLISH) and instruction.op is not Op.STEP:
-        raise _broken(program, f"{instruction} on the wrong side of step", "only publish follows step")
-
-
-def _backwards(program: Program, stage: int) -> list[int]:
-    return [
-        index
-        for index, instruction in enumerate(program.instructions)
-        if instruction.op is Op.BACKWARD and instruction.stage == stage
-    ]
-
-
-def _unique(program: Program, op: Op) -> None:
-    seen: set[Instruction] = set()
-    for instruction in program.instructions:
-        if instruction.op is op and instruction in seen:
-            raise _broken(program, f"{instruction} stands twice", "keep one of them")
-        seen.add(instruction)
-
-
-def _broken(program: Program, what: str, fix: str) -> ProgramError:
-    return ProgramError(f"{what} in: {program}", rule="a step is balanced and in order", fix=fix)

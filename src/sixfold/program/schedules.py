@@ -32,3 +32,12 @@ def accumulation(num_micro: int) -> Program:
 def forward_only(num_micro: int) -> Program:
     """Evaluation: the forwards of one stage and nothing else."""
     return Program(tuple(Instruction(Op.FORWARD, 0, micro) for micro in range(num_micro)))
+
+
+def rehearsal(num_micro: int) -> Program:
+    """`accumulation` without its update: computes and communicates, and leaves the state as it was."""
+    update = (Op.STEP, Op.PUBLISH)
+    kept = [
+        instruction for instruction in accumulation(num_micro).instructions if instruction.op not in update
+    ]
+    return Program(tuple(kept))

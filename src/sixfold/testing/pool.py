@@ -195,7 +195,7 @@ class _Server:
         ours, theirs = socket.socketpair()
         present = tuple(name for name in preload if _is_present(name))
         with theirs:
-            command = server.command(theirs.fileno(), present, rewrite, sys.path)
+            command = server.command(theirs.fileno(), str(self.folder), present, rewrite, sys.path)
             # A session of its own: Ctrl-C reaches pytest alone, which then closes the connection.
             self.process = subprocess.Popen(
                 [sys.executable, *command],

@@ -12,21 +12,22 @@ import contextlib
 import gc
 import importlib
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from sixfold.testing import wire, worker
 
 _EXIT_WAIT_S = 2.0
 
 
-def main(control_fd: int, preload: tuple[str, ...], rewrite: bool) -> None:
-    """Import `preload`, then serve until the connection closes.
+def main(control_fd: int, folder: str, preload: tuple[str, ...], rewrite: bool) -> None:
+    """Import `preload`, then serve until the connection closes; the pool's `folder` goes last.
 
     With `rewrite`, serving happens inside pytest's command hook, the public way to have its import hook
     in place: asserts of test modules then explain themselves on ranks too.
@@ -42,9 +43,11 @@ def main(control_fd: int, preload: tuple[str, ...], rewrite: bool) -> None:
         _serve_under_pytest(control)
     else:
         _serve(control)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve_under_pytest(control: Connection) -> None:
+    # A pool outside of tests works without pytest.
     import pytest
 
     class Serving:
@@ -134,8 +137,10 @@ def num_threads() -> int:
     return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
 
 
-def command(control_fd: int, preload: tuple[str, ...], rewrite: bool, sys_path: list[str]) -> list[str]:
+def command(
+    control_fd: int, folder: str, preload: tuple[str, ...], rewrite: bool, sys_path: list[str]
+) -> list[str]:
     """Arguments for the interpreter that becomes the server, importing from where its starter does."""
-    arguments: tuple[Any, ...] = (control_fd, preload, rewrite)
+    arguments = (control_fd, folder, preload, rewrite)
     imports = f"import sys; sys.path[:] = {sys_path!r}; from sixfold.testing.server import main"
     return ["-c", f"{imports}; main(*{arguments!r})"]

@@ -62,6 +62,7 @@ def _settle(spec: wire.RankSpec) -> None:
         getattr(text, "reconfigure", lambda **_: None)(line_buffering=True)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=open(spec.stacks, "w"), all_threads=True)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the starting shell ignored
     os.environ.update(
         RANK=str(spec.rank),
         LOCAL_RANK=str(spec.rank),
@@ -77,6 +78,7 @@ def _settle(spec: wire.RankSpec) -> None:
 
 
 def _join_world(spec: wire.RankSpec) -> None:
+    # The forkserver has loaded it; whoever asks for another preload pays here, and only here.
     import torch
     import torch.distributed as dist
 
@@ -163,6 +165,7 @@ def _close(before: hygiene.Snapshot | None, spec: wire.RankSpec) -> wire.Outcome
     try:
         leaks = tuple(hygiene.leaks_since(before)) if before else ()
         if not leaks and spec.world_size > 1:
+            # Loaded long since by _join_world; this file itself stays importable without torch.
             import torch.distributed as dist
 
             dist.barrier()  # meets only if every rank issued the same collectives before

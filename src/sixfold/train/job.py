@@ -16,6 +16,7 @@ from sixfold.config import Resolved, load
 from sixfold.data.corpus import Corpus
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.hardware import fast_bf16
+from sixfold.train.folder import CONFIG, run_to_resume
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 
@@ -51,8 +52,6 @@ def resolve(request: Request) -> Resolved:
             fix=f"drop {other}; single values can be changed with --set",
         )
     if request.resume is not None:
-        from sixfold.train.folder import CONFIG, run_to_resume
-
         return load(run_to_resume(request.resume) / CONFIG, overrides=request.overrides)
     return load(request.config, overrides=request.overrides, recipe=RECIPE)
 

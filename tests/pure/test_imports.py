@@ -1,0 +1,74 @@
+"""What is loaded when: importing the package, asking for help and planning cost no tensor library.
+
+Each case runs in an interpreter of its own, which reports what it has loaded in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "matplotlib")
+"""What must not be there. pydantic and rich are small and are what configuration and help are made of."""
+
+LOW_ROOMS = (
+    "sixfold.base.errors",
+    "sixfold.base.units",
+    "sixfold.base.axes",
+    "sixfold.config",
+    "sixfold.program",
+    "sixfold.plan",
+    "sixfold.launch",
+    "sixfold.train.folder",
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that are loaded after `code`, which may exit."""
+    report = (
+        "import atexit, json, sys\n"
+        "atexit.register(lambda: print('\\n' + json.dumps(sorted({n.split('.')[0] for n in sys.modules}))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", report + code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("train", "--help"), ("run", "--help"), ("train", "-h")]
+)
+def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; sys.argv = {['sixfold', *arguments]!r}; from sixfold.cli.app import main; main()"
+    assert loaded_by(code).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["sixfold", *LOW_ROOMS])
+def test_low_rooms_load_nothing_heavy(module: str) -> None:
+    found = loaded_by(f"import {module}")
+    assert "sixfold" in found
+    assert found.isdisjoint(HEAVY)
+
+
+def test_checking_a_config_loads_nothing_heavy() -> None:
+    code = "from sixfold.config import load; print(load(values={'train': {'steps': 3}}).to_toml())"
+    assert loaded_by(code).isdisjoint(HEAVY)
+
+
+def test_the_face_loads_the_engine_when_it_is_touched() -> None:
+    """The counterpart, so that the tests above cannot pass by looking in the wrong place."""
+    assert "torch" in loaded_by("import sixfold; sixfold.initialize")
+
+
+def test_the_face_names_what_it_offers() -> None:
+    code = (
+        "import sixfold\n"
+        "assert dir(sixfold) == sorted(sixfold.__all__)\n"
+        "try: sixfold.initialise\n"
+        "except AttributeError as error: assert 'initialize' in str(error)\n"
+        "else: raise SystemExit('no error')"
+    )
+    assert loaded_by(code).isdisjoint(HEAVY)
