@@ -552,7 +552,8 @@ def test_without_a_launcher_an_interrupted_session_ends_with_130(tmp_path: Path)
 
 def test_a_forked_helper_does_not_inherit_the_answer_to_signals(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
-        "import os, signal, time\nchild = os.fork()\nif not child: time.sleep(60)\n"
+        "import os, signal, time\nready, up = os.pipe()\nchild = os.fork()\n"
+        "if not child:\n    os.write(up, b'x')\n    time.sleep(60)\nos.read(ready, 1)\n"
         "os.kill(child, signal.SIGTERM)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
     command = [sys.executable, "-m", "sixfold.launch.script", "script.py"]

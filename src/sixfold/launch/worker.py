@@ -200,6 +200,8 @@ def worker_session() -> Iterator[Session]:
         session._listen()
         yield session
     except BaseException as error:
+        if os.getpid() != session._pid:
+            raise  # a forked child is not this rank
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
             session._end_with(error)
         if session.supervised or session._phase != "interrupted":

@@ -48,6 +48,8 @@ class ModelState:
 
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go."""
+        for unit in self.units:
+            unit.check_home()
         for unit in self.trained:
             unit.zero_grads()
 

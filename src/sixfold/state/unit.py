@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh, Pending
 from sixfold.parallel import DTYPES
 from sixfold.plan import PrecisionPlan, Slot, UnitPlan
@@ -74,6 +75,28 @@ class Unit:
     def slot_of(self, flat: torch.Tensor, slot: Slot) -> torch.Tensor:
         """The view of `flat` [numel] that belongs to one parameter, in its shape."""
         return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    def check_home(self) -> None:
+        """Raise if a parameter was frozen, unfrozen, or moved out of the working buffer by the user.
+
+        Such a change would otherwise be trained past: its gradients would go nowhere.
+        """
+        base, size = self.working.data_ptr(), self.working.element_size()
+        for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
+            if parameter.requires_grad is not self.plan.trainable:
+                raise StateError(
+                    f"{slot.name}.requires_grad became {parameter.requires_grad} after initialize",
+                    rule="what is trained is decided once, when units and optimizer are made",
+                    fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
+                )
+            if slot.numel and parameter.data_ptr() != base + slot.offset * size:
+                raise StateError(
+                    f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
+                    f"(now {parameter.dtype} on {parameter.device})",
+                    rule="parameters are views of the engine's buffers; type and device are set by the plan",
+                    fix="change values in place (parameter.copy_(...)), types with precision.compute, and "
+                    "devices with sixfold.initialize(device=...)",
+                )
 
     def zero_grads(self) -> None:
         """Start a new accumulation."""

@@ -1,0 +1,38 @@
+"""`python -m tests`: everything that has to hold before a change is good, the quickest first.
+
+The README's second command and, through it, .ci/run call this. It ends at the first step that fails.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+STEPS: dict[str, list[str]] = {
+    "lint": ["ruff", "check", "."],
+    "format": ["ruff", "format", "--check", "."],
+    "types": ["mypy"],
+    # These two floors start no ranks, so two of their tests can run at a time.
+    "floors pure and one": ["pytest", "-q", "-n", "2", "tests/pure", "tests/one"],
+    "floors ranks and fresh": ["pytest", "-q", "tests/ranks", "tests/fresh"],
+}
+
+
+def main() -> int:
+    """The exit code of the first step that fails, or 0."""
+    for name, command in STEPS.items():
+        print(f"=== {name}", flush=True)
+        began = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+        if code:
+            print(f"=== {name} failed after {time.monotonic() - began:.0f} s", flush=True)
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
