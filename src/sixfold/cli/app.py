@@ -62,8 +62,7 @@ def train(
 ) -> None:
     """Train a language model on text, on every rank of this machine.
 
-    Without options: a small decoder on the source files of this Python's standard library, in about
-    three minutes.
+    Without options: a small decoder on the source files of this Python, in about three minutes.
     """
     from sixfold.cli.train import run_train
     from sixfold.train.job import Request

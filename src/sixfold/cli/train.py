@@ -15,7 +15,7 @@ import typer
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Resolved
 from sixfold.data.corpus import prepare
-from sixfold.launch import discover, launch, nodes, worker_session
+from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
 from sixfold.train.folder import new_folder, open_folder, run_to_resume
@@ -31,12 +31,13 @@ def run_train(request: Request, *, dry_run: bool) -> int:
         with worker_session() as session:
             train(request, session)
         return 0
-    resolved = resolve(request)
-    asked = resolved.config.launch
-    ranks, reason = (asked.ranks, "") if asked.ranks is not None else default_ranks()
-    threads = asked.threads or default_threads(ranks)
+    node = nodes(os.environ)
+    resolved = _decide_launch(resolve(request), node)
+    ranks, threads = resolved.config.launch.ranks, resolved.config.launch.threads
+    assert ranks is not None, "decided above"
+    decided = _check_plan(resolved, ranks * (node.num_nodes if node else 1))
     if dry_run:
-        _show(resolved, ranks, reason, threads)
+        typer.echo(f"{decide_compute(resolved)}\n{decided}")
         return 0
     _prepare(resolved)
     if request.resume is not None:
@@ -49,8 +50,32 @@ def run_train(request: Request, *, dry_run: bool) -> int:
         ranks=ranks,
         run_folder=folder,
         threads=threads,
-        node=nodes(os.environ),
+        node=node,
     )
+
+
+def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
+    """Fill in how many ranks this machine gets, and how many threads each."""
+    if resolved.config.launch.ranks is None:
+        ranks, why = default_ranks()
+        if node is not None and node.ranks_per_node is not None:
+            ranks, why = node.ranks_per_node, "as the cluster asks"
+        resolved = resolved.decide({"launch.ranks": ranks}, why)
+    if resolved.config.launch.threads is None:
+        threads = default_threads(resolved.config.launch.ranks or 1)
+        resolved = resolved.decide({"launch.threads": threads}, "the cores divided by the ranks")
+    return resolved
+
+
+def _check_plan(resolved: Resolved, world_size: int) -> str:
+    """Refuse what cannot be carried out before data are prepared and ranks started."""
+    config = resolved.config
+    residency = decide_residency(config.layout)
+    geometry = decide_geometry(config.layout, world_size)
+    batch = decide_batch(
+        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
+    )
+    return f"# ranks      {world_size}: {geometry}\n# residency  {residency}\n# batch      {batch}"
 
 
 def _arguments(request: Request, folder: Path) -> list[str]:
@@ -74,18 +99,3 @@ def _prepare(resolved: Resolved) -> None:
         f"corpus      {count_text(len(corpus.train))} training tokens, {corpus.num_held_out_documents} "
         f"files ({bytes_text(corpus.num_held_out_bytes)}) held out, {corpus.vocab_size} vocabulary entries"
     )
-
-
-def _show(resolved: Resolved, ranks: int, reason: str, threads: int) -> None:
-    if resolved.config.launch.ranks is None:
-        resolved = resolved.decide({"launch.ranks": ranks}, reason)
-    if resolved.config.launch.threads is None:
-        resolved = resolved.decide({"launch.threads": threads}, "the cores divided by the ranks")
-    resolved = decide_compute(resolved)
-    config = resolved.config
-    decide_residency(config.layout)
-    geometry = decide_geometry(config.layout, ranks)
-    batch = decide_batch(
-        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
-    )
-    typer.echo(f"{resolved}\n# ranks {ranks}: {geometry}\n# batch {batch}")

@@ -177,22 +177,25 @@ class Engine:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         update, forwards = self._prepare(batch)
         self._play(rehearsal(len(forwards)), forwards, update)
-        self.state.finish_reduce()
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 
     def _prepare(self, batch: Batch) -> tuple[Counts, dict[int, Callable[[], Share]]]:
         """Counts of the whole update over all ranks, and this rank's forwards by micro-batch."""
-        self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
+        if not self._loss_form.is_settled:
+            self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
         update = Counts(*self.mesh.total(*Counts.of(batch).numbers()))
         micros = split(batch, self.resolved.config.batch.micro)
         return update, {micro: self._forward_of(micro, part, update) for micro, part in enumerate(micros)}
 
     def _forward_of(self, micro: int, batch: Batch, update: Counts) -> Callable[[], Share]:
         def forward() -> Share:
-            part = to_device(batch, self.device, self._cast)
-            args, kwargs = fields_of(part, self.module.forward, all_of_them=self._loss_form.loss_fn is None)
+            part = to_device(batch, self.device, None)
+            # The loss function sees targets and weights as they were given; only the module's inputs
+            # are cast.
+            inputs = to_device(part, self.device, self._cast)
+            args, kwargs = fields_of(inputs, self.module.forward, all_of_them=self._loss_form.loss_fn is None)
             if self._loss_form.counts_items:
                 kwargs["num_items_in_batch"] = self._loss_form.scale(update)
             with self._stream(micro):
@@ -204,7 +207,7 @@ class Engine:
         self, program: Program, forwards: Mapping[int, Callable[[], Share]], update: Counts
     ) -> StepResult:
         check(program)
-        return self._player.play(program, forwards, self._loss_form.scale(update))
+        return self._player.play(program, forwards, self._loss_form.scale(update), update)
 
     # The same, written out.
 
@@ -216,8 +219,7 @@ class Engine:
         args, kwargs = to_device(args, self.device, self._cast), to_device(kwargs, self.device, self._cast)
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        micro = self._written_out.forward(kwargs or args)
-        with self._stream(micro):
+        with self._stream(*self._written_out.forward({**dict(enumerate(args)), **kwargs})):
             return self.module(*args, **kwargs)
 
     def backward(
@@ -282,8 +284,8 @@ class Engine:
         self.state.remove()
         self.mesh.close()
 
-    def _stream(self, micro: int) -> Any:
-        return self._streams.keyed("step", self.num_steps, self.data_rank, micro)
+    def _stream(self, micro: int, forward: int = 0) -> Any:
+        return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
 
     def _set_lr(self) -> None:
         if self.learning_rate.moves:

@@ -6,6 +6,7 @@ With one rank along an axis nothing is sent and the same lines run. It never dec
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,10 @@ class Mesh:
             world_size=geometry.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        return cls(geometry, rank, device, owns_group=True)
+        mesh = cls(geometry, rank, device, owns_group=True)
+        # A process that leaves its group standing is aborted by gloo on its way out.
+        atexit.register(mesh.close)
+        return mesh
 
     @property
     def world_size(self) -> int:

@@ -36,7 +36,7 @@ class ModuleFacts:
         parameters: in module order, every tensor once, under its first name.
         aliases: further names of tied tensors -> first name.
         has_batch_stats: whether a submodule takes statistics over the batch.
-        on_meta: whether parameters have no storage yet.
+        on_meta: whether any tensor has no storage yet.
     """
 
     parameters: tuple[ParameterFacts, ...]
@@ -78,7 +78,7 @@ def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = (
             isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
             for part in module.modules()
         ),
-        on_meta=any(parameter.is_meta for parameter in first_name),
+        on_meta=any(tensor.is_meta for tensor in (*first_name, *module.buffers())),
     )
 
 

@@ -28,6 +28,8 @@ def materialize(module: nn.Module, streams: Streams) -> None:
         ModelError: a tensor was left without an initial value; all of them are named.
     """
     ties = _ties(module)
+    # What has storage already keeps its numbers, whatever a rule makes of them.
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(module).items() if not tensor.is_meta}
     module.to_empty(device=streams.device)
     _tie_again(module, ties)
     unset = _Unset(module)
@@ -35,7 +37,15 @@ def materialize(module: nn.Module, streams: Streams) -> None:
         _by_model_rules(module, streams)
     else:
         _by_module_rules(module, streams)
+    current = _tensors(module)
+    with torch.no_grad():
+        for name, numbers in kept.items():
+            current[name].copy_(numbers)
     unset.refuse()
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _by_module_rules(module: nn.Module, streams: Streams) -> None:
@@ -103,9 +113,10 @@ class _Unset:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.named_parameters(), *module.named_buffers()]
         self._tensors = [
-            (name, tensor) for name, tensor in tensors if tensor.numel() and tensor.dtype != torch.bool
+            (name, tensor)
+            for name, tensor in _tensors(module).items()
+            if tensor.numel() and tensor.dtype != torch.bool
         ]
         with torch.no_grad():
             for _, tensor in self._tensors:
@@ -113,7 +124,7 @@ class _Unset:
         self._module = module
 
     def refuse(self) -> None:
-        current = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        current = _tensors(self._module)
         left = [name for name, _ in self._tensors if _is_marked(current.get(name))]
         if left:
             raise ModelError(

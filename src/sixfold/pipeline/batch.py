@@ -1,13 +1,13 @@
 """Batches: count their samples, cut them into micro-batches, hand them to a module.
 
-A batch is a mapping, a tuple or list of fields, or one tensor; its samples lie along dim 0.
+A batch is a tensor, or a mapping, tuple or list of fields, nested at will; samples lie along dim 0.
 Used by the engine and the player; nothing is copied, micro-batches are views.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,17 @@ import torch
 from sixfold.base.errors import ModelError
 
 Batch = Any
-"""A mapping of fields, a tuple or list of fields, or a tensor."""
+"""A tensor, or a mapping, tuple or list of fields, nested at will."""
 
 
 def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
     """All tensors of a batch with at least one dim, in order."""
-    fields = batch.values() if isinstance(batch, Mapping) else batch
     if isinstance(batch, torch.Tensor):
-        fields = (batch,)
-    for field in fields if isinstance(fields, Sequence) or hasattr(fields, "__iter__") else ():
-        if isinstance(field, torch.Tensor) and field.dim() > 0:
-            yield field
+        if batch.dim() > 0:
+            yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for field in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(field)
 
 
 def num_samples(batch: Batch) -> int:
@@ -97,7 +97,8 @@ def fields_of(
 
 def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
+        return {key: _map(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return tuple(change(value) for value in batch)
+        parts = [_map(value, change) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return change(batch)

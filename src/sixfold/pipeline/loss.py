@@ -36,10 +36,12 @@ class Share:
     Args:
         value: what backward starts from, a 0-d tensor: summed loss / P.
         weight: what the sum is a sum over; None for a further loss of a micro-batch already counted.
+        is_mean: whether it was a mean over samples, which only holds where all have equally many targets.
     """
 
     value: torch.Tensor
     weight: torch.Tensor | float | None
+    is_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,13 @@ class LossForm:
         self._module = module
         self.loss_fn = loss_fn
         self._shift: int | None = None
-        self._settled = False
+        self.is_settled = False
 
     def settle(self, batch: Batch, streams: Streams, mesh: Mesh) -> None:
         """Find out on a real batch whether the model divides by `num_items_in_batch`.
 
-        Called on every rank in its first step; ranks with empty shares follow the others.
+        Called on every rank until some rank had samples; ranks with empty shares follow the others.
         """
-        if self._settled:
-            return
         found = -1
         if self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch):
             with streams.keyed("settle"), torch.no_grad():
@@ -130,7 +130,7 @@ class LossForm:
         for shift in (0, 1):
             if votes[shift] and votes[shift] == votes[2]:
                 self._shift = shift
-        self._settled = True
+        self.is_settled = votes[2] > 0
 
     @property
     def counts_items(self) -> bool:
@@ -161,9 +161,8 @@ class LossForm:
         value = result.reshape(())
         if self.counts_items:
             return Share(value, self._items(Counts.of(batch)))
-        update.refuse_ragged(type(self._module).__name__)
         samples = float(num_samples(batch))
-        return Share(value * (samples / scale), samples)
+        return Share(value * (samples / scale), samples, is_mean=True)
 
     def _items(self, counts: Counts) -> float:
         return counts.shifted if self._shift == 1 else counts.targets

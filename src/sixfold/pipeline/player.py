@@ -15,7 +15,7 @@ import torch
 
 from sixfold.base.errors import ModelError, ProgramError
 from sixfold.mesh import Mesh
-from sixfold.pipeline.loss import Share
+from sixfold.pipeline.loss import Counts, Share
 from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
@@ -40,10 +40,12 @@ class _Step:
     """The step under way: shares whose backward is still to come, and the sums so far."""
 
     scale: float
+    counts: Counts | None = None
     forwards: Mapping[int, Callable[[], Share]] = field(default_factory=dict)
     shares: dict[int, Share] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     weights: list[torch.Tensor | float] = field(default_factory=list)
+    has_means: bool = False
     accumulates: bool = False
     result: StepResult | None = None
 
@@ -73,7 +75,9 @@ class Player:
             Op.PUBLISH: lambda step, instruction: self._state.publish(),
         }
 
-    def play(self, program: Program, forwards: Mapping[int, Callable[[], Share]], scale: float) -> StepResult:
+    def play(
+        self, program: Program, forwards: Mapping[int, Callable[[], Share]], scale: float, counts: Counts
+    ) -> StepResult:
         """Play a whole program.
 
         A written-out step under way is left as it is, so that one may evaluate in its middle.
@@ -81,12 +85,20 @@ class Player:
         Args:
             forwards: runs the stage on one micro-batch, by its number.
             scale: P, by which the shares are divided already.
+            counts: of the whole update, over all ranks.
+
+        Raises:
+            ModelError: a micro-batch's loss is a mean over samples and `counts` are ragged; every rank
+                raises, those without a micro-batch too.
         """
-        outer, self._step = self._step, _Step(scale, forwards)
+        outer, self._step = self._step, _Step(scale, counts, forwards)
         try:
             for instruction in program.instructions:
                 self.perform(instruction)
-            return self._step.result or self._totals(self._step)
+            if self._step.result is None:
+                self._state.finish_reduce()
+                self._step.result = self._totals(self._step)
+            return self._step.result
         finally:
             self._step = outer
 
@@ -106,12 +118,15 @@ class Player:
 
     def update(self) -> StepResult:
         """Perform the end of a written-out step: `reduce 0 | step | publish 0`."""
-        for instruction in Program.parse("reduce 0 | step | publish 0").instructions:
-            self.perform(instruction)
-        assert self._step is not None, "perform starts a step"
-        assert self._step.result is not None, "the instruction step leaves a result"
-        result, self._step = self._step.result, None
-        return result
+        try:
+            for instruction in Program.parse("reduce 0 | step | publish 0").instructions:
+                self.perform(instruction)
+            assert self._step is not None, "perform starts a step"
+            assert self._step.result is not None, "the instruction step leaves a result"
+            return self._step.result
+        finally:
+            # An update that was refused is over too: the next one starts anew.
+            self._step = None
 
     @property
     def is_idle(self) -> bool:
@@ -167,11 +182,16 @@ class Player:
 
     def _count(self, step: _Step, share: Share) -> None:
         step.losses.append(share.value.detach())
+        step.has_means |= share.is_mean
         if share.weight is not None:
             step.weights.append(share.weight)
 
     def _totals(self, step: _Step) -> StepResult:
-        loss, weight = self._mesh.total(
-            sum(float(value) for value in step.losses), sum(float(value) for value in step.weights)
+        loss, weight, means = self._mesh.total(
+            sum(float(value) for value in step.losses),
+            sum(float(value) for value in step.weights),
+            float(step.has_means),
         )
+        if means and step.counts is not None:
+            step.counts.refuse_ragged("the model")
         return StepResult(loss * step.scale / weight if weight else math.nan, weight)

@@ -23,6 +23,7 @@ class _Tally:
 
     Args:
         micro: number of the micro-batch under way.
+        num_forwards: forwards of it so far.
         open: counts of forwards that no backward has followed yet.
         closed: counts of micro-batches whose backward has been played.
         weight: weight of the micro-batch under way once its backward has been played.
@@ -31,6 +32,7 @@ class _Tally:
     """
 
     micro: int = 0
+    num_forwards: int = 0
     open: Counts = field(default_factory=Counts)
     closed: Counts = field(default_factory=Counts)
     weight: float | None = None
@@ -51,17 +53,18 @@ class WrittenOut:
         """Backwards since the last update."""
         return self._tally.num_backwards
 
-    def forward(self, batch: Batch) -> int:
-        """Note a forward on `batch`; returns the number of its micro-batch.
+    def forward(self, batch: Batch) -> tuple[int, int]:
+        """Note a forward on `batch`; returns the number of its micro-batch, and its own number in that.
 
         A forward after a backward begins the next micro-batch; several forwards before one backward
         (two models' inputs, real and generated ones) belong to the same.
         """
         tally = self._tally
         if tally.weight is not None:
-            tally.micro, tally.weight = tally.micro + 1, None
+            tally.micro, tally.num_forwards, tally.weight = tally.micro + 1, 0, None
+        tally.num_forwards += 1
         tally.open += Counts.of(batch)
-        return tally.micro
+        return tally.micro, tally.num_forwards - 1
 
     def backward(self, loss: torch.Tensor, weight: float | None, *, retain_graph: bool) -> None:
         """Backward of a mean loss; a further loss of the same micro-batch is added, not averaged.

@@ -74,6 +74,8 @@ class Instruction:
         try:
             op = Op(word)
             values = [int(number) for number in numbers.split(".")] if numbers else []
+            if len(values) != _FIELDS[op]:
+                raise ValueError(numbers)
         except ValueError:
             raise ProgramError(
                 f"{text!r} is not an instruction",

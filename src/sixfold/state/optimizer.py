@@ -83,7 +83,8 @@ def make_optimizer(optimizer: OptimizerLike, module: nn.Module) -> Optimizer:
             f"{type(module).__name__} and misses {len(missing)} of its trainable ones "
             f"({', '.join(missing[:4])})",
             rule="the optimizer updates exactly the parameters with requires_grad=True",
-            fix="build it over model.parameters(), and set requires_grad=False on what stays fixed",
+            fix="build it over model.parameters(), and set requires_grad=False on what stays fixed; for a "
+            "model on meta, whose parameters are made anew, pass a factory: optimizer=torch.optim.AdamW",
         )
     return made
 

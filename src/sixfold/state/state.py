@@ -48,6 +48,7 @@ class ModelState:
 
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go."""
+        self._window.abandon()
         for unit in self.units:
             unit.check_home()
         for unit in self.trained:
@@ -58,13 +59,16 @@ class ModelState:
         self._window.open()
 
     def finish_reduce(self) -> None:
-        """Reduce what has not been reduced, and wait for all of it."""
+        """Reduce what has not been reduced since `open_reduce`, and wait for all of it."""
         self._window.close()
 
     def grad_norm(self) -> torch.Tensor:
         """The 2-norm of all reduced gradients, a 0-d fp64 tensor, the same on every rank."""
         squares = [
-            torch.linalg.vector_norm(unit.grads).double().square()
+            # A norm has the type of its numbers, and bf16 would keep three digits of it.
+            torch.linalg.vector_norm(unit.grads, dtype=torch.promote_types(unit.grads.dtype, torch.float32))
+            .double()
+            .square()
             for unit in self.trained
             if unit.grads is not None
         ]
@@ -145,9 +149,13 @@ class _ReduceWindow:
         self._next = 0
         self._open = True
 
+    def abandon(self) -> None:
+        """Forget a window that an error left open."""
+        self._open = False
+
     def close(self) -> None:
         if not self._open:
-            self.open()
+            return
         while self._next < len(self._order):
             self._start()
         for unit in self._order:

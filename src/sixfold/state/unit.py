@@ -102,7 +102,8 @@ class Unit:
         """Start a new accumulation."""
         assert self.grads is not None, "frozen units have no gradients"
         self.grads.zero_()
-        self.home_grads()
+        for parameter, view in zip(self.parameters, self._grad_views, strict=True):
+            parameter.grad = view
 
     def home_grads(self) -> None:
         """Bring gradients that live outside the buffer (after `zero_grad`, say) back into it.

@@ -1,0 +1,375 @@
+"""Every option changes something that can be seen, or is refused.
+
+One row for each leaf of the configuration tree; `test_every_option_has_a_row` walks the tree, so that a
+new option without a row fails. Most rows say: under this value that observable differs, and differs
+not when nothing is changed. Runs are real, tiny and in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sixfold
+import sixfold.cli.train
+from sixfold.base.errors import ConfigError, ModelError, PlanError
+from sixfold.checkpoint import open_checkpoint
+from sixfold.config import Resolved, describe, load
+from sixfold.config.schema import nested
+from sixfold.data.corpus import prepare
+from sixfold.launch import current_session
+from sixfold.mesh import Mesh
+from sixfold.monitor.journal import read_records
+from sixfold.plan import decide_batch, decide_geometry, decide_residency
+from sixfold.train import loop
+from sixfold.train.job import RECIPE, Request, build_model
+from tests.one import lab
+
+VOCABULARY = 300
+
+
+@dataclass
+class Run:
+    """What a finished run leaves."""
+
+    folder: Path
+    out: str
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [record for record in read_records(self.folder / "metrics.jsonl") if "loss" in record]
+
+    def column(self, name: str) -> list[Any]:
+        return [record[name] for record in self.records]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+    @property
+    def config(self) -> str:
+        return (self.folder / "config.toml").read_text()
+
+
+@dataclass
+class Lab:
+    """Makes what a row looks at, from the tiny settings and the row's own."""
+
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+    num_runs: int = field(default=0)
+
+    def values(self, changes: dict[str, Any]) -> dict[str, Any]:
+        values = {**lab.settings(self.folder), **changes}
+        return {path: value for path, value in values.items() if value is not None}
+
+    def resolved(self, changes: dict[str, Any]) -> Resolved:
+        plain = {
+            path: str(value) if isinstance(value, Path) else value
+            for path, value in self.values(changes).items()
+        }
+        return load(values=nested(plain), recipe=RECIPE)
+
+    def engine(self, changes: dict[str, Any]) -> sixfold.Engine:
+        resolved = self.resolved(changes)
+        module = build_model(resolved, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
+        engine = sixfold.initialize(module, config=resolved)
+        engine.learning_rate = engine.learning_rate.ending_at(4)
+        return engine
+
+    def run(self, changes: dict[str, Any]) -> Run:
+        self.num_runs += 1
+        folder = self.folder / f"run-{self.num_runs}"
+        file = lab.write_config(self.folder / f"{folder.name}.toml", self.values(changes))
+        self.capsys.readouterr()
+        loop.train(Request(config=file, into=folder), current_session())
+        return Run(folder, self.capsys.readouterr().out)
+
+    def launched(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """What the launcher of `sixfold train` asks for, without ranks being started."""
+        asked: dict[str, Any] = {}
+
+        def pretend(command: list[str], **options: Any) -> int:
+            asked.update(options, command=command)
+            return 0
+
+        self.monkeypatch.setattr(sixfold.cli.train, "launch", pretend)
+        self.monkeypatch.delenv("RANK", raising=False)
+        file = lab.write_config(self.folder / "launch.toml", self.values(changes))
+        assert sixfold.cli.train.run_train(Request(config=file), dry_run=False) == 0
+        return asked
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("options")
+    lab.write_corpus(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def bench(
+    shared_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Lab]:
+    """A lab whose corpus is shared by all rows; compute threads are put back."""
+    (tmp_path / "text").symlink_to(shared_folder / "text")
+    (tmp_path / "cache").symlink_to(shared_folder / "cache")
+    (shared_folder / "cache").mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    yield Lab(tmp_path, capsys, monkeypatch)
+    torch.set_num_threads(threads)
+
+
+# What is looked at. Each takes the lab and the changed settings, and returns something comparable.
+
+Observable = Callable[[Lab, dict[str, Any]], Any]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (6, 33), generator=torch.Generator().manual_seed(1))
+
+
+def shapes(bench: Lab, changes: dict[str, Any]) -> Any:
+    return {name: tuple(p.shape) for name, p in bench.engine(changes).module.named_parameters()}
+
+
+def first_loss(bench: Lab, changes: dict[str, Any]) -> Any:
+    return bench.engine(changes).train_step({"tokens": tokens()})
+
+
+def learned(bench: Lab, changes: dict[str, Any]) -> Any:
+    """All parameters after three updates, exactly."""
+    engine = bench.engine(changes)
+    for _ in range(3):
+        engine.train_step({"tokens": tokens()})
+    return [tensor.double().flatten().tolist() for tensor in engine.full_state_dict().values()]
+
+
+def shown_types(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine = bench.engine(changes)
+    engine.save(bench.folder / "shown")
+    saved = open_checkpoint(bench.folder / "shown")
+    written = saved.load_model(
+        {name: (tuple(t.shape), t.dtype) for name, t in engine.full_state_dict().items()}
+    )
+    return [str(tensor.dtype) for tensor in dict(written).values()]
+
+
+def num_forwards(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine = bench.engine(changes)
+    calls: list[int] = []
+    handle = engine.module.register_forward_hook(lambda *_: calls.append(1))
+    engine.train_step({"tokens": tokens()})
+    handle.remove()
+    return len(calls)
+
+
+def corpus(bench: Lab, changes: dict[str, Any]) -> Any:
+    found = prepare(bench.resolved(changes).config.data)
+    return found.vocab_size, found.held_out_names, found.num_train_bytes, str(found.folder)
+
+
+def column(name: str) -> Observable:
+    return lambda bench, changes: bench.run(changes).column(name)
+
+
+def launcher(name: str) -> Observable:
+    return lambda bench, changes: bench.launched(changes)[name]
+
+
+# Rows of the first kind: (other settings of the row, the option's value, what differs).
+
+DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
+    "seed": ({}, 1, learned),
+    "model.width": ({}, 64, shapes),
+    "model.num_layers": ({}, 3, shapes),
+    "model.num_heads": ({}, 4, first_loss),
+    "model.num_kv_heads": ({}, 2, shapes),
+    "model.ffn_width": ({}, 48, shapes),
+    "model.rope_base": ({}, 100.0, first_loss),
+    "model.tie_embeddings": ({}, False, shapes),
+    "model.dropout": ({}, 0.5, first_loss),
+    "data.include": ({}, ["*.py"], corpus),
+    "data.max_mb": ({}, 0.01, corpus),
+    "data.vocab_size": ({}, 280, corpus),
+    "data.held_out_files": ({}, 9, corpus),
+    "data.sequence_length": ({}, 16, column("tokens")),
+    "batch.global": ({}, 3, column("samples")),
+    "batch.tokens": ({"batch.global": None}, 32, lambda bench, changes: batch_text(bench, changes)),
+    "batch.micro": ({}, 2, num_forwards),
+    "precision.compute": ({}, "bf16", first_loss),
+    "precision.storage": ({}, "bf16", shown_types),
+    "precision.grad": ({}, "bf16", learned),
+    "precision.reduce": ({}, "bf16", learned),
+    "precision.master": ({"precision.compute": "bf16"}, "bf16", learned),
+    "optimizer.name": ({}, "adagrad", learned),
+    "optimizer.lr": ({}, 1e-4, learned),
+    "optimizer.betas": ({}, [0.5, 0.9], learned),
+    "optimizer.eps": ({}, 1e-2, learned),
+    "optimizer.momentum": ({"optimizer.name": "sgd"}, 0.9, learned),
+    "optimizer.weight_decay": ({}, 0.9, learned),
+    "optimizer.clip_norm": ({"optimizer.name": "sgd"}, 1e-3, learned),
+    "lr_schedule.name": ({"train.steps": 6}, "linear", column("lr")),
+    "lr_schedule.warmup_steps": ({}, 3, column("lr")),
+    "lr_schedule.final_ratio": ({}, 0.5, column("lr")),
+    "train.steps": ({}, 2, column("step")),
+    "train.folder": ({}, "elsewhere", lambda bench, changes: folder_of_launch(bench, changes)),
+    "checkpoint.every": ({}, 3, lambda bench, changes: bench.run(changes).checkpoints),
+    "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
+    "monitor.every": ({}, 2, column("step")),
+    "launch.ranks": ({}, 3, launcher("ranks")),
+    "launch.threads": ({}, 7, launcher("threads")),
+}
+
+
+def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
+    config = bench.resolved({"batch.tokens": 96, **changes}).config
+    return str(decide_batch(config.batch, data_ranks=2, sequence_length=config.data.sequence_length))
+
+
+def folder_of_launch(bench: Lab, changes: dict[str, Any]) -> str:
+    changes = {path: bench.folder / value for path, value in changes.items()}
+    return bench.launched(changes)["run_folder"].parent.name
+
+
+@pytest.mark.parametrize("path", DIFFERS)
+def test_differs(path: str, bench: Lab) -> None:
+    around, value, observable = DIFFERS[path]
+    without = observable(bench, around)
+    assert observable(bench, around) == without, "seen without any change: this row proves nothing"
+    assert observable(bench, {**around, path: value}) != without
+
+
+# Rows of the second kind: this version cannot do it and says so before anything starts.
+
+REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
+    "layout.data": (2, {"layout.data": 3}),
+    "layout.zero": (2, {"layout.zero": 2}),
+    "layout.shard": (2, {"layout.shard": 2, "layout.zero": 0}),
+    "layout.tensor": (2, {"layout.tensor": 2}),
+    "layout.pipe": (2, {"layout.pipe": 2}),
+    "layout.context": (2, {"layout.context": 2}),
+    "layout.expert": (2, {"layout.expert": 2}),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_refused(path: str, bench: Lab) -> None:
+    ranks, changes = REFUSED[path]
+
+    def decided(changes: dict[str, Any]) -> None:
+        layout = bench.resolved(changes).config.layout
+        decide_residency(layout)
+        decide_geometry(layout, ranks)
+
+    decided({})
+    with pytest.raises((ConfigError, PlanError), match=path):
+        decided(changes)
+
+
+# Rows of the third kind, which need words of their own.
+
+
+def prompt(bench: Lab) -> None:
+    assert "\nsample\nclass value" in bench.run({"train.prompt": "class value"}).out
+
+
+def sample_tokens(bench: Lab) -> None:
+    assert "\nsample\n" in bench.run({}).out
+    assert "\nsample\n" not in bench.run({"train.sample_tokens": 0}).out
+
+
+def eval_every(bench: Lab) -> None:
+    assert bench.run({}).out.count("held-out bits per byte") == 1
+    often = bench.run({"train.eval_every": 1})
+    assert [f"update {step}: held-out bits per byte" in often.out for step in range(1, 5)] == [1, 1, 1, 0]
+
+
+def minutes(bench: Lab) -> None:
+    """The budget becomes a number of steps, once; it is written down with its reason."""
+    measured = bench.run({"train.steps": None, "train.minutes": 1e-4})
+    assert measured.column("step")[0] == 1
+    assert "decided: 0.0001 minutes at " in measured.config
+    bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 0.1)
+    counted = bench.run({"train.steps": None, "train.minutes": 0.01})
+    assert counted.column("step") == [1, 2, 3, 4, 5, 6]
+    assert "displaced by train.steps" in counted.config
+
+
+def path(bench: Lab) -> None:
+    other = lab.write_corpus(bench.folder / "other", num_files=20)
+    assert corpus(bench, {"data.path": other}) != corpus(bench, {})
+
+
+def cache(bench: Lab) -> None:
+    elsewhere = bench.folder / "another cache"
+    assert Path(corpus(bench, {"data.cache": elsewhere})[-1]).is_relative_to(elsewhere)
+
+
+def batch_stats(bench: Lab) -> None:
+    def engine(**model: str) -> sixfold.Engine:
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        return sixfold.initialize(module, config={"batch": {"micro": 2}, "model": model})
+
+    with pytest.raises(ModelError, match="batch statistics"):
+        engine()
+    assert engine(batch_stats="micro").data_ranks == 1
+
+
+def peak_tflops(bench: Lab) -> None:
+    """mfu x peak = operations a second, which `tokens_per_s` knows too."""
+    ratios = []
+    for peak in (1.0, 10.0):
+        records = bench.run({"monitor.peak_tflops": peak}).records
+        ratios.append(records[-1]["mfu"] / records[-1]["tokens_per_s"])
+    assert ratios[0] == pytest.approx(10 * ratios[1], rel=1e-6)
+    assert bench.run({"monitor.peak_tflops": None}).records[-1]["mfu"] > 0
+
+
+def timeout_s(bench: Lab) -> None:
+    asked: dict[str, Any] = {}
+    bench.monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: asked.update(options))
+    config = bench.resolved({"launch.timeout_s": 12.5}).config
+    geometry = decide_geometry(config.layout, 2)
+    Mesh.form(geometry, torch.device("cpu"), rank=0, address="localhost:1", timeout_s=config.launch.timeout_s)
+    assert asked["timeout"].total_seconds() == 12.5
+
+
+SPECIAL: dict[str, Callable[[Lab], None]] = {
+    "model.batch_stats": batch_stats,
+    "data.path": path,
+    "data.cache": cache,
+    "train.minutes": minutes,
+    "train.eval_every": eval_every,
+    "train.prompt": prompt,
+    "train.sample_tokens": sample_tokens,
+    "monitor.peak_tflops": peak_tflops,
+    "launch.timeout_s": timeout_s,
+}
+
+
+@pytest.mark.parametrize("path", SPECIAL)
+def test_special(path: str, bench: Lab) -> None:
+    SPECIAL[path](bench)
+
+
+def test_every_option_has_a_row() -> None:
+    rows = [*DIFFERS, *REFUSED, *SPECIAL]
+    assert sorted(rows) == sorted(path for path, *_ in describe())
+
+
+def test_threads_of_a_rank_are_those_asked_for(bench: Lab) -> None:
+    run = bench.run({"launch.threads": 3})
+    assert torch.get_num_threads() == 3
+    assert "threads = 3" in run.config
