@@ -81,5 +81,11 @@ class CheckpointError(SixfoldError):
     exit_code = EXIT_USAGE
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written: no fault of what was asked, so the run fails in the middle."""
+
+    exit_code = EXIT_WORKER
+
+
 class WorkerError(SixfoldError):
     """A rank failed."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sixfold.base.errors import CheckpointError
+from sixfold.base.errors import CheckpointError, SaveError
 from sixfold.base.units import bytes_text
 from sixfold.checkpoint.content import Content, check_content
 from sixfold.checkpoint.files import Buffer, Files, new_file
@@ -53,8 +53,8 @@ def save(
         files: the file system.
 
     Raises:
-        CheckpointError: the content cannot be saved, the folder holds something else, or the disk
-            refused. The previous checkpoint is untouched and no temporary folder is left.
+        CheckpointError: the content cannot be saved, or the folder holds something else.
+        SaveError: the disk refused. The previous checkpoint is untouched and no temporary folder is left.
     """
     files = files or Files()
     target = Path(os.path.abspath(folder))
@@ -193,25 +193,25 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def _refused(target: Path, needed: int, error: OSError, files: Files) -> CheckpointError:
+def _refused(target: Path, needed: int, error: OSError, files: Files) -> SaveError:
     try:
         free = bytes_text(files.free_bytes(target.parent))
     except OSError:
         free = "an unknown amount of space"
     given = f"saving {target} failed: {error.strerror or error} ({bytes_text(needed)} needed, {free} free)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
+        return SaveError(
             given,
             rule="a new checkpoint is written beside the previous one before it replaces anything",
             fix=f"free {bytes_text(needed)} on the disk of {target.parent}, or save to another disk",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CheckpointError(
+        return SaveError(
             given,
             rule=f"the folder {target.parent} must be writable",
             fix=f"`chmod u+w {target.parent}` as its owner, or save to a folder of your own",
         )
-    return CheckpointError(
+    return SaveError(
         given,
         rule="every file must be written and made durable before the checkpoint gets its name",
         fix=f"check the file system of {target.parent}, or save to another one; the previous one is intact",

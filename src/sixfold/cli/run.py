@@ -37,7 +37,8 @@ def run_script(
             rule="ranks are started once, by one launcher",
             fix=f"start the script itself there: python {shlex.join(script)}",
         )
-    count = ranks or default_ranks()[0]
+    node = nodes(os.environ)
+    count = ranks or default_ranks(node)[0]
     command = [sys.executable, "-m", "sixfold.launch.script", *script]
     if dry_run:
         typer.echo(f"{count} x {shlex.join(command)}")
@@ -47,5 +48,5 @@ def run_script(
         ranks=count,
         run_folder=open_folder(into) if into is not None else new_folder(Path("runs")),
         threads=threads or default_threads(count),
-        node=nodes(os.environ),
+        node=node,
     )

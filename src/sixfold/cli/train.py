@@ -15,6 +15,7 @@ import typer
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Resolved
 from sixfold.data.corpus import prepare
+from sixfold.data.sources import source_folder
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
@@ -57,9 +58,7 @@ def run_train(request: Request, *, dry_run: bool) -> int:
 def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
     """Fill in how many ranks this machine gets, and how many threads each."""
     if resolved.config.launch.ranks is None:
-        ranks, why = default_ranks()
-        if node is not None and node.ranks_per_node is not None:
-            ranks, why = node.ranks_per_node, "as the cluster asks"
+        ranks, why = default_ranks(node)
         resolved = resolved.decide({"launch.ranks": ranks}, why)
     if resolved.config.launch.threads is None:
         threads = default_threads(resolved.config.launch.ranks or 1)
@@ -70,6 +69,7 @@ def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
 def _check_plan(resolved: Resolved, world_size: int) -> str:
     """Refuse what cannot be carried out before data are prepared and ranks started."""
     config = resolved.config
+    source_folder(config.data)
     residency = decide_residency(config.layout)
     geometry = decide_geometry(config.layout, world_size)
     batch = decide_batch(

@@ -6,12 +6,13 @@ whole and what is cut is the state engine's.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sixfold.base.errors import CheckpointError, SixfoldError
+from sixfold.base.errors import CheckpointError, SaveError, SixfoldError
 from sixfold.checkpoint import Content, open_checkpoint
 from sixfold.checkpoint import save as write
 
@@ -28,19 +29,23 @@ def full_state_dict(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    """Rank 0 writes; every rank learns whether it went well."""
+    """Rank 0 writes; every rank learns whether it went well, and tells the same if not."""
     failure: SixfoldError | None = None
     if engine.mesh.rank == 0:
         try:
             write(folder, _content(engine))
         except SixfoldError as error:
             failure = error
-    if engine.mesh.any(failure is not None):
-        raise failure or CheckpointError(
-            f"rank 0 could not write {folder}",
-            rule="rank 0 writes checkpoints for all ranks",
-            fix="see rank 0's own message",
-        )
+    told = engine.mesh.share_text(json.dumps(_words(failure)) if failure is not None else "")
+    if failure is not None:
+        raise failure
+    if told:
+        is_disk, given, rule, fix = json.loads(told)
+        raise (SaveError if is_disk else CheckpointError)(f"rank 0: {given}", rule=rule, fix=fix)
+
+
+def _words(failure: SixfoldError) -> tuple[bool, str, str, str]:
+    return isinstance(failure, SaveError), failure.given, failure.rule, failure.fix
 
 
 def load(engine: Engine, folder: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from sixfold.launch.environment import NodePlacement
+
 
 def num_cores() -> int:
     """Cores this process may use; a container or `taskset` may leave fewer than the machine has."""
@@ -14,8 +16,10 @@ def num_cores() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def default_ranks() -> tuple[int, str]:
-    """Ranks for this machine, and why: one per GPU where there are any, else one per core."""
+def default_ranks(node: NodePlacement | None = None) -> tuple[int, str]:
+    """Ranks for this machine, and why: as many as `node` says, else one per GPU or, without, per core."""
+    if node is not None and node.ranks_per_node is not None:
+        return node.ranks_per_node, "as the cluster asks of every node"
     # Torch is loaded by every launch, but not by the help texts that import this file.
     import torch
 

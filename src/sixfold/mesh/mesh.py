@@ -15,6 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Imported before any group exists: its functions take the group of that moment as default argument.
+# Imported later (torch.optim does so at its first step) they keep the group's threads alive for ever,
+# and the process may abort on its way out.
+import torch.distributed.nn.functional  # noqa: F401
+
 from sixfold.base.errors import MeshError
 from sixfold.plan.geometry import Geometry
 
@@ -124,7 +129,7 @@ class Mesh:
         self.broadcast(size).wait()
         letters = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
-            letters.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+            letters.copy_(torch.tensor(list(text.encode()), dtype=torch.uint8))
         self.broadcast(letters).wait()
         return bytes(letters.tolist()).decode()
 

@@ -37,7 +37,9 @@ class Streams:
         """Draw from the stream of (seed, *parts) inside the block; restore the state after it."""
         devices = [self.device] if self.device.type != "cpu" else []
         with torch.random.fork_rng(devices=devices, device_type=_fork_type(self.device)):
-            torch.manual_seed(key_of(self.seed, *parts))
+            # torch.manual_seed also queues the seed, with a stack trace, for devices not in use.
+            seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+            seed(key_of(self.seed, *parts))
             yield
 
 

@@ -50,7 +50,8 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _by_module_rules(module: nn.Module, streams: Streams) -> None:
     for name, part in _children_first(module):
-        reset = _method(part, "reset_parameters")
+        # torch's own attention and transformer hide theirs behind an underscore.
+        reset = _method(part, "reset_parameters") or _method(part, "_reset_parameters")
         if reset is not None:
             with streams.keyed("init", name):
                 reset()

@@ -52,7 +52,7 @@ class ModelState:
         for unit in self.units:
             unit.check_home()
         for unit in self.trained:
-            unit.zero_grads()
+            unit.drop_grads()
 
     def open_reduce(self) -> None:
         """From here on a unit is reduced as soon as its gradients are complete."""
@@ -139,9 +139,9 @@ class _ReduceWindow:
         self._next = 0
         self._open = False
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._arrival(unit))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))  # type: ignore[no-untyped-call]
             for unit in units
-            for parameter in unit.parameters
+            for index, parameter in enumerate(unit.parameters)
         ]
 
     def open(self) -> None:
@@ -172,8 +172,9 @@ class _ReduceWindow:
         unit.start_reduce(self._mesh)
         self._next += 1
 
-    def _arrival(self, unit: Unit) -> Callable[[nn.Parameter], None]:
+    def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
+            unit.home_grad(index)
             if not self._open:
                 return
             self._missing[unit] -= 1

@@ -98,30 +98,37 @@ class Unit:
                     "devices with sixfold.initialize(device=...)",
                 )
 
-    def zero_grads(self) -> None:
-        """Start a new accumulation."""
-        assert self.grads is not None, "frozen units have no gradients"
-        self.grads.zero_()
-        for parameter, view in zip(self.parameters, self._grad_views, strict=True):
-            parameter.grad = view
+    def drop_grads(self) -> None:
+        """Start a new accumulation.
 
-    def home_grads(self) -> None:
-        """Bring gradients that live outside the buffer (after `zero_grad`, say) back into it.
+        Nothing is zeroed: autograd hands over each first gradient, and `home_grad` copies it over the
+        old one. That moves fewer bytes than zeroing and adding.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def home_grad(self, index: int) -> None:
+        """Bring one parameter's gradient, if it lives elsewhere, into its place in the buffer.
 
         A parameter without gradient counts as zeros: the order and size of what is sent never
         depend on which parameters were used.
         """
-        for parameter, view in zip(self.parameters, self._grad_views, strict=True):
-            grad = parameter.grad
-            if grad is view:
-                continue
-            if grad is None:
-                view.zero_()
-            elif grad.is_sparse:
-                view.zero_().add_(grad)
-            else:
-                view.copy_(grad)
-            parameter.grad = view
+        parameter, view = self.parameters[index], self._grad_views[index]
+        grad = parameter.grad
+        if grad is view:
+            return
+        if grad is None:
+            view.zero_()
+        elif grad.is_sparse:
+            view.zero_().add_(grad)
+        else:
+            view.copy_(grad)
+        parameter.grad = view
+
+    def home_grads(self) -> None:
+        """Bring all gradients into the buffer."""
+        for index in range(len(self.parameters)):
+            self.home_grad(index)
 
     def start_reduce(self, mesh: Mesh) -> None:
         """Start to sum gradients over the data ranks, in the reduce type."""

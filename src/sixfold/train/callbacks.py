@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from sixfold.checkpoint import prune, step_folder
 from sixfold.launch import current_session
-from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import StepRecord
 from sixfold.train.evaluate import bits_per_byte
 from sixfold.train.folder import CHECKPOINTS
@@ -34,21 +33,15 @@ class Metrics:
 
     def __init__(self, run: Run) -> None:
         self._every = run.resolved.config.monitor.every
-        self._journal = (
-            Journal(run.folder, run.engine.num_steps, warn=run.console.say) if run.is_first else None
-        )
 
     def after_update(self, run: Run, record: StepRecord) -> None:
-        if self._journal is None:
-            return
-        if record.step % self._every == 0 or record.step == run.total_steps:
-            self._journal.write(record.as_dict())
+        is_due = record.step % self._every == 0 or record.step == run.total_steps
+        if is_due and run.journal is not None:
+            run.journal.write(record.as_dict())
             run.console.update(record)
 
     def at_end(self, run: Run, finished: bool) -> None:
-        if self._journal is not None:
-            run.console.close()
-            self._journal.close()
+        run.console.close()
 
 
 class Evaluations:
@@ -56,7 +49,6 @@ class Evaluations:
 
     def __init__(self, run: Run) -> None:
         self._every = run.resolved.config.train.eval_every
-        self._journal_folder = run.folder
 
     def after_update(self, run: Run, record: StepRecord) -> None:
         due = self._every is not None and record.step % self._every == 0
@@ -72,10 +64,8 @@ class Evaluations:
 
     def _measure(self, run: Run) -> float:
         measured = bits_per_byte(run.engine, run.corpus, run.resolved.config.data.sequence_length)
-        if run.is_first:
-            journal = Journal(self._journal_folder, run.engine.num_steps)
-            journal.write({"step": run.engine.num_steps, "held_out_bits_per_byte": measured})
-            journal.close()
+        if run.journal is not None:
+            run.journal.write({"step": run.engine.num_steps, "held_out_bits_per_byte": measured})
         return measured
 
 

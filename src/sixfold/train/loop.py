@@ -26,6 +26,7 @@ from sixfold.models.decoder import Decoder, num_flops
 from sixfold.models.generate import generate
 from sixfold.monitor.console import Console
 from sixfold.monitor.hardware import memory_bytes, peak_flops
+from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import Meter
 from sixfold.parallel import DTYPES
 from sixfold.plan import BatchPlan, decide_batch
@@ -45,6 +46,7 @@ class Run:
         resolved: what was asked, and what was decided since.
         folder: the run folder.
         total_steps: updates in the whole run.
+        journal: where metrics are written; the first rank's alone.
     """
 
     resolved: Resolved
@@ -55,6 +57,7 @@ class Run:
     folder: Path
     console: Console
     total_steps: int = 0
+    journal: Journal | None = None
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +83,8 @@ def train(request: job.Request, session: Session) -> None:
     """
     with Console(sys.stdout) as console:
         run = _set_up(request, console)
-        callbacks: Sequence[Callback] = (Metrics(run), Evaluations(run), Checkpoints(run))
+        # In the end it is saved before it is measured: a failure of the latter then costs nothing.
+        callbacks: Sequence[Callback] = (Metrics(run), Checkpoints(run), Evaluations(run))
         _settle_steps(run)
         if run.is_first:
             write_config(run.folder, run.resolved)
@@ -94,6 +98,8 @@ def train(request: job.Request, session: Session) -> None:
             run.say(f"stopped and saved after update {run.engine.num_steps}; go on with:")
             run.say(f"  sixfold train --resume {run.folder}")
             session.interrupted()
+        if run.journal is not None:
+            run.journal.close()
         run.engine.close()
 
 
@@ -119,6 +125,8 @@ def _set_up(request: job.Request, console: Console) -> Run:
     run.say(f"{engine.plan}\nbatch       {run.batch}")
     if request.resume is not None:
         _continue(run)
+    if run.is_first:
+        run.journal = Journal(folder, engine.num_steps, warn=console.say)
     return run
 
 

@@ -1,0 +1,180 @@
+"""The commands as far as they go without starting ranks: what they refuse, with which code, and dry runs.
+
+`main` runs in this process, as the entry point calls it. Real launches are in tests/fresh.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sixfold.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_USAGE
+from sixfold.cli.app import main
+from sixfold.config import load
+from tests.one import lab
+
+
+class Terminal:
+    """Calls `sixfold ARGUMENTS...` in a folder of its own."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder, self.out, self.err = folder, "", ""
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path) -> int:
+        self._monkeypatch.setattr(sys, "argv", ["sixfold", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        self.out, self.err = self._capsys.readouterr()
+        code = ended.value.code
+        return code if isinstance(code, int) else 0
+
+    def config(self, **changes: object) -> Path:
+        return lab.write_config(self.folder / "my.toml", lab.settings(self.folder, **changes))
+
+
+@pytest.fixture
+def sixfold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_all_problems_of_a_config_are_told_at_once(sixfold: Terminal) -> None:
+    (sixfold.folder / "my.toml").write_text(
+        "[optimizer]\nlerning_rate = 1e-3\n[model]\nwidth = 'big'\n[train]\nsteps = 0\n"
+    )
+    assert sixfold("train", "--config", "my.toml") == EXIT_USAGE
+    assert sixfold.out == ""
+    assert "3 problems in the configuration" in sixfold.err
+    for told in ("my.toml:2", "my.toml:4", "my.toml:6", "lerning_rate", "model.width", "train.steps"):
+        assert told in sixfold.err
+    assert "Traceback" not in sixfold.err
+    assert files_in(sixfold.folder) == {"my.toml"}
+
+
+def test_a_wrong_override(sixfold: Terminal) -> None:
+    assert sixfold("train", "--set", "optimizer.lr=fast") == EXIT_USAGE
+    assert "--set" in sixfold.err
+    assert "optimizer.lr" in sixfold.err
+
+
+def test_a_missing_config(sixfold: Terminal) -> None:
+    assert sixfold("train", "--config", "nowhere.toml") == EXIT_USAGE
+    assert "nowhere.toml" in sixfold.err
+
+
+def test_an_unknown_option_of_the_command(sixfold: Terminal) -> None:
+    assert sixfold("train", "--steps", "3") == EXIT_USAGE
+    assert "--steps" in sixfold.err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_missing_data_folder(sixfold: Terminal, more: tuple[str, ...]) -> None:
+    (sixfold.folder / "texts").mkdir()
+    assert (
+        sixfold("train", "--config", sixfold.config(data__path=sixfold.folder / "text"), *more) == EXIT_USAGE
+    )
+    assert f"{sixfold.folder / 'text'}' does not exist" in sixfold.err
+    assert f"set data.path = {str(sixfold.folder / 'texts')!r}" in sixfold.err
+    assert files_in(sixfold.folder) == {"my.toml", "texts"}
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+@pytest.mark.parametrize("axis", ["tensor", "pipe", "context", "expert"])
+def test_an_axis_that_is_not_there_is_infeasible(sixfold: Terminal, axis: str, more: tuple[str, ...]) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    config = sixfold.config(**{f"layout__{axis}": 2})
+    before = files_in(sixfold.folder)
+    assert sixfold("train", "--config", config, "--set", "launch.ranks=2", *more) == EXIT_INFEASIBLE
+    assert f"layout.{axis} = 2" in sixfold.err
+    assert f"set layout.{axis} = 1" in sixfold.err
+    assert files_in(sixfold.folder) == before
+
+
+def test_a_run_folder_that_cannot_be_made(sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    (sixfold.folder / "file").write_text("in the way")
+    config = sixfold.config(train__folder=sixfold.folder / "file" / "runs")
+    for arguments in ((), ("--into", sixfold.folder / "file" / "run")):
+        assert sixfold("train", "--config", config, *arguments) == EXIT_USAGE
+        assert "cannot make the run folder" in sixfold.err
+        assert "Not a directory" in sixfold.err
+        assert "train.folder" in sixfold.err
+
+
+def test_a_second_run_into_one_folder(sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    taken = sixfold.folder / "taken"
+    taken.mkdir()
+    (taken / "config.toml").write_text("seed = 1\n")
+    assert sixfold("train", "--config", sixfold.config(), "--into", taken) == EXIT_USAGE
+    assert f"--resume {taken}" in sixfold.err
+    assert (taken / "config.toml").read_text() == "seed = 1\n"
+
+
+def test_resume_of_what_is_no_run(sixfold: Terminal) -> None:
+    (sixfold.folder / "runs" / "good").mkdir(parents=True)
+    (sixfold.folder / "runs" / "good" / "config.toml").write_text("")
+    assert sixfold("train", "--resume", "runs/god") == EXIT_USAGE
+    assert "runs/good" in sixfold.err
+    assert sixfold("train", "--resume", "runs/good", "--config", sixfold.config()) == EXIT_USAGE
+    assert "drop --config" in sixfold.err
+    assert sixfold("train", "--resume", "runs/good", "--into", "other") == EXIT_USAGE
+    assert "drop --into" in sixfold.err
+
+
+def test_a_dry_run_shows_a_loadable_config_and_writes_nothing(sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    config = sixfold.config(launch__ranks=4, batch__global=10)
+    before = files_in(sixfold.folder)
+    assert sixfold("train", "--config", config, "--set", "seed=5", "--dry-run") == EXIT_DONE
+    assert files_in(sixfold.folder) == before
+    assert "# ranks      4: data 4" in sixfold.out
+    assert "# batch      10 samples / 4 data ranks = 3 or 2 a rank" in sixfold.out
+    (sixfold.folder / "shown.toml").write_text(sixfold.out)
+    shown = load(sixfold.folder / "shown.toml").config
+    assert (shown.seed, shown.launch.ranks, shown.model.width) == (5, 4, 32)
+    assert "seed = 5" in sixfold.out
+    assert "# --set" in sixfold.out
+
+
+def test_a_dry_run_of_a_script(sixfold: Terminal) -> None:
+    (sixfold.folder / "mine.py").write_text("raise SystemExit('it was started')")
+    assert sixfold("run", "--ranks", "3", "--dry-run", "mine.py", "--epochs", "2") == EXIT_DONE
+    assert sixfold.out.startswith("3 x ")
+    assert sixfold.out.endswith("mine.py --epochs 2\n")
+    assert files_in(sixfold.folder) == {"mine.py"}
+
+
+def test_a_missing_script(sixfold: Terminal) -> None:
+    assert sixfold("run", "nowhere.py") == EXIT_USAGE
+    assert "nowhere.py is not a file" in sixfold.err
+    assert files_in(sixfold.folder) == set()
+
+
+def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sixfold.folder / "mine.py").write_text("")
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert sixfold("run", "mine.py") == EXIT_USAGE
+    assert "inside a rank (rank 1 of 2" in sixfold.err
+
+
+def test_version_and_help(sixfold: Terminal) -> None:
+    assert sixfold("--version") == EXIT_DONE
+    assert sixfold.out.startswith("sixfold 0.")
+    for arguments in (("--help",), ("train", "-h"), ("run", "--help")):
+        assert sixfold(*arguments) == EXIT_DONE
+        assert "Usage" in sixfold.out
