@@ -1,6 +1,6 @@
 """Sixfold against torch's DistributedDataParallel: the same model, ranks and batches, in one command.
 
-    python benchmarks/data_parallel.py [--ranks 2] [--rounds 15] [--model s|m] [--compute fp32|bf16]
+    python benchmarks/data_parallel.py [--ranks 2] [--rounds 30] [--model s|m] [--compute fp32|bf16]
                                        [--clip 1.0] [--json]
 
 Steps: one set of ranks (gloo, one compute thread each) holds both contestants and gives them turns of
@@ -11,8 +11,8 @@ ranks together (gloo's threads included). Both see the same batches from the sam
 fails unless their losses agree.
 
 Starts: each contestant in fresh processes of its own, alternating: seconds from the start of the
-processes to the end of the first update, then the peak of the proportional set size (PSS, pages shared
-by n processes count 1/n) of all ranks together over a few further updates.
+processes to the end of the first update, then the peak of the proportional set size (PSS: a page shared
+by n processes counts 1/n) of all ranks together over a few further updates, torch itself included.
 
 The peer: DDP with `gradient_as_bucket_view` and fused AdamW, its loop as torch's tutorials write it. It
 returns its own rank's loss; Sixfold's update also returns the loss over all ranks and refuses gradients
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SIXFOLD, DDP = "sixfold", "ddp"
 LR = 3e-4
 AGREEING_STEPS = 20
-AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}
+AGREEMENT = {"fp32": 1e-5, "bf16": 2e-3}
 """Largest relative difference of the two losses over the first `AGREEING_STEPS` updates."""
 SAMPLING_S = 0.005
 
@@ -119,7 +119,7 @@ def ddp_step(setup: Setup) -> Step:
         if setup.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
         optimizer.step()
-        return loss.item()
+        return float(loss.item())
 
     return step
 
@@ -134,9 +134,7 @@ def batches(setup: Setup, rank: int) -> Iterator[Tensor]:
     sizes = SIZES[setup.model]
     generator = torch.Generator().manual_seed(rank)
     while True:
-        yield torch.randint(
-            sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1), generator=generator
-        )
+        yield torch.randint(sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1), generator=generator)
 
 
 def run_steps(setup: Setup, rank: int) -> dict[str, Any]:
@@ -345,19 +343,23 @@ def table(figures: dict[str, Any]) -> str:
     setup = Setup(**figures["setup"])
     first, last = figures["losses"]
     lines = [
-        f"model {setup.model}, {setup.compute}, {setup.ranks} ranks, clip {setup.clip}: {setup.rounds} rounds of "
-        f"{setup.steps} + {setup.steps} steps, {setup.starts} pairs of starts",
+        f"model {setup.model}, {setup.compute}, {setup.ranks} ranks, clip {setup.clip}: "
+        f"{setup.rounds} rounds of {setup.steps} + {setup.steps} steps, {setup.starts} pairs of starts",
         f"losses {first:.5f} -> {last:.5f}, largest relative difference {figures['difference']:.1e}",
         "",
-        "| | Sixfold | DDP | DDP / Sixfold (> 1: Sixfold needs less) | 95 % interval |",
+        "| | Sixfold | DDP | ratio, above 1: better than DDP | 95 % interval |",
         "|---|---|---|---|---|",
     ]
     for key, title in ROWS.items():
         if row := figures.get(key):
             low, high = row["interval"]
-            lines.append(
-                f"| {title} | {row[SIXFOLD]:.4g} | {row[DDP]:.4g} | {row['ratio']:.3f} | {low:.3f} to {high:.3f} |"
+            cells = (
+                f"{row[SIXFOLD]:.4g}",
+                f"{row[DDP]:.4g}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f} to {high:.3f}",
             )
+            lines.append(f"| {' | '.join((title, *cells))} |")
     return "\n".join(lines)
 
 
@@ -367,8 +369,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4, help="updates in one turn")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="pairs of turns; at least 15 for a figure to quote"
+    )
+    parser.add_argument("--steps", type=int, default=2, help="updates in one turn")
     parser.add_argument("--starts", type=int, default=5, help="pairs of fresh starts")
     parser.add_argument("--model", choices=("s", "m"), default="s")
     parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sixfold
 from sixfold.base.errors import ConfigError, ModelError, StateError
 from sixfold.engine import Engine
+from sixfold.plan import cut_units
 from tests.ranks import plain
 
 STEPS = 4
@@ -127,11 +127,6 @@ def test_two_losses_and_two_engines_share_a_process() -> None:
     assert plain.largest_difference(second.module, judge) < 1e-12
 
 
-@contextmanager
-def nothing(engine: Engine) -> Iterator[None]:
-    yield
-
-
 def evaluate(engine: Engine) -> None:
     whole = share(engine, "dropout", 40)
     engine.eval_step(whole)
@@ -154,9 +149,6 @@ def test_what_one_may_do_in_the_middle_of_accumulation(intrude: Callable[[Engine
             intrude(engine)
         engine.step()
         intrude(engine)
-
-    def check_untouched(engine: Engine) -> None:
-        assert engine.module.training
 
     check_equal(straight("dropout", partial(by_hand, "dropout")), straight("dropout", disturbed))
 
@@ -265,17 +257,20 @@ def test_an_update_that_was_begun_is_ended_first() -> None:
 @pytest.mark.ranks(1, 2)
 def test_rehearsal_changes_nothing() -> None:
     """Also where ranks see unequally much, so that their reductions end at different times."""
-    engine, other = start("recommender"), start("recommender")
-    for step in range(2):
-        batch = share(engine, "recommender", step)
-        engine.rehearse(batch if engine.data_rank == 0 else None)
-        engine.train_step(batch)
-        other.train_step(batch)
-    check_equal(weights(engine), weights(other))
+    for name in ("recommender", "decoder"):
+        engine, other = start(name), start(name)
+        for step in range(2):
+            batch = share(engine, name, step)
+            engine.rehearse(batch if engine.data_rank == 0 else None)
+            engine.train_step(batch)
+            other.train_step(batch)
+        check_equal(weights(engine), weights(other))
 
 
 @pytest.mark.ranks(2)
-def test_collectives_keep_their_order_when_ranks_use_different_parameters() -> None:
+def test_collectives_keep_their_order_when_ranks_use_different_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A model of many units, half of which a rank does not use: every unit is still summed with itself."""
 
     class Forked(nn.Module):
@@ -289,15 +284,9 @@ def test_collectives_keep_their_order_when_ranks_use_different_parameters() -> N
                 x = torch.tanh(self.ways[way](x))
             return x.square().mean()
 
-    from sixfold.plan import units
-
-    whole = units.TARGET_BYTES
-    units.cut_units.__defaults__ = (64,)  # one unit per layer
-    try:
-        torch.manual_seed(0)
-        engine = sixfold.initialize(Forked(), config={"optimizer": {"name": "sgd", "lr": 1e-9}})
-    finally:
-        units.cut_units.__defaults__ = (whole,)
+    monkeypatch.setattr(cut_units, "__defaults__", (64,))  # bytes: one unit per layer
+    torch.manual_seed(0)
+    engine = sixfold.initialize(Forked(), config={"optimizer": {"name": "sgd", "lr": 1e-9}})
     assert len(engine.state.units) == 4
     used = torch.tensor([[0, 2, 3], [3, 1, 2]])
     x = torch.randn(2, 1, 4, dtype=torch.float64)
@@ -343,7 +332,9 @@ def test_recomputed_and_compiled_blocks_follow_one_process(how: str) -> None:
         torch.manual_seed(0)
         return Stack(kind).double()
 
-    x = torch.randn(STEPS, plain.NUM_SAMPLES, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        STEPS, plain.NUM_SAMPLES, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     reference = build("plain")
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
     for step in range(STEPS):
@@ -408,10 +399,10 @@ def test_optimizers_that_do_not_fit_are_refused() -> None:
         sixfold.initialize(model, config={}, optimizer=used)
     with pytest.raises(StateError, match=r"misses 1 of its trainable ones \(bias\)"):
         sixfold.initialize(model, config={}, optimizer=torch.optim.SGD([model.weight], lr=1))
+    stranger = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], lr=1)
     with pytest.raises(StateError, match=r"holds 1 tensor\(s\) that are not parameters"):
-        stranger = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], lr=1)
         sixfold.initialize(model, config={}, optimizer=stranger)
-    with pytest.raises(ConfigError, match="defined in one place|configured beside"):
+    with pytest.raises(ConfigError, match="configured beside"):
         sixfold.initialize(model, config={"optimizer": {"lr": 0.1}}, optimizer=torch.optim.AdamW)
     # Clipping is no setting of the optimizer; frozen parameters in its groups do no harm.
     model.bias.requires_grad_(False)
@@ -456,8 +447,15 @@ def test_any_other_optimizer_sees_whole_parameters() -> None:
 
 @pytest.mark.ranks(1)
 def test_settings_of_the_optimizer_reach_it() -> None:
-    config = {"optimizer": {"name": "adamw", "lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}}
+    config = {
+        "optimizer": {"name": "adamw", "lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+    }
     engine = sixfold.initialize(nn.Linear(2, 2), config=config)
     group = engine.optimizer.param_groups[0]
-    assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (0.02, (0.8, 0.9), 1e-5, 0.3)
+    assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (
+        0.02,
+        (0.8, 0.9),
+        1e-5,
+        0.3,
+    )
     assert type(engine.optimizer) is torch.optim.AdamW

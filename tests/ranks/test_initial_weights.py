@@ -73,7 +73,10 @@ def from_meta(build: Callable[[], nn.Module], **config: Any) -> dict[str, Tensor
     config = {"model": {"batch_stats": "micro"}, "optimizer": {"name": "sgd"}, **config}
     engine = sixfold.initialize(module, config=config)
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-    weights = {**engine.full_state_dict(), **{name: buffer.clone() for name, buffer in module.named_buffers()}}
+    weights = {
+        **engine.full_state_dict(),
+        **{name: buffer.clone() for name, buffer in module.named_buffers()},
+    }
     engine.close()
     return weights
 
@@ -104,7 +107,9 @@ def test_weights_from_meta_are_the_same_for_any_number_of_ranks(rank_pool: Pool)
     for other in others:
         assert other == first
     another_seed = rank_pool.run(digests, 6, ranks=1, timeout_s=60)[0]
-    constant = {name for name in MODULES if name.endswith("_norm") or name.startswith("batch_norm")} | {"prelu"}
+    constant = {name for name in MODULES if name.endswith("_norm") or name.startswith("batch_norm")} | {
+        "prelu"
+    }
     assert {name for name in MODULES if another_seed[name] == first[name]} == constant
 
 
@@ -138,7 +143,9 @@ def check_alike(name: str, found: Tensor, expected: Tensor) -> None:
     # The standard error of a standard deviation is 1 / sqrt(2 n) of it.
     spread = 5 / (2 * expected.numel()) ** 0.5
     assert float(found.std() / expected.std()) == pytest.approx(1.0, abs=2 * spread), name
-    assert abs(float(found.mean() - expected.mean())) < 7 * float(expected.std()) / expected.numel() ** 0.5, name
+    assert abs(float(found.mean() - expected.mean())) < 7 * float(expected.std()) / expected.numel() ** 0.5, (
+        name
+    )
 
 
 def not_drawn(name: str) -> bool:
@@ -157,7 +164,9 @@ def wide(config: Callable[[], Any]) -> nn.Module:
 @pytest.mark.ranks(1)
 def test_a_parents_rule_comes_after_its_childrens() -> None:
     weights = from_meta(partial(wide, plain.gpt2_config))
-    ratio = weights["transformer.h.0.mlp.c_proj.weight"].std() / weights["transformer.h.0.mlp.c_fc.weight"].std()
+    ratio = (
+        weights["transformer.h.0.mlp.c_proj.weight"].std() / weights["transformer.h.0.mlp.c_fc.weight"].std()
+    )
     assert float(ratio) == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(2 layers x 2)
 
 
@@ -216,7 +225,10 @@ def test_what_has_storage_keeps_its_numbers_beside_what_stands_on_meta() -> None
     expected = nn.Linear(3, 3)
     found = from_meta(build)
     assert torch.equal(found["base.weight"], expected.weight)
-    assert torch.equal(found["adapter.weight"], from_meta(lambda: nn.ModuleDict({"adapter": nn.Linear(3, 2)}))["adapter.weight"])
+    assert torch.equal(
+        found["adapter.weight"],
+        from_meta(lambda: nn.ModuleDict({"adapter": nn.Linear(3, 2)}))["adapter.weight"],
+    )
 
 
 @pytest.mark.ranks(1, 3)

@@ -63,7 +63,9 @@ def partition(number: int, ranks: int) -> tuple[list[range], int]:
 def whole_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     loss.backward()
     return {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
 
 
@@ -136,13 +138,12 @@ def test_any_partition_gives_the_gradient_of_one_batch(num_ranks: int) -> None:
 
 @pytest.mark.ranks(1, 3, 4, timeout_s=60)
 def test_counting_models_get_the_global_count(num_ranks: int) -> None:
-    for name in ("llama", "gpt2"):
-        task = plain.TASKS[name]
+    for task in (plain.TASKS["llama"], plain.TASKS["gpt2"]):
         batch = task.batch(0)
         check_partitions(
-            lambda: task.build().double(),
+            lambda task=task: task.build().double(),
             batch,
-            lambda model: task.loss(model, batch),
+            lambda model, task=task, batch=batch: task.loss(model, batch),
             by_train_step,
             num_ranks,
             loss_bound=1e-6,  # the model sums its loss in fp32
@@ -182,7 +183,7 @@ def test_the_count_is_given_only_to_models_that_honour_it(num_ranks: int) -> Non
 @pytest.mark.ranks(1, 3)
 def test_ragged_means_are_refused_on_every_rank_with_the_ways_out(num_ranks: int) -> None:
     ragged = ragged_batch()
-    shares = [range(0, 5), range(5, 12), range(12, 12)]  # one rank sees no sample, and is told all the same
+    shares = [range(5), range(5, 12), range(12, 12)]  # one rank sees no sample, and is told all the same
     engine = sixfold.initialize(tagger("mean"), config={"batch": {"micro": 2}})
     share = plain.rows(ragged, shares[engine.data_rank])
     before = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
@@ -203,7 +204,7 @@ def test_no_weight_anywhere_is_refused_and_the_engine_goes_on() -> None:
     blank = {**ragged, "labels": torch.full_like(ragged["labels"], -100)}
     for build in (lambda: tagger("pair"), lambda: plain.TASKS["llama"].build().double()):
         engine = sixfold.initialize(build(), config={"batch": {"micro": 5}})
-        for batch in (blank, None, plain.rows(ragged, range(0, 0))):
+        for batch in (blank, None, plain.rows(ragged, range(0))):
             with pytest.raises(ModelError, match="global weight of this update is 0"):
                 engine.train_step(batch)
         with pytest.raises(ModelError, match="global weight of this update is 0"):

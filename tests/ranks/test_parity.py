@@ -54,7 +54,11 @@ def test_follows_one_process_in_every_combination(model: str, ranks: int, rank_p
 def test_cases_cover_every_pair() -> None:
     def pairs(cases: list[Case]) -> set[Any]:
         return {
-            (one, case[one], other, case[other]) for case in cases for one in case for other in case if one < other
+            (one, case[one], other, case[other])
+            for case in cases
+            for one in case
+            for other in case
+            if one < other
         }
 
     assert pairs(CASES) == pairs(all_cases(FACTORS, legal))
@@ -106,7 +110,9 @@ def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float]
     losses, norms = [], []
     for step in range(steps):
         batch = plain.cast(task.batch(step), dtype)
-        share = plain.rows(batch, plain.cuts(plain.NUM_SAMPLES, case["ranks"], case["shares"], step)[engine.data_rank])
+        share = plain.rows(
+            batch, plain.cuts(plain.NUM_SAMPLES, case["ranks"], case["shares"], step)[engine.data_rank]
+        )
         if case["loop"] == "train_step":
             losses.append(engine.train_step(share))
         else:

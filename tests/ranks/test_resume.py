@@ -47,7 +47,8 @@ def start(compute: str, optimizer: str, ranks: int) -> Engine:
     config: dict[str, Any] = {
         "seed": 3,
         "batch": {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH // (3 * ranks)},
-        "precision": {"compute": compute},
+        # Narrow storage, so that the masters are something else than what the model part holds.
+        "precision": {"compute": compute, "storage": compute},
         "optimizer": {"name": optimizer, "lr": 1e-2, "clip_norm": 0.5},
         "lr_schedule": {"name": "cosine", "warmup_steps": 4},
         "train": {"steps": STEPS},
@@ -78,7 +79,9 @@ def everything(engine: Engine) -> dict[str, Tensor]:
 
 
 @pytest.mark.ranks(1, 2, timeout_s=60)
-@pytest.mark.parametrize(("compute", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "adagrad")])
+@pytest.mark.parametrize(
+    ("compute", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "adagrad")]
+)
 def test_three_stops_equal_a_straight_run(
     compute: str, optimizer: str, num_ranks: int, tmp_path: Path
 ) -> None:
@@ -100,9 +103,9 @@ def test_three_stops_equal_a_straight_run(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    # The comparison would see a difference: dropout acts, and another seed gives another run.
+    # There was something to get wrong: the rate moved, and samples came in no order of the dataset's.
     assert len(set(straight_trace.lrs)) > STEPS / 2
-    assert sorted(sum(straight_trace.samples[:4], [])) != list(range(4 * GLOBAL_BATCH // num_ranks))
+    assert any(samples != sorted(samples) for samples in straight_trace.samples)
 
 
 @pytest.mark.ranks(1, 2)
@@ -162,7 +165,8 @@ def test_learning_rate_and_samples_do_not_depend_on_ranks_or_accumulation(num_ra
     steps, peak = 50, 0.02
     expected = [peak * (step + 1) / 5 for step in range(5)]
     expected += [
-        peak * (0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * t / 44, dtype=torch.float64)).item()))
+        peak
+        * (0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * t / 44, dtype=torch.float64)).item()))
         for t in range(45)
     ]
     for accumulation in (1, 2, 4):
@@ -172,7 +176,9 @@ def test_learning_rate_and_samples_do_not_depend_on_ranks_or_accumulation(num_ra
             "lr_schedule": {"name": "cosine", "warmup_steps": 5, "final_ratio": 0.1},
             "train": {"steps": steps},
         }
-        engine = sixfold.initialize(torch.nn.Linear(2, 1), config=config, loss_fn=lambda out, batch: out.mean())
+        engine = sixfold.initialize(
+            torch.nn.Linear(2, 1), config=config, loss_fn=lambda out, batch: out.mean()
+        )
         part = torch.ones(16 // num_ranks, 2)
         trace = []
         for _ in range(steps):

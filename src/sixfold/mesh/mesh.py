@@ -18,7 +18,7 @@ import torch.distributed as dist
 # Imported before any group exists: its functions take the group of that moment as default argument.
 # Imported later (torch.optim does so at its first step) they keep the group's threads alive for ever,
 # and the process may abort on its way out.
-import torch.distributed.nn.functional  # noqa: F401
+import torch.distributed.nn.functional
 
 from sixfold.base.errors import MeshError
 from sixfold.plan.geometry import Geometry

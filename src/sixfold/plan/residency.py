@@ -45,7 +45,7 @@ def decide_residency(layout: LayoutConfig) -> Residency:
     """The row that `layout.zero` names; unset is preset 0.
 
     Raises:
-        PlanError: no such row, or a cut group is asked for where nothing is cut.
+        PlanError: no such row.
     """
     zero = layout.zero or 0
     if zero not in PRESETS:
@@ -54,11 +54,4 @@ def decide_residency(layout: LayoutConfig) -> Residency:
             rule=f"this version has residency presets: {', '.join(map(str, PRESETS))}",
             fix="set layout.zero = 0, or leave it unset",
         )
-    row = PRESETS[zero]
-    if layout.shard is not None and row == PRESETS[0]:
-        raise PlanError(
-            f"layout.shard = {layout.shard} with layout.zero = {zero}",
-            rule="shard sets the group over which state is cut, and this preset cuts nothing",
-            fix="leave layout.shard unset",
-        )
-    return row
+    return PRESETS[zero]

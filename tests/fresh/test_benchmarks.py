@@ -1,0 +1,25 @@
+"""The benchmark command still runs, from start to table; its figures are not judged here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fresh
+
+ROOT = Path(__file__).parents[2]
+ROWS = ("step, wall time", "step, CPU time", "tokens/s", "start to first step", "peak memory")
+
+
+def test_data_parallel_prints_its_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "data_parallel.py"), "--smoke", "--rounds", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for row in ROWS:
+        cells = [line.split("|")[2:6] for line in lines if line.startswith(f"| {row}")]
+        assert len(cells) == 1, f"{row} in\n{done.stdout}"
+        assert all(float(cell) > 0 for cell in cells[0][:3]), cells

@@ -1,0 +1,266 @@
+"""What is decided: geometry, batches, units, precision, learning rate."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sixfold.base.errors import PlanError
+from sixfold.config import Config, load
+from sixfold.plan import (
+    BatchPlan,
+    LearningRate,
+    ParameterFacts,
+    cut_units,
+    decide,
+    decide_batch,
+    decide_geometry,
+    decide_learning_rate,
+    decide_precision,
+)
+from sixfold.plan.geometry import MESH_AXES, Geometry
+from sixfold.plan.precision import ITEM_BYTES
+from sixfold.plan.units import ALIGN
+
+
+def config(**sections: Any) -> Config:
+    return load(values=sections).config
+
+
+# Geometry.
+
+
+@given(st.lists(st.integers(1, 4), min_size=4, max_size=4))
+def test_every_rank_has_one_place(degrees: list[int]) -> None:
+    geometry = Geometry(tuple(zip(MESH_AXES, degrees, strict=True)))
+    assert geometry.world_size == math.prod(degrees)
+    places = {
+        tuple(geometry.coordinate(rank, axis) for axis in MESH_AXES) for rank in range(geometry.world_size)
+    }
+    assert len(places) == geometry.world_size
+    assert all(0 <= value < degree for place in places for value, degree in zip(place, degrees, strict=True))
+
+
+def test_neighbours_in_rank_differ_in_the_last_axis() -> None:
+    geometry = Geometry(tuple(zip(MESH_AXES, (2, 2, 2, 2), strict=True)))
+    assert [geometry.coordinate(rank, "tensor") for rank in range(4)] == [0, 1, 0, 1]
+    assert [geometry.coordinate(rank, "pipe") for rank in (0, 7, 8, 15)] == [0, 0, 1, 1]
+
+
+@given(st.integers(1, 64))
+def test_data_takes_all_ranks_that_are_left(world_size: int) -> None:
+    geometry = decide_geometry(config().layout, world_size)
+    assert geometry.degree("data") == geometry.world_size == world_size
+    assert [geometry.coordinate(rank, "data") for rank in range(world_size)] == list(range(world_size))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said", "fix"),
+    [
+        ({"tensor": 2}, "layout.tensor = 2", "layout.tensor = 1"),
+        ({"pipe": 2}, "layout.pipe = 2", "layout.pipe = 1"),
+        ({"context": 2}, "layout.context = 2", "layout.context = 1"),
+        ({"expert": 2}, "layout.expert = 2", "layout.expert = 1"),
+        ({"data": 3}, "= 3 ranks, but 4 are running", "layout.data = 4"),
+        ({"data": 8}, "= 8 ranks, but 4 are running", "layout.data = 4"),
+        ({"shard": 3, "zero": 3}, "layout.shard = 3 with 4 data ranks", "layout.shard = 4"),
+        ({"zero": 2}, "layout.zero = 2", "layout.zero = 0"),
+    ],
+)
+def test_layouts_that_cannot_be_carried_out_are_refused(layout: dict[str, int], said: str, fix: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        decide(config(layout=layout), FACTS, world_size=4)
+    assert said in caught.value.given
+    assert fix in caught.value.fix
+
+
+# Batches.
+
+
+@given(st.integers(1, 200), st.integers(1, 16), st.none() | st.integers(1, 50))
+def test_shares_divide_the_batch_in_order_and_evenly(size: int, data_ranks: int, micro: int | None) -> None:
+    asked = config(
+        batch={"global": size} if micro is None or micro > size else {"global": size, "micro": micro}
+    )
+    plan = decide_batch(asked.batch, data_ranks=data_ranks, sequence_length=8)
+    shares = [plan.share(rank) for rank in range(data_ranks)]
+    assert [place for share in shares for place in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for rank, share in enumerate(shares):
+        assert plan.num_micro(rank) == math.ceil(len(share) / plan.micro)
+    assert plan.micro <= max(map(len, shares))
+
+
+def test_batches_in_tokens_and_their_derivation() -> None:
+    plan = decide_batch(config(batch={"tokens": 4096, "micro": 3}).batch, data_ranks=3, sequence_length=256)
+    assert plan == BatchPlan(size=16, micro=3, data_ranks=3)
+    assert str(plan) == "16 samples / 3 data ranks = 6 or 5 a rank = 2 micro-batch(es) of at most 3"
+    with pytest.raises(PlanError, match="neither global nor tokens"):
+        decide_batch(config().batch, data_ranks=1, sequence_length=256)
+
+
+# Units.
+
+DTYPES = st.sampled_from(["fp32", "bf16", "fp64", "uint8"])
+
+
+@st.composite
+def modules(draw: st.DrawFn) -> list[ParameterFacts]:
+    # Blocks are runs of neighbours, as in a module; what lies outside of them comes first.
+    drawn = draw(st.lists(st.integers(-1, 5), max_size=25))
+    blocks = [None if block < 0 else block for block in sorted(drawn)]
+    return [
+        ParameterFacts(
+            name=f"p{place}",
+            shape=tuple(draw(st.lists(st.integers(0, 9), max_size=3))),
+            dtype=draw(DTYPES),
+            trainable=draw(st.booleans()),
+            group=draw(st.integers(0, 2)),
+            block=block,
+        )
+        for place, block in enumerate(blocks)
+    ]
+
+
+@given(modules(), st.integers(1, 4000))
+def test_units_hold_every_parameter_once_and_one_kind(facts: list[ParameterFacts], target: int) -> None:
+    units = cut_units(facts, target)
+    by_name = {each.name: each for each in facts}
+    assert sorted(slot.name for unit in units for slot in unit.slots) == sorted(by_name)
+    for unit in units:
+        assert unit.numel % ALIGN == 0
+        for slot in unit.slots:
+            own = by_name[slot.name]
+            assert (own.dtype, own.trainable) == (unit.dtype, unit.trainable)
+            assert (own.shape, own.group) == (slot.shape, slot.group)
+            assert slot.offset % ALIGN == 0
+        for slot, following in pairwise(unit.slots):
+            assert slot.offset + slot.numel <= following.offset
+        assert unit.slots[-1].offset + unit.slots[-1].numel <= unit.numel
+
+
+@given(modules(), st.integers(1, 4000))
+def test_segments_tile_a_unit_by_group(facts: list[ParameterFacts], target: int) -> None:
+    for unit in cut_units(facts, target):
+        segments = unit.segments()
+        assert segments[0][1] == 0
+        assert segments[-1][2] == unit.numel
+        assert all(one[2] == other[1] for one, other in pairwise(segments))
+        groups = [group for group, _, _ in segments]
+        assert groups == sorted(set(groups))
+        for slot in unit.slots:
+            _, start, stop = next(run for run in segments if run[0] == slot.group)
+            assert start <= slot.offset <= slot.offset + slot.numel <= stop
+
+
+@given(modules(), st.integers(1, 4000))
+def test_blocks_stay_together_and_units_stay_small(facts: list[ParameterFacts], target: int) -> None:
+    by_name = {each.name: each for each in facts}
+    homes: dict[object, set[int]] = {}
+    for number, unit in enumerate(cut_units(facts, target)):
+        members = [by_name[slot.name] for slot in unit.slots]
+        pieces = {each.block if each.block is not None else each.name for each in members}
+        size = sum(each.numel for each in members) * ITEM_BYTES.get(unit.dtype, 1)
+        for each in members:
+            if each.block is not None:
+                homes.setdefault((each.block, each.dtype, each.trainable), set()).add(number)
+        if len(pieces) > 1:
+            # Only the block that came last may reach over the target, since it stays in one piece.
+            last = max(facts.index(each) for each in members)
+            rest = [each for each in members if each.block is None or each.block != facts[last].block]
+            assert (
+                size <= target or sum(each.numel for each in rest) * ITEM_BYTES.get(unit.dtype, 1) <= target
+            )
+    assert all(len(numbers) == 1 for numbers in homes.values())
+
+
+# Precision and the whole plan.
+
+FACTS = [
+    ParameterFacts("embed", (100, 8), "fp32", True),
+    ParameterFacts("base", (8, 8), "bf16", False),
+    ParameterFacts("scale", (8,), "fp64", True),
+    ParameterFacts("codes", (16,), "uint8", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "types"),
+    [
+        ({}, "fp32", ("fp32", "fp32", "fp32", "fp32", "fp32")),
+        ({}, "fp64", ("fp64", "fp64", "fp64", "fp64", "fp64")),
+        ({"compute": "bf16"}, "fp32", ("bf16", "fp32", "fp32", "fp32", "fp32")),
+        ({"compute": "bf16", "grad": "bf16"}, "fp32", ("bf16", "fp32", "bf16", "bf16", "fp32")),
+        (
+            {"compute": "bf16", "grad": "bf16", "reduce": "fp32"},
+            "fp32",
+            ("bf16", "fp32", "bf16", "fp32", "fp32"),
+        ),
+        ({"master": "bf16", "storage": "bf16"}, "bf16", ("bf16", "bf16", "fp32", "fp32", "bf16")),
+    ],
+)
+def test_number_types_follow_one_rule(asked: dict[str, str], own: str, types: tuple[str, ...]) -> None:
+    plan = decide_precision(config(precision=asked).precision, own)
+    assert (plan.compute, plan.storage, plan.grad, plan.reduce, plan.master) == types
+
+
+def test_a_plan_prints_what_is_decided() -> None:
+    plan = decide(config(precision={"compute": "bf16"}), FACTS, world_size=2)
+    text = str(plan)
+    assert "2: data 2" in text
+    assert "808 trained, 80 frozen" in text
+    assert "compute bf16, gradients fp32 (reduced in fp32), master fp32" in text
+    assert "parameters whole, gradients whole, optimizer whole" in text
+    kinds = {(unit.dtype, unit.trainable) for unit in plan.units}
+    assert kinds == {("bf16", True), ("bf16", False), ("uint8", False)}
+    assert [plan.precision_of(unit) is None for unit in plan.units if unit.dtype == "uint8"] == [True]
+
+
+# Learning rate.
+
+
+@given(
+    st.sampled_from(["linear", "cosine"]),
+    st.integers(0, 30),
+    st.floats(0, 1),
+    st.integers(1, 200),
+)
+def test_learning_rate_rises_then_falls_to_its_end(shape: str, warmup: int, final: float, steps: int) -> None:
+    rate = LearningRate(shape, warmup, final, warmup + steps)
+    factors = [rate.factor(step) for step in range(warmup + steps)]
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    falling = factors[warmup:]
+    assert falling[0] == pytest.approx(1.0)
+    assert all(one >= other - 1e-12 for one, other in pairwise(falling))
+    if steps > 1:
+        assert falling[-1] == pytest.approx(final, abs=1e-12)
+    assert rate.factor(warmup + steps + 10) == pytest.approx(
+        final if steps > 1 else rate.factor(warmup + steps)
+    )
+
+
+def test_learning_rate_formulas() -> None:
+    assert [LearningRate("linear", 0, 0.2, 5).factor(step) for step in range(5)] == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
+    middle = LearningRate("cosine", 2, 0.0, 7).factor(4)
+    assert middle == pytest.approx(0.5)
+    assert LearningRate().factor(10**6) == 1.0
+
+
+def test_a_schedule_that_ends_must_know_where() -> None:
+    rate = decide_learning_rate(
+        config(lr_schedule={"name": "linear", "warmup_steps": 2}, train={"minutes": 1.0})
+    )
+    assert rate.moves
+    assert rate.factor(1) == 1.0
+    with pytest.raises(PlanError, match="without a number of steps"):
+        rate.factor(2)
+    assert rate.ending_at(4).factor(3) == 0.0
+    assert not decide_learning_rate(config()).moves
+    assert decide_learning_rate(config(lr_schedule={"warmup_steps": 1})).moves

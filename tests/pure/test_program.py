@@ -1,0 +1,122 @@
+"""Programs: the text form and the checker."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sixfold.base.errors import ProgramError
+from sixfold.program import Instruction, Op, Program, accumulation, check, forward_only, rehearsal
+
+NUMBERS = {Op.FORWARD: 2, Op.BACKWARD: 2, Op.REDUCE: 1, Op.PUBLISH: 1, Op.STEP: 0}
+
+
+@st.composite
+def instructions(draw: st.DrawFn) -> Instruction:
+    op = draw(st.sampled_from(Op))
+    return Instruction(op, *(draw(st.integers(0, 99)) for _ in range(NUMBERS[op])))
+
+
+@given(st.lists(instructions()))
+def test_text_form_round_trips(items: list[Instruction]) -> None:
+    program = Program(tuple(items))
+    assert Program.parse(str(program)) == program
+    assert len(program) == len(items)
+
+
+def test_text_form_is_the_documented_one() -> None:
+    assert str(accumulation(2)) == (
+        "forward 0.0 | backward 0.0 | forward 0.1 | reduce 0 | backward 0.1 | step | publish 0"
+    )
+    assert str(accumulation(0)) == "reduce 0 | step | publish 0"
+    assert str(forward_only(2)) == "forward 0.0 | forward 0.1"
+    assert str(rehearsal(1)) == "forward 0.0 | reduce 0 | backward 0.0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fly 0.1", "forward", "forward 0", "forward 0.1.2", "forward a.b", "step 1", "reduce 0.1", "forward 0."],
+)
+def test_what_is_no_instruction_is_refused(text: str) -> None:
+    with pytest.raises(ProgramError):
+        Program.parse(text)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"stage": 0}, {"micro": 0}])
+def test_an_instruction_has_exactly_its_numbers(numbers: dict[str, int]) -> None:
+    with pytest.raises(ProgramError):
+        Instruction(Op.FORWARD, **numbers)
+
+
+@given(st.integers(0, 40))
+def test_generated_programs_are_accepted(num_micro: int) -> None:
+    for program in (accumulation(num_micro), forward_only(num_micro), rehearsal(num_micro)):
+        check(program)
+
+
+@given(st.integers(1, 12), st.data())
+def test_a_missing_or_doubled_instruction_is_refused(num_micro: int, data: st.DataObject) -> None:
+    items = accumulation(num_micro).instructions
+    place = data.draw(st.integers(0, len(items) - 1))
+    doubled_at = data.draw(st.integers(0, len(items)))
+    if items[place].op is not Op.STEP:
+        # Without its step a program would be a rehearsal, but for its publish.
+        with pytest.raises(ProgramError):
+            check(Program(items[:place] + items[place + 1 :]))
+    with pytest.raises(ProgramError):
+        check(Program((*items[:doubled_at], items[place], *items[doubled_at:])))
+
+
+def test_an_update_without_step_is_refused() -> None:
+    for num_micro in range(3):
+        items = tuple(item for item in accumulation(num_micro).instructions if item.op is not Op.STEP)
+        with pytest.raises(ProgramError, match="without step"):
+            check(Program(items))
+
+
+def can_be_played(items: tuple[Instruction, ...]) -> bool:
+    """The rules again, as a machine that plays one stage and looks no further than its own state."""
+    opened, ended, waiting, after_opening = False, False, set[int | None](), 0
+    for item in items:
+        if ended and item.op is not Op.PUBLISH:
+            return False
+        if item.op is Op.FORWARD:
+            waiting.add(item.micro)
+        elif item.op is Op.BACKWARD:
+            if item.micro not in waiting:
+                return False
+            waiting.remove(item.micro)
+            after_opening += opened
+        elif item.op is Op.REDUCE:
+            opened = True
+        elif item.op is Op.STEP:
+            if waiting or not opened or after_opening > 1:
+                return False
+            ended = True
+        elif not ended:
+            return False
+    return ended
+
+
+def test_of_all_orders_exactly_the_playable_ones_are_accepted() -> None:
+    num_accepted = 0
+    for items in permutations(accumulation(2).instructions):
+        if can_be_played(items):
+            check(Program(items))
+            num_accepted += 1
+        else:
+            with pytest.raises(ProgramError):
+                check(Program(items))
+    assert num_accepted > 5
+
+
+def test_every_stage_is_reduced_and_published() -> None:
+    forwards, backwards = "forward 0.0 | forward 1.0", "reduce 1 | backward 1.0 | reduce 0 | backward 0.0"
+    good = f"{forwards} | {backwards} | step | publish 0 | publish 1"
+    check(Program.parse(good))
+    for part in ("reduce 1 | ", "reduce 0 | ", " | publish 1"):
+        with pytest.raises(ProgramError, match="stage"):
+            check(Program.parse(good.replace(part, "", 1)))
