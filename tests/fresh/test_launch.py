@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from sixfold.base.errors import ConfigError
-from sixfold.launch import NodePlacement, launch, supervisor
+from sixfold.launch import NodePlacement, job, launch
 from sixfold.launch.guardian import members
 
 pytestmark = pytest.mark.fresh
@@ -89,7 +89,7 @@ def launcher_main(
 ) -> None:
     """In the forked launcher: own output files, then the real thing."""
     os.setsid()
-    supervisor.STALL_S = stall_s
+    job.STALL_S = stall_s
     for path, number in ((out, 1), (out if out.startswith("/dev") else f"{folder}/err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600), number)
     command = [sys.executable, "-m", "sixfold.launch.script", *arguments]
@@ -117,7 +117,7 @@ def start(server: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
         ranks: int = 2,
         out: str | None = None,
         node: NodePlacement | None = None,
-        stall_s: float = supervisor.STALL_S,
+        stall_s: float = job.STALL_S,
     ) -> Launched:
         folder = tmp_path / f"launch-{len(launches)}"
         folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -113,3 +114,41 @@ def test_what_is_no_loss_is_named(output: Any, said: str) -> None:
     engine = sixfold.initialize(nn.Linear(2, 1), config={}, loss_fn=lambda scores, batch: output)
     with pytest.raises(ModelError, match=said):
         engine.train_step((torch.ones(4, 2),))
+
+
+def _trained(optimizer: bool, lr: float) -> sixfold.Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    if optimizer:
+        made = torch.optim.AdamW(model.parameters(), lr=lr)
+        return sixfold.initialize(model, optimizer=made, loss_fn=lambda output, batch: output.square().mean())
+    config = {"optimizer": {"lr": lr}}
+    return sixfold.initialize(model, config=config, loss_fn=lambda output, batch: output.square().mean())
+
+
+def test_settings_of_a_handed_over_optimizer_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    first = _trained(optimizer=True, lr=1e-2)
+    first.optimizer.param_groups[0]["lr"] = 2e-3  # by the user's own scheduler, say
+    first.train_step(torch.ones(3, 4))
+    first.save(tmp_path / "saved")
+    second = _trained(optimizer=True, lr=5e-2)
+    second.load(tmp_path / "saved")
+    assert second.optimizer.param_groups[0]["lr"] == 2e-3
+    assert second.bound.base_lrs == [1e-2]
+
+
+def test_settings_of_a_configured_optimizer_are_the_configurations(tmp_path: Path) -> None:
+    first = _trained(optimizer=False, lr=1e-2)
+    first.train_step(torch.ones(3, 4))
+    first.save(tmp_path / "saved")
+    second = _trained(optimizer=False, lr=5e-2)
+    second.load(tmp_path / "saved")
+    assert second.optimizer.param_groups[0]["lr"] == 5e-2
+
+
+def test_settings_that_only_the_train_command_reads_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"model.width": 64, "train.steps": 5, "optimizer.lr": 0.1}
+    sixfold.initialize(nn.Linear(4, 2), config=config)
+    assert "model.width" in caplog.text
+    assert "train.steps" not in caplog.text
+    assert "optimizer.lr" not in caplog.text

@@ -17,7 +17,7 @@ from torch import nn
 from sixfold.base.errors import ConfigError, StateError
 from sixfold.config import Resolved
 from sixfold.data.loader import Loader
-from sixfold.engine import persistence
+from sixfold.engine.persistence import Persistence
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import DTYPES
 from sixfold.pipeline import (
@@ -47,7 +47,6 @@ class Engine:
         mesh: which rank is where.
         state: the units behind the module's parameters.
         bound: the optimizer over them.
-        aliases: further names of tied parameters -> first name.
         learning_rate: the schedule; replace it by `ending_at` when the number of steps is settled later.
         num_steps: updates done.
         num_samples: samples consumed over all ranks, from which the data order goes on.
@@ -65,7 +64,7 @@ class Engine:
         state: ModelState,
         bound: BoundOptimizer,
         loss_form: LossForm,
-        aliases: Mapping[str, str],
+        persistence: Persistence,
         learning_rate: LearningRate,
     ) -> None:
         self.module = module
@@ -74,7 +73,7 @@ class Engine:
         self.mesh = mesh
         self.state = state
         self.bound = bound
-        self.aliases = aliases
+        self._persistence = persistence
         self.learning_rate = learning_rate
         self.num_steps = 0
         self.num_samples = 0
@@ -259,7 +258,7 @@ class Engine:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole logical model on the CPU, in the storage type, tied names included; copies."""
-        return persistence.full_state_dict(self)
+        return self._persistence.full_state_dict()
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
@@ -268,7 +267,13 @@ class Engine:
             CheckpointError: it could not be written; what was in `folder` before is untouched.
         """
         self._refuse_mixing("save")
-        persistence.save(self, Path(folder))
+        counters = {
+            "step": self.num_steps,
+            "samples": self.num_samples,
+            "seed": self.resolved.config.seed,
+            "num_steps": self.learning_rate.num_steps,
+        }
+        self._persistence.save(Path(folder), counters)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
@@ -277,7 +282,8 @@ class Engine:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
-        persistence.load(self, Path(folder))
+        counters = self._persistence.load(Path(folder))
+        self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
 
     def close(self) -> None:
         """End the process group that `initialize` started, and take the hooks off the module."""

@@ -6,6 +6,7 @@ weights, optimizer and state come from their rooms, in this order.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.engine import Engine
+from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import ModuleFacts, materialize, module_facts
@@ -25,6 +27,13 @@ from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
 from sixfold.state.optimizer import OptimizerLike
+
+_log = logging.getLogger(__name__)
+_USED = (
+    *("seed", "batch.", "layout.", "precision.", "optimizer.", "lr_schedule."),
+    *("train.steps", "model.batch_stats", "launch.timeout_s"),
+)
+"""What `initialize` reads of the configuration; the rest describes the job of `sixfold train`."""
 
 LossFn = Callable[[Any, Any], Any]
 ConfigLike = str | Path | Mapping[str, Any] | Config | Resolved | None
@@ -55,6 +64,8 @@ def initialize(
     """
     resolved = _resolve(config)
     asked = resolved.config
+    if not isinstance(config, Resolved):
+        _tell_idle_settings(resolved)
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
@@ -92,7 +103,9 @@ def initialize(
         state=state,
         bound=bound,
         loss_form=LossForm(model, loss_fn),
-        aliases=facts.aliases,
+        persistence=Persistence(
+            model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
+        ),
         learning_rate=decide_learning_rate(asked),
     )
 
@@ -103,6 +116,14 @@ def _resolve(config: ConfigLike) -> Resolved:
     if isinstance(config, str | Path):
         return load(config)
     return load(values=config)
+
+
+def _tell_idle_settings(resolved: Resolved) -> None:
+    """Say which settings only `sixfold train` acts on; one file may serve both."""
+    given = (path for path, origin in resolved.origins.items() if origin != "default")
+    idle = [path for path in given if not path.startswith(_USED)]
+    if idle and not (dist.is_initialized() and dist.get_rank()):
+        _log.warning("without effect here, for `sixfold train` alone: %s", ", ".join(idle))
 
 
 def _world_size(placement: Placement | None) -> int:

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from sixfold.launch.environment import NodePlacement
-from sixfold.launch.supervisor import Job
+from sixfold.launch.job import Job
 
 _POLL_S = 0.05
 _LOOPBACK = "127.0.0.1"

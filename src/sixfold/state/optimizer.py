@@ -8,7 +8,7 @@ other gets each whole parameter. Called by the engine once; the player calls `st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +174,29 @@ class BoundOptimizer:
             self.inner.state[run.tensor] = state
 
     def settings(self) -> list[dict[str, Any]]:
-        """Settings of each group that are plain numbers, texts or flags; lr is the peak."""
+        """Settings of each group that are plain numbers, texts or flags, and the peak learning rate."""
         return [
-            {
-                **{
-                    key: list(value) if isinstance(value, tuple) else value
-                    for key, value in group.items()
-                    if _is_plain(value)
-                },
-                "lr": base,
-            }
+            {**{key: value for key, value in group.items() if _is_plain(value)}, "peak_lr": base}
             for group, base in zip(self.inner.param_groups, self.base_lrs, strict=True)
         ]
+
+    def load_settings(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Inverse of `settings`.
+
+        Raises:
+            StateError: the number of groups differs.
+        """
+        if len(saved) != len(self.inner.param_groups):
+            raise StateError(
+                f"settings of {len(saved)} parameter group(s) for {len(self.inner.param_groups)}",
+                rule="a checkpoint is loaded into an optimizer with the same parameter groups",
+                fix="build the optimizer with the groups it had when the checkpoint was saved",
+            )
+        self.base_lrs = [float(settings["peak_lr"]) for settings in saved]
+        for group, settings in zip(self.inner.param_groups, saved, strict=True):
+            for key, value in settings.items():
+                if key in group:
+                    group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
 
 def bind(inner: Optimizer, state: ModelState) -> BoundOptimizer:

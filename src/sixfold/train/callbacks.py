@@ -6,16 +6,14 @@ update; a new habit of the loop is a new class here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sixfold.checkpoint import prune, step_folder
 from sixfold.launch import current_session
 from sixfold.monitor.meters import StepRecord
 from sixfold.train.evaluate import bits_per_byte
 from sixfold.train.folder import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from sixfold.train.loop import Run
+from sixfold.train.run import Run
 
 
 class Callback(Protocol):

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +17,9 @@ import torch
 from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.checkpoint import latest
 from sixfold.config import Resolved
-from sixfold.data.corpus import Corpus, prepare
+from sixfold.data.corpus import prepare
 from sixfold.data.stream import TokenStream
-from sixfold.engine import Engine, initialize
+from sixfold.engine import initialize
 from sixfold.launch import Session, discover
 from sixfold.models.decoder import Decoder, num_flops
 from sixfold.models.generate import generate
@@ -29,50 +28,14 @@ from sixfold.monitor.hardware import memory_bytes, peak_flops
 from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import Meter
 from sixfold.parallel import DTYPES
-from sixfold.plan import BatchPlan, decide_batch
+from sixfold.plan import decide_batch
 from sixfold.train import job
 from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.folder import CHECKPOINTS, new_folder, open_folder, write_config
+from sixfold.train.run import Run
 
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
-
-
-@dataclass
-class Run:
-    """A run under way on this rank; what callbacks see.
-
-    Args:
-        resolved: what was asked, and what was decided since.
-        folder: the run folder.
-        total_steps: updates in the whole run.
-        journal: where metrics are written; the first rank's alone.
-    """
-
-    resolved: Resolved
-    engine: Engine
-    corpus: Corpus
-    stream: TokenStream
-    batch: BatchPlan
-    folder: Path
-    console: Console
-    total_steps: int = 0
-    journal: Journal | None = None
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank writes files and talks."""
-        return self.engine.mesh.rank == 0
-
-    def say(self, message: str) -> None:
-        """Tell the user, once over all ranks."""
-        if self.is_first:
-            self.console.say(message)
-
-    def next_batch(self) -> dict[str, torch.Tensor]:
-        """This rank's part of the global batch that comes next."""
-        part = self.batch.share(self.engine.data_rank)
-        return {"tokens": torch.from_numpy(self.stream.batch(self.engine.num_samples, part))}
 
 
 def train(request: job.Request, session: Session) -> None:

@@ -1,0 +1,56 @@
+"""A run under way on one rank: what the loop and its callbacks share.
+
+Made by the loop, read by callbacks. It holds the parts of a run and trains nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sixfold.config import Resolved
+from sixfold.data.corpus import Corpus
+from sixfold.data.stream import TokenStream
+from sixfold.engine import Engine
+from sixfold.monitor.console import Console
+from sixfold.monitor.journal import Journal
+from sixfold.plan import BatchPlan
+
+
+@dataclass
+class Run:
+    """A run under way on this rank; what callbacks see.
+
+    Args:
+        resolved: what was asked, and what was decided since.
+        folder: the run folder.
+        total_steps: updates in the whole run.
+        journal: where metrics are written; the first rank's alone.
+    """
+
+    resolved: Resolved
+    engine: Engine
+    corpus: Corpus
+    stream: TokenStream
+    batch: BatchPlan
+    folder: Path
+    console: Console
+    total_steps: int = 0
+    journal: Journal | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and talks."""
+        return self.engine.mesh.rank == 0
+
+    def say(self, message: str) -> None:
+        """Tell the user, once over all ranks."""
+        if self.is_first:
+            self.console.say(message)
+
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the global batch that comes next."""
+        part = self.batch.share(self.engine.data_rank)
+        return {"tokens": torch.from_numpy(self.stream.batch(self.engine.num_samples, part))}
