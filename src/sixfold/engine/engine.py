@@ -6,7 +6,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Engine:
         self.num_steps = 0
         self.num_samples = 0
         self.last: StepResult | None = None
+        self._last_weight: float | None = None
         self._streams = streams
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
@@ -146,10 +147,9 @@ class Engine:
             The mean loss over the global batch before this update, the same on every rank.
         """
         self._refuse_mixing("train_step")
-        update, forwards = self._prepare(batch)
         self._set_lr()
-        self.last = self._play(accumulation(len(forwards)), forwards, update)
-        self._count_update(update.samples)
+        self.last, counts = self._play(accumulation, batch)
+        self._count_update(self.last, counts.samples)
         return self.last.loss
 
     def eval_step(self, batch: Batch) -> StepResult:
@@ -162,8 +162,7 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                update, forwards = self._prepare(batch)
-                return self._play(forward_only(len(forwards)), forwards, update)
+                return self._play(forward_only, batch)[0]
         finally:
             self.module.train(was_training)
 
@@ -174,21 +173,28 @@ class Engine:
         """
         self._refuse_mixing("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        update, forwards = self._prepare(batch)
-        self._play(rehearsal(len(forwards)), forwards, update)
+        self._play(rehearsal, batch)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _prepare(self, batch: Batch) -> tuple[Counts, dict[int, Callable[[], Share]]]:
-        """Counts of the whole update over all ranks, and this rank's forwards by micro-batch."""
+    def _play(self, schedule: Callable[[int], Program], batch: Batch) -> tuple[StepResult, Counts]:
+        """Play this rank's program for `batch`; returns what it came to and the global counts.
+
+        Args:
+            schedule: writes the program for a number of micro-batches.
+        """
         if not self._loss_form.is_settled:
             self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
-        update = Counts(*self.mesh.total(*Counts.of(batch).numbers()))
+        counts = Counts(*self.mesh.total(*Counts.of(batch).numbers()))
+        scale = self._loss_form.scale(counts, self._last_weight)
         micros = split(batch, self.resolved.config.batch.micro)
-        return update, {micro: self._forward_of(micro, part, update) for micro, part in enumerate(micros)}
+        program = schedule(len(micros))
+        check(program)
+        forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
+        return self._player.play(program, forwards, scale, counts), counts
 
-    def _forward_of(self, micro: int, batch: Batch, update: Counts) -> Callable[[], Share]:
+    def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
         def forward() -> Share:
             part = to_device(batch, self.device, None)
             # The loss function sees targets and weights as they were given; only the module's inputs
@@ -196,17 +202,11 @@ class Engine:
             inputs = to_device(part, self.device, self._cast)
             args, kwargs = fields_of(inputs, self.module.forward, all_of_them=self._loss_form.loss_fn is None)
             if self._loss_form.counts_items:
-                kwargs["num_items_in_batch"] = self._loss_form.scale(update)
+                kwargs["num_items_in_batch"] = scale
             with self._stream(micro):
-                return self._loss_form.read(self.module(*args, **kwargs), part, update)
+                return self._loss_form.read(self.module(*args, **kwargs), part, scale)
 
         return forward
-
-    def _play(
-        self, program: Program, forwards: Mapping[int, Callable[[], Share]], update: Counts
-    ) -> StepResult:
-        check(program)
-        return self._player.play(program, forwards, self._loss_form.scale(update), update)
 
     # The same, written out.
 
@@ -238,7 +238,7 @@ class Engine:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
         self._set_lr()
         self.last, samples = self._written_out.step()
-        self._count_update(samples)
+        self._count_update(self.last, samples)
         return self.last
 
     # The whole model.
@@ -272,6 +272,7 @@ class Engine:
             "samples": self.num_samples,
             "seed": self.resolved.config.seed,
             "num_steps": self.learning_rate.num_steps,
+            "last_weight": self._last_weight,
         }
         self._persistence.save(Path(folder), counters)
 
@@ -284,6 +285,7 @@ class Engine:
         self._refuse_mixing("load")
         counters = self._persistence.load(Path(folder))
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
+        self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
         """End the process group that `initialize` started, and take the hooks off the module."""
@@ -297,9 +299,10 @@ class Engine:
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
 
-    def _count_update(self, samples: float) -> None:
+    def _count_update(self, result: StepResult, samples: float) -> None:
         self.num_steps += 1
         self.num_samples += round(samples)
+        self._last_weight = result.weight
 
     def _refuse_mixing(self, what: str) -> None:
         if not self._player.is_idle:

@@ -1,9 +1,9 @@
 """Loss normalisation: one division by the global weight of the update, whatever the partition.
 
-A micro-batch's loss is read as a share: a sum over a common scale P, and its weight. P is the update's
-global number of samples (or of targets, for models that divide by it themselves), summed over ranks
-before the first forward; gradients are multiplied once by P / (global weight) at `step`. Used by the
-player and the engine; it never calls backward.
+A micro-batch's loss is read as a share: a sum over a common scale P, and its weight. P is a guess at the
+update's global weight that all ranks share before the first forward; at `step` gradients are multiplied
+once by P / (global weight), which is exactly 1 where the guess was right. Used by the player and the
+engine; it never calls backward.
 """
 
 from __future__ import annotations
@@ -137,18 +137,18 @@ class LossForm:
         """Whether the model divides its summed loss by `num_items_in_batch`."""
         return self._shift is not None
 
-    def scale(self, update: Counts) -> float:
-        """P of an update with these global counts."""
-        return self._items(update) if self.counts_items else update.samples
-
-    def read(self, output: Any, batch: Batch, update: Counts) -> Share:
-        """A micro-batch's share of the loss.
+    def scale(self, update: Counts, last_weight: float | None) -> float:
+        """P of an update: its targets where the model divides by them, else the last update's weight.
 
         Args:
-            update: counts of the whole update, over all ranks.
+            update: global counts.
+            last_weight: global weight of the update before; None for the first, which takes samples.
         """
+        return self._items(update) if self.counts_items else last_weight or update.samples
+
+    def read(self, output: Any, batch: Batch, scale: float) -> Share:
+        """A micro-batch's share of the loss, divided by P = `scale`."""
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
-        scale = self.scale(update)
         if isinstance(result, tuple | list):
             value, weight = self._pair(result)
             return Share(value / scale, weight)

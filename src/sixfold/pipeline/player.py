@@ -165,7 +165,7 @@ class Player:
                 fix="skip empty global batches, or check the labels (-100 is left out)",
             )
         factor = step.scale / totals.weight
-        grad_norm = float(self._state.grad_norm()) * abs(factor)
+        grad_norm = self._state.grad_norm() * abs(factor)
         if not math.isfinite(grad_norm):
             raise self._state.non_finite(grad_norm)
         if self._clip_norm is not None:

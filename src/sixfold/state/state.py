@@ -7,6 +7,7 @@ this rank. It issues collectives only through the mesh and never looks at a loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -62,18 +63,9 @@ class ModelState:
         """Reduce what has not been reduced since `open_reduce`, and wait for all of it."""
         self._window.close()
 
-    def grad_norm(self) -> torch.Tensor:
-        """The 2-norm of all reduced gradients, a 0-d fp64 tensor, the same on every rank."""
-        squares = [
-            # A norm has the type of its numbers, and bf16 would keep three digits of it.
-            torch.linalg.vector_norm(unit.grads, dtype=torch.promote_types(unit.grads.dtype, torch.float32))
-            .double()
-            .square()
-            for unit in self.trained
-            if unit.grads is not None
-        ]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        return total.sqrt()
+    def grad_norm(self) -> float:
+        """The 2-norm of all reduced gradients, the same on every rank."""
+        return math.sqrt(sum(float(unit.grad_square) for unit in self.trained))
 
     def non_finite(self, grad_norm: float) -> ModelError:
         """The error for a gradient that is not finite, naming the first parameter it is found in."""

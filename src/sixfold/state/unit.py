@@ -44,6 +44,8 @@ class Unit:
         """What the optimizer updates: [numel] in the master type."""
         self.grads: torch.Tensor | None = None
         """Accumulated gradients: [numel] in the grad type; None for frozen units."""
+        self.grad_square = torch.zeros((), dtype=torch.float64)
+        """Sum of squares of the reduced gradients, a 0-d fp64 tensor."""
         self._grad_views: list[torch.Tensor] = []
         self._sent: torch.Tensor | None = None
         self._pending = Pending()
@@ -140,11 +142,16 @@ class Unit:
         self._pending = mesh.all_reduce(self._sent)
 
     def finish_reduce(self) -> None:
-        """Wait for the sum; afterwards `grads` holds it on every rank."""
+        """Wait for the sum; afterwards `grads` and `grad_square` hold it on every rank."""
+        assert self.grads is not None, "frozen units have no gradients"
         self._pending.wait()
-        if self._sent is not None and self.grads is not None and self._sent is not self.grads:
+        if self._sent is not None and self._sent is not self.grads:
             self.grads.copy_(self._sent)
         self._sent = None
+        # Taken here, the pass over this unit runs while later units are still on their way. A norm has
+        # the type of its numbers, and bf16 would keep three digits of it.
+        wide = torch.promote_types(self.grads.dtype, torch.float32)
+        self.grad_square = torch.linalg.vector_norm(self.grads, dtype=wide).double().square()
 
     def publish(self) -> None:
         """Bring the updated master into the working parameters."""
