@@ -82,7 +82,7 @@ class Engine:
         self._streams = streams
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
-        self._written_out = WrittenOut(self._player, mesh)
+        self._written_out = WrittenOut(self._player)
         compute = resolved.config.precision.compute
         self._cast = DTYPES[compute] if compute is not None else None
 
@@ -148,8 +148,8 @@ class Engine:
         """
         self._refuse_mixing("train_step")
         self._set_lr()
-        self.last, counts = self._play(accumulation, batch)
-        self._count_update(self.last, counts.samples)
+        self.last = self._play(accumulation, batch)
+        self._count_update(self.last)
         return self.last.loss
 
     def eval_step(self, batch: Batch) -> StepResult:
@@ -162,7 +162,7 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                return self._play(forward_only, batch)[0]
+                return self._play(forward_only, batch)
         finally:
             self.module.train(was_training)
 
@@ -178,21 +178,21 @@ class Engine:
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _play(self, schedule: Callable[[int], Program], batch: Batch) -> tuple[StepResult, Counts]:
-        """Play this rank's program for `batch`; returns what it came to and the global counts.
+    def _play(self, schedule: Callable[[int], Program], batch: Batch) -> StepResult:
+        """Play this rank's program for `batch`.
 
         Args:
             schedule: writes the program for a number of micro-batches.
         """
         if not self._loss_form.is_settled:
             self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
-        counts = Counts(*self.mesh.total(*Counts.of(batch).numbers()))
-        scale = self._loss_form.scale(counts, self._last_weight)
+        counts = Counts.of(batch)
+        scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
         micros = split(batch, self.resolved.config.batch.micro)
         program = schedule(len(micros))
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
-        return self._player.play(program, forwards, scale, counts), counts
+        return self._player.play(program, forwards, scale, counts)
 
     def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
         def forward() -> Share:
@@ -237,8 +237,8 @@ class Engine:
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
         self._set_lr()
-        self.last, samples = self._written_out.step()
-        self._count_update(self.last, samples)
+        self.last = self._written_out.step()
+        self._count_update(self.last)
         return self.last
 
     # The whole model.
@@ -299,9 +299,9 @@ class Engine:
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
 
-    def _count_update(self, result: StepResult, samples: float) -> None:
+    def _count_update(self, result: StepResult) -> None:
         self.num_steps += 1
-        self.num_samples += round(samples)
+        self.num_samples += result.samples
         self._last_weight = result.weight
 
     def _refuse_mixing(self, what: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -107,11 +107,18 @@ class Mesh:
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
-        if self.data_ranks == 1:
-            return [float(number) for number in numbers]
+        return self.start_total(*numbers)()
+
+    def start_total(self, *numbers: float) -> Callable[[], list[float]]:
+        """Start to sum a few numbers; the function returned waits for the sums."""
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.all_reduce(tensor).wait()
-        return [float(number) for number in tensor.tolist()]
+        pending = self.all_reduce(tensor)
+
+        def sums() -> list[float]:
+            pending.wait()
+            return [float(number) for number in tensor.tolist()]
+
+        return sums
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""

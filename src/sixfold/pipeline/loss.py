@@ -90,12 +90,12 @@ class Counts:
             or self.samples * self.shifted_squared != self.shifted**2
         )
 
-    def refuse_ragged(self, who: str) -> None:
+    def refuse_ragged(self) -> None:
         """Raise when a mean over samples would weigh targets unequally."""
         if self.is_ragged:
             raise ModelError(
-                f"{who} gives a mean loss for {self.samples:.0f} samples with {self.targets:.0f} targets, "
-                "unequally many per sample",
+                f"a mean loss over {self.samples:.0f} samples with {self.targets:.0f} targets, unequally "
+                "many per sample",
                 rule="a bare scalar counts as the mean over samples; with ragged targets the update would "
                 "depend on how the batch is cut",
                 fix=WAYS,
@@ -137,14 +137,17 @@ class LossForm:
         """Whether the model divides its summed loss by `num_items_in_batch`."""
         return self._shift is not None
 
-    def scale(self, update: Counts, last_weight: float | None) -> float:
+    def scale(self, counts: Counts, last_weight: float | None, mesh: Mesh) -> float:
         """P of an update: its targets where the model divides by them, else the last update's weight.
 
         Args:
-            update: global counts.
+            counts: this rank's own.
             last_weight: global weight of the update before; None for the first, which takes samples.
         """
-        return self._items(update) if self.counts_items else last_weight or update.samples
+        if last_weight is not None and not self.counts_items:
+            return last_weight
+        update = Counts(*mesh.total(*counts.numbers()))
+        return self._items(update) if self.counts_items else update.samples
 
     def read(self, output: Any, batch: Batch, scale: float) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,11 +27,13 @@ class StepResult:
     Args:
         loss: mean loss over the global batch.
         weight: what it is a mean over: samples, or targets where the loss says so.
+        samples: in the global batch.
         grad_norm: 2-norm of the gradient of that mean, before clipping; None without an update.
     """
 
     loss: float
     weight: float
+    samples: int
     grad_norm: float | None = None
 
 
@@ -40,7 +42,7 @@ class _Step:
     """The step under way: shares whose backward is still to come, and the sums so far."""
 
     scale: float
-    counts: Counts | None = None
+    counts: Counts = field(default_factory=Counts)
     forwards: Mapping[int, Callable[[], Share]] = field(default_factory=dict)
     shares: dict[int, Share] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -85,11 +87,11 @@ class Player:
         Args:
             forwards: runs the stage on one micro-batch, by its number.
             scale: P, by which the shares are divided already.
-            counts: of the whole update, over all ranks.
+            counts: this rank's samples and targets.
 
         Raises:
-            ModelError: a micro-batch's loss is a mean over samples and `counts` are ragged; every rank
-                raises, those without a micro-batch too.
+            ModelError: a micro-batch's loss is a mean over samples that have unequally many targets;
+                every rank raises, those without a micro-batch too.
         """
         outer, self._step = self._step, _Step(scale, counts, forwards)
         try:
@@ -97,7 +99,7 @@ class Player:
                 self.perform(instruction)
             if self._step.result is None:
                 self._state.finish_reduce()
-                self._step.result = self._totals(self._step)
+                self._step.result = self._start_totals(self._step)()
             return self._step.result
         finally:
             self._step = outer
@@ -116,12 +118,19 @@ class Player:
         self._step.shares[micro] = share
         self._backward(self._step, Instruction(Op.BACKWARD, 0, micro), retain_graph=retain_graph)
 
-    def update(self) -> StepResult:
-        """Perform the end of a written-out step: `reduce 0 | step | publish 0`."""
+    def update(self, counts: Counts, *, has_means: bool) -> StepResult:
+        """Perform the end of a written-out step: `reduce 0 | step | publish 0`.
+
+        Args:
+            counts: this rank's samples and targets.
+            has_means: whether a loss counts as a mean over samples.
+        """
         try:
+            if self._step is None:
+                self._step = _Step(scale=1.0)
+            self._step.counts, self._step.has_means = counts, has_means
             for instruction in Program.parse("reduce 0 | step | publish 0").instructions:
                 self.perform(instruction)
-            assert self._step is not None, "perform starts a step"
             assert self._step.result is not None, "the instruction step leaves a result"
             return self._step.result
         finally:
@@ -156,8 +165,11 @@ class Player:
         self._state.open_reduce()
 
     def _update(self, step: _Step, instruction: Instruction) -> None:
+        # The sums travel behind the gradients, so that ranks meet once.
+        self._state.flush_reduce()
+        sums = self._start_totals(step)
         self._state.finish_reduce()
-        totals = self._totals(step)
+        totals = sums()
         if totals.weight == 0:
             raise ModelError(
                 f"the global weight of this update is {totals.weight:g}: no sample or target on any rank",
@@ -173,7 +185,7 @@ class Player:
             factor *= min(1.0, self._clip_norm / (grad_norm + 1e-6))
         self._state.scale_grads(factor)
         self._optimizer.step()
-        step.result = StepResult(totals.loss, totals.weight, grad_norm)
+        step.result = replace(totals, grad_norm=grad_norm)
 
     def _accumulate(self, step: _Step) -> None:
         if not step.accumulates:
@@ -186,12 +198,21 @@ class Player:
         if share.weight is not None:
             step.weights.append(share.weight)
 
-    def _totals(self, step: _Step) -> StepResult:
-        loss, weight, means = self._mesh.total(
+    def _start_totals(self, step: _Step) -> Callable[[], StepResult]:
+        """Start to sum what the ranks hold; the function returned waits, and judges the sums."""
+        sums = self._mesh.start_total(
             sum(float(value) for value in step.losses),
             sum(float(value) for value in step.weights),
             float(step.has_means),
+            *step.counts.numbers(),
         )
-        if means and step.counts is not None:
-            step.counts.refuse_ragged("the model")
-        return StepResult(loss * step.scale / weight if weight else math.nan, weight)
+
+        def result() -> StepResult:
+            loss, weight, has_means, *numbers = sums()
+            counts = Counts(*numbers)
+            if has_means:
+                counts.refuse_ragged()
+            mean = loss * step.scale / weight if weight else math.nan
+            return StepResult(mean, weight, round(counts.samples))
+
+        return result

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 
 from sixfold.base.errors import ModelError
-from sixfold.mesh import Mesh
 from sixfold.pipeline.batch import Batch
 from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.player import Player, StepResult
@@ -43,9 +42,8 @@ class _Tally:
 class WrittenOut:
     """Plays forwards, backwards and updates one at a time."""
 
-    def __init__(self, player: Player, mesh: Mesh) -> None:
+    def __init__(self, player: Player) -> None:
         self._player = player
-        self._mesh = mesh
         self._tally = _Tally()
 
     @property
@@ -88,15 +86,7 @@ class WrittenOut:
         share = Share(loss.reshape(()) * tally.weight, None if is_further else tally.weight)
         self._player.backward(tally.micro, share, retain_graph=retain_graph)
 
-    def step(self) -> tuple[StepResult, float]:
-        """Play the update.
-
-        Returns:
-            What it came to, and the samples consumed over all ranks.
-        """
+    def step(self) -> StepResult:
+        """Play the update."""
         tally, self._tally = self._tally, _Tally()
-        *numbers, unweighted = self._mesh.total(*tally.closed.numbers(), float(tally.unweighted))
-        counts = Counts(*numbers)
-        if unweighted:
-            counts.refuse_ragged("engine.backward(loss) without weight")
-        return self._player.update(), counts.samples
+        return self._player.update(tally.closed, has_means=tally.unweighted)

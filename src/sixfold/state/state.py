@@ -59,8 +59,12 @@ class ModelState:
         """From here on a unit is reduced as soon as its gradients are complete."""
         self._window.open()
 
+    def flush_reduce(self) -> None:
+        """Start to reduce what has not been since `open_reduce`."""
+        self._window.flush()
+
     def finish_reduce(self) -> None:
-        """Reduce what has not been reduced since `open_reduce`, and wait for all of it."""
+        """Flush, and wait for all of it."""
         self._window.close()
 
     def grad_norm(self) -> float:
@@ -145,11 +149,14 @@ class _ReduceWindow:
         """Forget a window that an error left open."""
         self._open = False
 
+    def flush(self) -> None:
+        while self._open and self._next < len(self._order):
+            self._start()
+
     def close(self) -> None:
         if not self._open:
             return
-        while self._next < len(self._order):
-            self._start()
+        self.flush()
         for unit in self._order:
             unit.finish_reduce()
         self._open = False
