@@ -227,6 +227,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "train.folder": ({}, "elsewhere", lambda bench, changes: folder_of_launch(bench, changes)),
     "checkpoint.every": ({}, 3, lambda bench, changes: bench.run(changes).checkpoints),
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
+    "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
@@ -236,6 +237,10 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
 def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
     config = bench.resolved({"batch.tokens": 96, **changes}).config
     return str(decide_batch(config.batch, data_ranks=2, sequence_length=config.data.sequence_length))
+
+
+def residency_text(bench: Lab, changes: dict[str, Any]) -> str:
+    return str(decide_residency(bench.resolved(changes).config.layout))
 
 
 def folder_of_launch(bench: Lab, changes: dict[str, Any]) -> str:
@@ -255,7 +260,6 @@ def test_differs(path: str, bench: Lab) -> None:
 
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
-    "layout.zero": (2, {"layout.zero": 2}),
     "layout.shard": (2, {"layout.shard": 2, "layout.zero": 0}),
     "layout.tensor": (2, {"layout.tensor": 2}),
     "layout.pipe": (2, {"layout.pipe": 2}),

@@ -69,7 +69,7 @@ def test_data_takes_all_ranks_that_are_left(world_size: int) -> None:
         ({"data": 3}, "= 3 ranks, but 4 are running", "layout.data = 4"),
         ({"data": 8}, "= 8 ranks, but 4 are running", "layout.data = 4"),
         ({"shard": 3, "zero": 3}, "layout.shard = 3 with 4 data ranks", "layout.shard = 4"),
-        ({"zero": 2}, "layout.zero = 2", "layout.zero = 0"),
+        ({"zero": 3}, "layout.zero = 3", "layout.zero = 2"),
     ],
 )
 def test_layouts_that_cannot_be_carried_out_are_refused(layout: dict[str, int], said: str, fix: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sixfold
 from sixfold.base.errors import ConfigError, ModelError, StateError
 from sixfold.engine import Engine
-from sixfold.plan import cut_units
+from sixfold.plan import PRESETS, cut_units
 from tests.ranks import plain
 
 STEPS = 4
@@ -139,8 +139,9 @@ def drop_gradients_of_the_optimizer(engine: Engine) -> None:
 
 
 @pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("zero", PRESETS)
 @pytest.mark.parametrize("intrude", [evaluate, drop_gradients_of_the_optimizer])
-def test_what_one_may_do_in_the_middle_of_accumulation(intrude: Callable[[Engine], None]) -> None:
+def test_what_one_may_do_in_the_middle_of_accumulation(intrude: Callable[[Engine], None], zero: int) -> None:
     def disturbed(engine: Engine, step: int) -> None:
         task = plain.TASKS["dropout"]
         intrude(engine)
@@ -150,7 +151,9 @@ def test_what_one_may_do_in_the_middle_of_accumulation(intrude: Callable[[Engine
         engine.step()
         intrude(engine)
 
-    check_equal(straight("dropout", partial(by_hand, "dropout")), straight("dropout", disturbed))
+    layout = {"zero": zero}
+    expected = straight("dropout", partial(by_hand, "dropout"), layout=layout)
+    check_equal(expected, straight("dropout", disturbed, layout=layout))
 
 
 @pytest.mark.ranks(1, 2)
@@ -197,9 +200,10 @@ def test_a_users_own_scheduler_is_left_alone() -> None:
 
 
 @pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("zero", PRESETS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_edits_under_gathered_hold_on_every_rank(compute: str) -> None:
-    engine = start("recommender", torch.float32, precision={"compute": compute})
+def test_edits_under_gathered_hold_on_every_rank(compute: str, zero: int) -> None:
+    engine = start("recommender", torch.float32, precision={"compute": compute}, layout={"zero": zero})
     engine.train_step(share(engine, "recommender", 0, torch.float32))
     before = weights(engine)
     with engine.gathered() as module:
@@ -255,10 +259,11 @@ def test_an_update_that_was_begun_is_ended_first() -> None:
 
 
 @pytest.mark.ranks(1, 2)
-def test_rehearsal_changes_nothing() -> None:
+@pytest.mark.parametrize("zero", PRESETS)
+def test_rehearsal_changes_nothing(zero: int) -> None:
     """Also where ranks see unequally much, so that their reductions end at different times."""
     for name in ("recommender", "decoder"):
-        engine, other = start(name), start(name)
+        engine, other = start(name, layout={"zero": zero}), start(name, layout={"zero": zero})
         for step in range(2):
             batch = share(engine, name, step)
             engine.rehearse(batch if engine.data_rank == 0 else None)
@@ -268,8 +273,9 @@ def test_rehearsal_changes_nothing() -> None:
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", PRESETS)
 def test_collectives_keep_their_order_when_ranks_use_different_parameters(
-    monkeypatch: pytest.MonkeyPatch,
+    zero: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of many units, half of which a rank does not use: every unit is still summed with itself."""
 
@@ -286,7 +292,8 @@ def test_collectives_keep_their_order_when_ranks_use_different_parameters(
 
     monkeypatch.setattr(cut_units, "__defaults__", (64,))  # bytes: one unit per layer
     torch.manual_seed(0)
-    engine = sixfold.initialize(Forked(), config={"optimizer": {"name": "sgd", "lr": 1e-9}})
+    config = {"optimizer": {"name": "sgd", "lr": 1e-9}, "layout": {"zero": zero}}
+    engine = sixfold.initialize(Forked(), config=config)
     assert len(engine.state.units) == 4
     used = torch.tensor([[0, 2, 3], [3, 1, 2]])
     x = torch.randn(2, 1, 4, dtype=torch.float64)
@@ -297,11 +304,10 @@ def test_collectives_keep_their_order_when_ranks_use_different_parameters(
     mine = engine.data_rank
     for _ in range(2):
         engine.train_step({"x": x[mine], "used": used[mine : mine + 1]})
-        for name, parameter in engine.module.named_parameters():
+        for name, gradient in engine.gradients().items():
             expected = reference.get_parameter(name).grad
-            assert parameter.grad is not None
             assert expected is not None
-            assert torch.allclose(parameter.grad, expected, rtol=1e-7, atol=1e-12), name
+            assert torch.allclose(gradient, expected, rtol=1e-7, atol=1e-12), name
 
 
 class Stack(nn.Module):
@@ -326,8 +332,11 @@ class Stack(nn.Module):
 
 
 @pytest.mark.ranks(1, 2, timeout_s=60)
-@pytest.mark.parametrize("how", ["recomputed", "recomputed reentrant", "compiled"])
-def test_recomputed_and_compiled_blocks_follow_one_process(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "zero"),
+    [("compiled", 0), *((how, zero) for how in ("recomputed", "recomputed reentrant") for zero in PRESETS)],
+)
+def test_recomputed_and_compiled_blocks_follow_one_process(how: str, zero: int) -> None:
     def build(kind: str) -> nn.Module:
         torch.manual_seed(0)
         return Stack(kind).double()
@@ -341,7 +350,8 @@ def test_recomputed_and_compiled_blocks_follow_one_process(how: str) -> None:
         optimizer.zero_grad()
         reference(x[step]).backward()
         optimizer.step()
-    engine = sixfold.initialize(build(how), config={"optimizer": {"lr": 1e-2}, "batch": {"micro": 3}})
+    config = {"optimizer": {"lr": 1e-2}, "batch": {"micro": 3}, "layout": {"zero": zero}}
+    engine = sixfold.initialize(build(how), config=config)
     mine = plain.cuts(plain.NUM_SAMPLES, engine.data_ranks, "uneven", 1)[engine.data_rank]
     for step in range(STEPS):
         engine.train_step(x[step][mine.start : mine.stop].clone())
@@ -369,7 +379,8 @@ def test_a_gradient_after_its_reduction_is_refused() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_not_finite_is_refused_everywhere_and_named() -> None:
+@pytest.mark.parametrize("zero", PRESETS)
+def test_a_gradient_that_is_not_finite_is_refused_everywhere_and_named(zero: int) -> None:
     model = nn.ModuleDict({"fine": nn.Linear(2, 1), "sick": nn.Linear(2, 1, bias=False)})
 
     class Both(nn.Module):
@@ -380,7 +391,7 @@ def test_a_gradient_that_is_not_finite_is_refused_everywhere_and_named() -> None
         def forward(self, x: Tensor) -> Tensor:
             return (self.parts["fine"](x) + self.parts["sick"](x.sqrt())).mean()
 
-    engine = sixfold.initialize(Both(), config={})
+    engine = sixfold.initialize(Both(), config={"layout": {"zero": zero}})
     before = weights(engine)
     with pytest.raises(ModelError, match=r"1 parameter\(s\) are not finite, first: parts.sick.weight"):
         engine.train_step(torch.full((2, 2), -1.0 if engine.data_rank == 1 else 1.0))

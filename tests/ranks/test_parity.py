@@ -19,6 +19,8 @@ FP32_LOSS_BOUND = 1e-5
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("decoder", "llama", "gpt2", "conv", "recommender"),
     "ranks": (1, 2, 3, 4),
+    "zero": (0, 1, 2),
+    "groups": (1, 2),
     "accumulation": (1, 3),
     "shares": ("even", "uneven", "empty"),
     "optimizer": ("adamw", "sgd", "adagrad"),
@@ -32,7 +34,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 def legal(case: Case) -> bool:
     grouped_by_config = case["given"] == "config" and case["num_groups"] > 1
     shared_by_one = case["ranks"] == 1 and case["shares"] != "even"
-    return not grouped_by_config and not shared_by_one
+    cut_in_groups = case["groups"] > 1 and (case["zero"] == 0 or case["ranks"] % case["groups"] > 0)
+    return not grouped_by_config and not shared_by_one and not cut_in_groups
 
 
 CASES = covering(FACTORS, legal)
@@ -93,7 +96,9 @@ def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float]
     task = plain.TASKS[case["model"]]
     model = task.build().to(dtype)
     kind, settings = plain.OPTIMIZERS[case["optimizer"]]
-    config: dict[str, Any] = {"optimizer": {}, "batch": {}}
+    config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {"zero": case["zero"]}}
+    if case["zero"]:
+        config["layout"]["shard"] = case["ranks"] // case["groups"]
     if case["clip_norm"] is not None:
         config["optimizer"]["clip_norm"] = case["clip_norm"]
     if case["accumulation"] > 1:

@@ -32,7 +32,7 @@ from sixfold.pipeline import (
     split,
     to_device,
 )
-from sixfold.plan import LearningRate, Plan
+from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.program import Program, accumulation, check, forward_only, rehearsal
 from sixfold.state import BoundOptimizer, ModelState
 
@@ -148,7 +148,7 @@ class Engine:
         """
         self._refuse_mixing("train_step")
         self._set_lr()
-        self.last = self._play(accumulation, batch)
+        self.last = self._play(self._reducing(accumulation), batch)
         self._count_update(self.last)
         return self.last.loss
 
@@ -173,7 +173,7 @@ class Engine:
         """
         self._refuse_mixing("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._play(rehearsal, batch)
+        self._play(self._reducing(rehearsal), batch)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
@@ -193,6 +193,10 @@ class Engine:
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
         return self._player.play(program, forwards, scale, counts)
+
+    def _reducing(self, schedule: Callable[[int, int], Program]) -> Callable[[int], Program]:
+        """`schedule` with as many reductions as the residency of gradients asks for."""
+        return lambda num_micro: schedule(num_micro, self.state.num_reduces(num_micro))
 
     def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
         def forward() -> Share:
@@ -253,12 +257,27 @@ class Engine:
         self._refuse_mixing("gathered")
         with torch.no_grad():
             yield self.module
-            self.state.absorb_edits()
-            self.state.share_weights(self.module.buffers())
+            self.state.share_edits()
+            self.state.share_buffers(self.module.buffers())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole logical model on the CPU, in the storage type, tied names included; copies."""
+        """The whole logical model on the CPU, in the storage type, tied names included; copies.
+
+        Every rank calls it and gets all of it.
+        """
         return self._persistence.full_state_dict()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The last update's gradient of every trained parameter, whole, as the optimizer got it; copies.
+
+        Every rank calls it. `parameter.grad` shows it only where gradients and optimizer are whole.
+        """
+        return self.state.gradients()
+
+    def memory(self) -> Memory:
+        """What this rank holds from step to step, in bytes; see `sixfold.plan.persistent_memory`."""
+        parameters, gradients, master = self.state.live_bytes()
+        return Memory(parameters, gradients, master, self.bound.live_bytes())
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.

@@ -92,7 +92,7 @@ def initialize(
     facts = module_facts(model, [group["params"] for group in made.param_groups])
     plan = decide(asked, facts.parameters, mesh.world_size)
     state = ModelState(model, plan, mesh)
-    state.share_weights(model.buffers())
+    state.share_buffers(model.buffers())
     bound = bind(made, state)
     return Engine(
         module=model,

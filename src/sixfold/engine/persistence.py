@@ -43,15 +43,17 @@ class Persistence:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on the CPU, under all its names."""
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._model().items()}
+        model = self._model(self.state.masters())
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
 
     def save(self, folder: Path, counters: Mapping[str, Any]) -> None:
         """Rank 0 writes; every rank learns whether it went well, and tells the same if not."""
+        content = self._content(counters)  # on every rank: what is cut is gathered
         failure: SixfoldError | None = None
         if self.mesh.rank == 0:
             try:
-                write(folder, self._content(counters))
+                write(folder, content)
             except SixfoldError as error:
                 failure = error
         told = self.mesh.share_text(json.dumps(_words(failure)) if failure is not None else "")
@@ -64,17 +66,22 @@ class Persistence:
     def load(self, folder: Path) -> Mapping[str, Any]:
         """Read everything, then change anything; returns the counters."""
         saved = open_checkpoint(folder)
-        expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._model().items()}
+        expected = {
+            **{slot.name: (slot.shape, self.state.storage_type(unit)) for unit, slot in self.state.slots()},
+            **{name: (tuple(each.shape), each.dtype) for name, each in self._persistent_buffers().items()},
+        }
         model = dict(saved.load_model(expected))
         optimizer = {name: saved.read_optimizer(name) for name in saved.optimizer_names}
         masters = {name: state.pop(MASTER) for name, state in optimizer.items() if MASTER in state}
         buffers = self._persistent_buffers()
         with torch.no_grad():
-            for unit, slot in self.state.slots():
-                unit.slot_of(unit.master, slot).copy_(masters.get(slot.name, model[slot.name]))
+            for unit in self.state.units:
+                whole = torch.zeros(unit.plan.numel, dtype=unit.master.dtype, device=unit.master.device)
+                for slot in unit.plan.slots:
+                    unit.slot_of(whole, slot).copy_(masters.get(slot.name, model[slot.name]))
+                unit.fill(whole)
             for name, buffer in buffers.items():
                 buffer.copy_(model[name])
-        self.state.publish()
         self.bound.load_named_state({name: state for name, state in optimizer.items() if state})
         if self.keeps_settings:
             self.bound.load_settings(saved.state["optimizer"])
@@ -82,20 +89,24 @@ class Persistence:
 
     def _content(self, counters: Mapping[str, Any]) -> Content:
         optimizer: dict[str, dict[str, torch.Tensor]] = self.bound.named_state()
+        masters = self.state.masters()
         for unit, slot in self.state.slots():
             # The model part holds the master already where both have one type.
-            if unit.plan.trainable and self.state.whole(unit, slot).dtype != unit.master.dtype:
-                optimizer.setdefault(slot.name, {})[MASTER] = unit.slot_of(unit.master, slot)
+            if unit.plan.trainable and self.state.storage_type(unit) != unit.master.dtype:
+                optimizer.setdefault(slot.name, {})[MASTER] = masters[slot.name]
         return Content(
-            model=self._model(),
+            model=self._model(masters),
             aliases=dict(self.aliases),
             optimizer=optimizer,
             state={**counters, "optimizer": self.bound.settings()},
             extra_files=self._model_card(),
         )
 
-    def _model(self) -> dict[str, torch.Tensor]:
-        parameters = {slot.name: self.state.whole(unit, slot) for unit, slot in self.state.slots()}
+    def _model(self, masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parameters = {
+            slot.name: masters[slot.name].to(self.state.storage_type(unit))
+            for unit, slot in self.state.slots()
+        }
         return {**parameters, **self._persistent_buffers()}
 
     def _persistent_buffers(self) -> dict[str, torch.Tensor]:

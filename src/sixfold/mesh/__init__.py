@@ -3,7 +3,9 @@
 Formed once by the engine and passed down; never global.
 """
 
-from sixfold.mesh.mesh import Mesh, Pending
+from sixfold.mesh.group import Group, Pending
+from sixfold.mesh.mesh import Mesh
+from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
-__all__ = ["Mesh", "Pending", "Streams", "key_of"]
+__all__ = ["Group", "Mesh", "Pending", "Scratch", "Streams", "key_of"]

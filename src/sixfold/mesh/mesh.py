@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -21,20 +22,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from sixfold.base.errors import MeshError
+from sixfold.mesh.group import Group, Pending
+from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
-
-
-class Pending:
-    """A collective under way; `wait` returns when its tensor may be used."""
-
-    def __init__(self, work: dist.Work | None = None) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        """Block until the collective has finished; at once when nothing was sent."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+from sixfold.plan.residency import Spread
 
 
 @dataclass(frozen=True)
@@ -97,13 +88,45 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        return Pending(dist.all_reduce(tensor, async_op=True))
+        return Pending([dist.all_reduce(tensor, async_op=True)])
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """Buffers for the time of one exchange."""
+        return Scratch(self.device)
+
+    @cached_property
+    def shard(self) -> Group:
+        """The neighbours over which model state is cut; every rank asks for it first at the same point."""
+        return self._group_of(lambda place: place // self.geometry.shard)
+
+    @cached_property
+    def copies(self) -> Group:
+        """The ranks that hold the same slices, one of each shard group."""
+        return self._group_of(lambda place: place % self.geometry.shard)
+
+    def sum_up(self, partial: torch.Tensor, after: Spread) -> Pending:
+        """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place."""
+        if not after:
+            return self.all_reduce(partial)
+        summed, mine = self.shard.reduce_scatter(partial), self.shard.slice_of(partial, self.shard.place)
+
+        def across() -> None:
+            summed.wait()
+            self.copies.all_reduce(mine).wait()
+
+        return Pending(finish=across)
+
+    def spread_out(self, whole: torch.Tensor, before: Spread, after: Spread) -> Pending:
+        """Start to fill `whole`, in place, from what each rank has of it: nothing is sent where it is as
+        whole as it shall be."""
+        return Pending() if before == after else self.shard.all_gather(whole)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy rank 0's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
-        return Pending(dist.broadcast(tensor, src=0, async_op=True))
+        return Pending([dist.broadcast(tensor, src=0, async_op=True)])
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
@@ -119,6 +142,12 @@ class Mesh:
             return [float(number) for number in tensor.tolist()]
 
         return sums
+
+    def largest(self, number: int) -> int:
+        """The largest of the data ranks' numbers."""
+        everyones = [0.0] * self.data_ranks
+        everyones[self.data_rank] = float(number)
+        return round(max(self.total(*everyones)))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""
@@ -139,6 +168,16 @@ class Mesh:
             letters.copy_(torch.tensor(list(text.encode()), dtype=torch.uint8))
         self.broadcast(letters).wait()
         return bytes(letters.tolist()).decode()
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, by rank."""
+        if self.world_size == 1:
+            return [text]
+        mine = text.encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device))]
+        padded = torch.tensor(list(mine.ljust(max(1, *sizes), b" ")), dtype=torch.uint8, device=self.device)
+        rows = self._gather(padded)
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise on every rank unless all ranks hold the same facts.
@@ -174,6 +213,25 @@ class Mesh:
         """End the process group if it was started here."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _group_of(self, key: Callable[[int], int]) -> Group:
+        """The data ranks whose place among them has the same key as this rank's."""
+        data = [
+            rank
+            for rank in range(self.world_size)
+            if all(
+                self.geometry.coordinate(rank, axis) == self.geometry.coordinate(self.rank, axis)
+                for axis, _ in self.geometry.degrees
+                if axis != "data"
+            )
+        ]
+        mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
+        is_native = len(mine) > 1 and self.device.type == "cuda"
+        return Group(mine, self.rank, self.scratch, self._native(mine) if is_native else None)
+
+    def _native(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        # Every member calls this with its own ranks; without the flag, all ranks of the world would.
+        return dist.new_group(list(ranks), use_local_synchronization=True)  # type: ignore[no-any-return]
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]

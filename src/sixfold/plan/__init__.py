@@ -7,9 +7,10 @@ allocates, starts or plays anything.
 from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
+from sixfold.plan.memory import Memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import PrecisionPlan, decide_precision
-from sixfold.plan.residency import PRESETS, Residency, decide_residency
+from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "BatchPlan",
     "Geometry",
     "LearningRate",
+    "Memory",
     "ParameterFacts",
     "Plan",
     "PrecisionPlan",
     "Residency",
     "Slot",
+    "Spread",
     "UnitPlan",
     "cut_units",
     "decide",
@@ -30,4 +33,5 @@ __all__ = [
     "decide_learning_rate",
     "decide_precision",
     "decide_residency",
+    "persistent_memory",
 ]

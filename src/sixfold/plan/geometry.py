@@ -23,9 +23,12 @@ class Geometry:
 
     Args:
         degrees: one number per name in MESH_AXES.
+        shard: ranks in one of the equal groups of neighbours that the data ranks are split into, over
+            which model state may be cut. It never multiplies the world.
     """
 
     degrees: tuple[tuple[str, int], ...]
+    shard: int = 1
 
     @property
     def world_size(self) -> int:
@@ -80,4 +83,4 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
             fix=f"set layout.shard = {data}, or leave it unset",
         )
     sizes = {"pipe": layout.pipe, "data": data, "context": layout.context, "tensor": layout.tensor}
-    return Geometry(tuple((axis, sizes[axis]) for axis in MESH_AXES))
+    return Geometry(tuple((axis, sizes[axis]) for axis in MESH_AXES), layout.shard or data)

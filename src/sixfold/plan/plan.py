@@ -73,9 +73,12 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
         )
         for facts in parameters
     ]
+    geometry, residency = decide_geometry(config.layout, world_size), decide_residency(config.layout)
+    num_slices = geometry.shard if residency.is_cut else 1
+    num_copies = geometry.degree("data") // geometry.shard if residency.is_cut else 1
     return Plan(
-        geometry=decide_geometry(config.layout, world_size),
-        residency=decide_residency(config.layout),
+        geometry=geometry,
+        residency=residency,
         precision=tuple(dict.fromkeys(types.values())),
-        units=cut_units(working),
+        units=cut_units(working, num_slices=num_slices, num_copies=num_copies),
     )

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from sixfold.base.errors import PlanError
 from sixfold.config import LayoutConfig
 
-WHOLE: tuple[str, ...] = ()
+Spread = tuple[str, ...]
+"""Axes over which something is cut; () means whole on every rank."""
+
+WHOLE: Spread = ()
+CUT: Spread = ("shard",)
 
 
 @dataclass(frozen=True)
 class Residency:
-    """Axes over which each kind of state is cut on a rank; () means whole.
+    """Over what each kind of state is cut.
 
     Args:
         parameters: working parameters, in the compute type.
@@ -24,9 +28,14 @@ class Residency:
         optimizer: master weights and the optimizer's own state.
     """
 
-    parameters: tuple[str, ...]
-    gradients: tuple[str, ...]
-    optimizer: tuple[str, ...]
+    parameters: Spread
+    gradients: Spread
+    optimizer: Spread
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything is."""
+        return bool(self.parameters or self.gradients or self.optimizer)
 
     def __str__(self) -> str:
         kinds = (
@@ -37,8 +46,12 @@ class Residency:
         return ", ".join(f"{kind} {'cut over ' + '+'.join(cut) if cut else 'whole'}" for kind, cut in kinds)
 
 
-PRESETS: dict[int, Residency] = {0: Residency(WHOLE, WHOLE, WHOLE)}
-"""By `layout.zero`. Whole gradients mean that reduction is an all-reduce."""
+PRESETS: dict[int, Residency] = {
+    0: Residency(WHOLE, WHOLE, WHOLE),
+    1: Residency(WHOLE, WHOLE, CUT),
+    2: Residency(WHOLE, CUT, CUT),
+}
+"""By `layout.zero`. The shard axis is all data ranks unless `layout.shard` makes smaller groups of them."""
 
 
 def decide_residency(layout: LayoutConfig) -> Residency:
@@ -52,6 +65,6 @@ def decide_residency(layout: LayoutConfig) -> Residency:
         raise PlanError(
             f"layout.zero = {zero}",
             rule=f"this version has residency presets: {', '.join(map(str, PRESETS))}",
-            fix="set layout.zero = 0, or leave it unset",
+            fix=f"set layout.zero = {max(PRESETS)}",
         )
     return PRESETS[zero]

@@ -70,12 +70,25 @@ class UnitPlan:
         trainable: whether it has gradients and optimizer state.
         slots: places in order, without overlap.
         numel: elements of the flat buffer, padding included.
+        num_slices: equal slices it may be cut into.
     """
 
     dtype: str
     trainable: bool
     slots: tuple[Slot, ...]
     numel: int
+    num_slices: int = 1
+
+    def slice_of(self, index: int) -> tuple[int, int]:
+        """(start, stop) of one of the `num_slices` equal, contiguous slices."""
+        size = self.numel // self.num_slices
+        return index * size, (index + 1) * size
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """(start, stop) of what belongs to no parameter."""
+        ends = [slot.offset + slot.numel for slot in self.slots]
+        starts = [*(slot.offset for slot in self.slots[1:]), self.numel]
+        return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
     def segments(self) -> list[tuple[int, int, int]]:
         """(group, start, stop) of each optimizer group's contiguous run, in order."""
@@ -86,16 +99,33 @@ class UnitPlan:
                 runs[-1] = (slot.group, runs[-1][1], stop)
             else:
                 runs.append((slot.group, slot.offset, stop))
+        runs[-1] = (*runs[-1][:2], self.numel)
         return runs
 
 
-def cut_units(parameters: Iterable[ParameterFacts], target_bytes: int = TARGET_BYTES) -> tuple[UnitPlan, ...]:
+def cut_units(
+    parameters: Iterable[ParameterFacts],
+    target_bytes: int = TARGET_BYTES,
+    *,
+    num_slices: int = 1,
+    num_copies: int = 1,
+) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
     A unit holds one (dtype, trainable) kind. Parameters of one block stay together; neighbouring
     blocks are joined until `target_bytes` of working parameters are reached. Every parameter has
     exactly one slot.
+
+    Args:
+        num_slices: ranks that a unit may be cut over; it is padded to equal slices.
+        num_copies: groups of such ranks; a slice is padded to as many equal pieces, by which the groups
+            sum it.
     """
+    multiple = ALIGN * num_slices * num_copies
+
+    def laid_out(run: Sequence[ParameterFacts]) -> UnitPlan:
+        return _lay_out(run, num_slices, multiple)
+
     open_runs: dict[tuple[str, bool], list[ParameterFacts]] = {}
     done: list[tuple[int, UnitPlan]] = []
     order: dict[tuple[str, bool], int] = {}
@@ -104,27 +134,27 @@ def cut_units(parameters: Iterable[ParameterFacts], target_bytes: int = TARGET_B
         run = open_runs.setdefault(kind, [])
         starts_block = not run or facts.block is None or run[-1].block != facts.block
         if run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes:
-            done.append((order[kind], _lay_out(run)))
+            done.append((order[kind], laid_out(run)))
             run = open_runs[kind] = []
         if not run:
             order[kind] = place
         run.append(facts)
-    done += [(order[kind], _lay_out(run)) for kind, run in open_runs.items() if run]
+    done += [(order[kind], laid_out(run)) for kind, run in open_runs.items() if run]
     return tuple(unit for _, unit in sorted(done, key=lambda item: item[0]))
 
 
-def _lay_out(run: Sequence[ParameterFacts]) -> UnitPlan:
+def _lay_out(run: Sequence[ParameterFacts], num_slices: int, multiple: int) -> UnitPlan:
     slots: list[Slot] = []
     offset = 0
     for facts in sorted(run, key=lambda facts: facts.group):
         slots.append(Slot(facts.name, facts.shape, offset, facts.group))
         offset += _round_up(facts.numel)
-    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), offset)
+    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), _round_up(offset, multiple), num_slices)
 
 
 def _bytes(run: Sequence[ParameterFacts]) -> int:
     return sum(facts.numel for facts in run) * ITEM_BYTES.get(run[0].dtype, 1)
 
 
-def _round_up(numel: int) -> int:
-    return -(-numel // ALIGN) * ALIGN
+def _round_up(numel: int, multiple: int = ALIGN) -> int:
+    return -(-numel // multiple) * multiple

@@ -17,9 +17,9 @@ from sixfold.program.instructions import Instruction, Op, Program
 def check(program: Program) -> None:
     """Raise ProgramError unless `program` can be played.
 
-    No instruction stands twice. Every backward follows its forward. A program with `step` makes an
-    update: every forward has its backward before it; every stage opens its reduction window once,
-    with at most one backward of its own after that; after `step` comes nothing but one `publish` for
+    No instruction but `reduce` stands twice. Every backward follows its forward. A program with `step`
+    makes an update: every forward has its backward before it; every stage opens a reduction window, with
+    at most one backward of its own in each; after `step` comes nothing but one `publish` for
     each stage. A program without `step` publishes nothing.
     """
     for problem, fix in _problems(program):
@@ -29,7 +29,7 @@ def check(program: Program) -> None:
 def _problems(program: Program) -> Iterator[tuple[str, str]]:
     place: dict[Instruction, int] = {}
     for index, instruction in enumerate(program.instructions):
-        if instruction in place:
+        if instruction in place and instruction.op is not Op.REDUCE:
             yield f"{instruction} stands twice", "keep one of them"
         place[instruction] = index
     end = place.get(Instruction(Op.STEP))
@@ -44,6 +44,7 @@ def _problems(program: Program) -> Iterator[tuple[str, str]]:
             yield f"{instruction} after step", "let nothing but publish follow step"
     if end is not None:
         yield from _update_problems(place)
+        yield from _window_problems(program)
 
 
 def _update_problems(place: dict[Instruction, int]) -> Iterator[tuple[str, str]]:
@@ -57,14 +58,18 @@ def _update_problems(place: dict[Instruction, int]) -> Iterator[tuple[str, str]]
         for op in (Op.REDUCE, Op.PUBLISH):
             if Instruction(op, stage) not in place:
                 yield f"stage {stage} without {op.value} {stage}", f"add {op.value} {stage}"
-        opened = place.get(Instruction(Op.REDUCE, stage), 0)
-        after = [
-            instruction
-            for instruction, index in place.items()
-            if instruction.op is Op.BACKWARD and instruction.stage == stage and index > opened
-        ]
-        if len(after) > 1:
-            yield (
-                f"reduce {stage} before {len(after)} backwards of its stage",
-                "open the window before the last backward, or incomplete gradients are reduced",
-            )
+
+
+def _window_problems(program: Program) -> Iterator[tuple[str, str]]:
+    backwards: dict[int | None, int] = {}  # in the open window of each stage
+    for instruction in program.instructions:
+        stage = instruction.stage
+        if instruction.op is Op.REDUCE:
+            backwards[stage] = 0
+        if instruction.op is Op.BACKWARD and stage in backwards:
+            backwards[stage] += 1
+            if backwards[stage] == 2:
+                yield (
+                    f"reduce {stage} before 2 or more backwards of its stage",
+                    "open a window before the last backward, or before every later one as well",
+                )

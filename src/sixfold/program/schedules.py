@@ -9,23 +9,24 @@ from __future__ import annotations
 from sixfold.program.instructions import Instruction, Op, Program
 
 
-def accumulation(num_micro: int) -> Program:
+def accumulation(num_micro: int, num_reduces: int = 1) -> Program:
     """Gradient accumulation: a pipeline of one stage.
 
     Args:
         num_micro: micro-batches of this rank in this update; 0 is legal (an empty share still
             takes part in the reduction and the update).
+        num_reduces: reduction windows, equally many on every rank.
 
-    The reduction window opens before the last backward, so that communication runs under it.
+    A window opens before each of the last backwards, so that communication runs under it; windows that
+    this rank has no backward for come last.
     """
     body: list[Instruction] = []
     for micro in range(num_micro):
         body.append(Instruction(Op.FORWARD, 0, micro))
-        if micro == num_micro - 1:
+        if micro >= num_micro - num_reduces:
             body.append(Instruction(Op.REDUCE, 0))
         body.append(Instruction(Op.BACKWARD, 0, micro))
-    if num_micro == 0:
-        body.append(Instruction(Op.REDUCE, 0))
+    body += [Instruction(Op.REDUCE, 0)] * (num_reduces - num_micro)
     return Program((*body, Instruction(Op.STEP), Instruction(Op.PUBLISH, 0)))
 
 
@@ -34,10 +35,12 @@ def forward_only(num_micro: int) -> Program:
     return Program(tuple(Instruction(Op.FORWARD, 0, micro) for micro in range(num_micro)))
 
 
-def rehearsal(num_micro: int) -> Program:
+def rehearsal(num_micro: int, num_reduces: int = 1) -> Program:
     """`accumulation` without its update: computes and communicates, and leaves the state as it was."""
     update = (Op.STEP, Op.PUBLISH)
     kept = [
-        instruction for instruction in accumulation(num_micro).instructions if instruction.op not in update
+        instruction
+        for instruction in accumulation(num_micro, num_reduces).instructions
+        if instruction.op not in update
     ]
     return Program(tuple(kept))

@@ -8,7 +8,8 @@ other gets each whole parameter. Called by the engine once; the player calls `st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from sixfold.base.errors import ConfigError, StateError
 from sixfold.config import OptimizerConfig
+from sixfold.mesh import Mesh
 from sixfold.plan import Slot
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
@@ -91,13 +93,24 @@ def make_optimizer(optimizer: OptimizerLike, module: nn.Module) -> Optimizer:
 
 @dataclass(frozen=True)
 class _Run:
-    """A contiguous run of one unit's master buffer that the optimizer sees as one tensor."""
+    """A contiguous run of one unit's master that the optimizer sees as one tensor.
+
+    Args:
+        start: its first element, counted from the beginning of the unit.
+        stop: behind its last one.
+        slots: parameters of the same unit and group, whether or not they lie in this rank's run.
+    """
 
     unit: Unit
     start: int
     stop: int
     tensor: nn.Parameter
     slots: tuple[Slot, ...]
+
+    def part_of(self, mine: torch.Tensor) -> torch.Tensor:
+        """The run's own part of `mine`, which covers what this rank has of the unit."""
+        offset = self.unit.own.start
+        return mine[self.start - offset : self.stop - offset].view(self.tensor.shape)
 
 
 class BoundOptimizer:
@@ -106,12 +119,14 @@ class BoundOptimizer:
     Args:
         inner: the torch optimizer, the user's own object.
         runs: what it updates, by group.
+        mesh: over which cut state is gathered for a checkpoint.
         base_lrs: each group's peak learning rate.
     """
 
-    def __init__(self, inner: Optimizer, runs: list[_Run]) -> None:
+    def __init__(self, inner: Optimizer, runs: list[_Run], mesh: Mesh) -> None:
         self.inner = inner
         self._runs = runs
+        self._mesh = mesh
         self.base_lrs = [float(group["lr"]) for group in inner.param_groups]
 
     def step(self) -> None:
@@ -119,7 +134,7 @@ class BoundOptimizer:
         for run in self._runs:
             grads = run.unit.grads
             assert grads is not None, "only trainable units are bound"
-            grad = grads[run.start : run.stop].view(run.tensor.shape)
+            grad = run.part_of(grads)
             run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)
         self.inner.step()
         for run in self._runs:
@@ -138,30 +153,85 @@ class BoundOptimizer:
     def named_state(self) -> dict[str, dict[str, torch.Tensor]]:
         """Optimizer state by parameter name and key, in the parameters' own shapes.
 
-        Scalars (a step count) stand under every parameter of their run. Views, not copies.
+        Scalars (a step count) stand under every parameter of their run. A collective where state is cut;
+        elsewhere views, not copies.
         """
         named: dict[str, dict[str, torch.Tensor]] = {}
-        for run in self._runs:
+        cut = [run for run in self._runs if run.unit.spread]
+        for unit, key, slots, whole in self._gathered(cut):
+            for slot, is_scalar in slots:
+                place = min(slot.offset, whole.numel() - 1)
+                value = whole[place] if is_scalar else unit.slot_of(whole, slot)
+                named.setdefault(slot.name, {})[key] = value
+        for run in (run for run in self._runs if not run.unit.spread):
             for key, value in self.inner.state.get(run.tensor, {}).items():
                 for slot in run.slots:
                     named.setdefault(slot.name, {})[key] = _part(run, slot, torch.as_tensor(value))
         return named
 
+    def _gathered(
+        self, runs: list[_Run]
+    ) -> Iterator[tuple[Unit, str, list[tuple[Slot, bool]], torch.Tensor]]:
+        """Each unit's state under each key, [numel]; with it the slots that have it, and which as a scalar.
+
+        Which keys there are may differ from group to group, and a group may lie on other ranks alone; so
+        ranks agree first. A scalar travels as a run of itself.
+        """
+        index = {unit: number for number, unit in enumerate(dict.fromkeys(run.unit for run in runs))}
+        mine = {
+            (
+                index[run.unit],
+                key,
+                str(value.dtype).removeprefix("torch."),
+                run.slots[0].group,
+                not value.dim(),
+            )
+            for run in runs
+            for key, value in self._state_of(run)
+        }
+        texts = self._mesh.texts(json.dumps(sorted(mine))) if runs else []
+        everyones = sorted({tuple(row) for text in texts for row in json.loads(text)})
+        for unit, number in index.items():
+            for key, dtype in dict.fromkeys(row[1:3] for row in everyones if row[0] == number):
+                part = torch.zeros_like(unit.master, dtype=getattr(torch, dtype))
+                for run in runs:
+                    value = dict(self._state_of(run)).get(key) if run.unit is unit else None
+                    if value is not None:
+                        run.part_of(part).copy_(value)
+                kinds = {row[3]: row[4] for row in everyones if row[:3] == (number, key, dtype)}
+                slots = [(slot, kinds[slot.group]) for slot in unit.plan.slots if slot.group in kinds]
+                yield unit, key, slots, unit.whole_of(part)
+
+    def _state_of(self, run: _Run) -> list[tuple[str, torch.Tensor]]:
+        state = self.inner.state.get(run.tensor, {})
+        return [(key, torch.as_tensor(value)) for key, value in state.items() if value is not None]
+
+    def live_bytes(self) -> int:
+        """Bytes of state with one number per weight."""
+        return sum(
+            value.untyped_storage().nbytes()
+            for run in self._runs
+            for _, value in self._state_of(run)
+            if value.shape == run.tensor.shape
+        )
+
     def load_named_state(self, named: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Inverse of `named_state`.
 
         Raises:
-            StateError: a parameter has no entry, while others have.
+            StateError: a parameter has no entry, while others of its group have; on every rank.
         """
-        missing = [slot.name for run in self._runs for slot in run.slots if slot.name not in named]
-        if named and missing:
+        slots = [slot for unit in dict.fromkeys(run.unit for run in self._runs) for slot in unit.plan.slots]
+        with_state = {slot.group for slot in slots if slot.name in named}
+        missing = [slot.name for slot in slots if slot.group in with_state and slot.name not in named]
+        if missing:
             raise StateError(
                 f"no optimizer state for {len(missing)} parameter(s): {', '.join(missing[:8])}",
-                rule="a checkpoint holds optimizer state for every trainable parameter or for none",
+                rule="a checkpoint holds optimizer state for every parameter of a group or for none",
                 fix="load a checkpoint of the same model, or train on from its weights alone",
             )
         self.inner.state.clear()
-        for run in self._runs if named else ():
+        for run in (run for run in self._runs if run.slots[0].group in with_state):
             state: dict[str, torch.Tensor] = {}
             for key, first in named[run.slots[0].name].items():
                 if _per_tensor(key, named, run):
@@ -169,7 +239,7 @@ class BoundOptimizer:
                     continue
                 whole = torch.zeros(run.tensor.shape, dtype=first.dtype, device=run.tensor.device)
                 for slot in run.slots:
-                    _part(run, slot, whole).copy_(named[slot.name][key])
+                    _copy_overlap(run, slot, named[slot.name][key], whole)
                 state[key] = whole
             self.inner.state[run.tensor] = state
 
@@ -203,8 +273,18 @@ def bind(inner: Optimizer, state: ModelState) -> BoundOptimizer:
     """Point the groups of `inner` at the master buffers of `state`.
 
     State that a constructor made (torch's Adagrad does) moves along.
+
+    Raises:
+        StateError: optimizer state is cut, and the optimizer is not known to be elementwise.
     """
     elementwise = type(inner) in ELEMENTWISE
+    if not elementwise and state.residency.optimizer:
+        raise StateError(
+            f"{type(inner).__name__} with optimizer state cut over {'+'.join(state.residency.optimizer)}",
+            rule="an optimizer on slices must be elementwise, and of torch.optim's own classes these are: "
+            f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}",
+            fix="use one of these, or set layout.zero = 0, where every parameter is whole",
+        )
     names: dict[torch.Tensor, str] = {
         parameter: slot.name
         for unit in state.trained
@@ -216,27 +296,26 @@ def bind(inner: Optimizer, state: ModelState) -> BoundOptimizer:
     }
     runs: list[_Run] = []
     for unit in state.trained:
-        for group, start, stop in unit.plan.segments():
+        for group, begin, end in unit.plan.segments():
+            start, stop = max(begin, unit.own.start), min(end, unit.own.stop)
             slots = tuple(slot for slot in unit.plan.slots if slot.group == group)
-            if elementwise:
-                runs.append(_run(unit, start, stop, unit.master[start:stop], slots))
-            else:
+            if not elementwise:
                 runs += [
-                    _run(
-                        unit, slot.offset, slot.offset + slot.numel, unit.slot_of(unit.master, slot), (slot,)
-                    )
-                    for slot in slots
+                    _run(unit, slot.offset, slot.offset + slot.numel, (slot,), slot.shape) for slot in slots
                 ]
+            elif start < stop or not unit.spread:
+                runs.append(_run(unit, start, stop, slots, (stop - start,)))
     for index, group_settings in enumerate(inner.param_groups):
         group_settings["params"] = [run.tensor for run in runs if run.slots[0].group == index]
         if elementwise and _may_fuse(inner, group_settings):
             group_settings["fused"] = True
-    bound = BoundOptimizer(inner, runs)
+    bound = BoundOptimizer(inner, runs, state.mesh)
     bound.load_named_state(initial)
     return bound
 
 
-def _run(unit: Unit, start: int, stop: int, view: torch.Tensor, slots: tuple[Slot, ...]) -> _Run:
+def _run(unit: Unit, start: int, stop: int, slots: tuple[Slot, ...], shape: tuple[int, ...]) -> _Run:
+    view = unit.master[start - unit.own.start : stop - unit.own.start].view(shape)
     return _Run(unit, start, stop, nn.Parameter(view, requires_grad=True), slots)
 
 
@@ -245,6 +324,14 @@ def _part(run: _Run, slot: Slot, value: torch.Tensor) -> torch.Tensor:
         return value
     begin = slot.offset - run.start
     return value[begin : begin + slot.numel].view(slot.shape)
+
+
+def _copy_overlap(run: _Run, slot: Slot, value: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy what the run holds of one parameter from `value`, in its shape, to `whole`, in the run's."""
+    start, stop = max(slot.offset, run.start), min(slot.offset + slot.numel, run.stop)
+    if start < stop:
+        part = value.reshape(-1)[start - slot.offset : stop - slot.offset]
+        whole.view(-1)[start - run.start : stop - run.start].copy_(part)
 
 
 def _is_plain(value: object) -> bool:

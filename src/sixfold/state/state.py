@@ -29,35 +29,64 @@ class ModelState:
 
     def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh) -> None:
         self.mesh = mesh
+        self.residency = plan.residency
         parameters = dict(module.named_parameters())
-        self.units = [Unit(unit, plan.precision_of(unit), parameters, mesh.device) for unit in plan.units]
+        self.units = [
+            Unit(unit, plan.precision_of(unit), plan.residency, parameters, mesh) for unit in plan.units
+        ]
         self.trained = [unit for unit in self.units if unit.plan.trainable]
-        self._window = _ReduceWindow(self.trained, mesh)
+        self._window = _ReduceWindow(self.trained)
+        self._is_reduced = False
 
-    def share_weights(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Give every rank rank 0's weights and buffers."""
-        pending = [self.mesh.broadcast(unit.master) for unit in self.units]
+    def share_edits(self) -> None:
+        """Give every rank what rank 0 has in its working parameters, and take it over."""
+        for pending in [self.mesh.broadcast(unit.working) for unit in self.units]:
+            pending.wait()
+        for unit in self.units:
+            unit.absorb_edits()
+
+    def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Give every rank rank 0's buffers."""
         # A broadcast writes in place, so buffers that are views of something go through a copy.
         copies = [(buffer, buffer.detach().contiguous().clone()) for buffer in buffers if buffer.numel()]
-        pending += [self.mesh.broadcast(copy) for _, copy in copies]
+        pending = [self.mesh.broadcast(copy) for _, copy in copies]
         for each in pending:
             each.wait()
         with torch.no_grad():
             for buffer, copy in copies:
                 buffer.copy_(copy)
-        self.publish()
 
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go."""
         self._window.abandon()
+        self._is_reduced = False
         for unit in self.units:
             unit.check_home()
         for unit in self.trained:
             unit.drop_grads()
 
+    def num_reduces(self, num_micro: int) -> int:
+        """How often an update of `num_micro` micro-batches on this rank is reduced, the same on every rank.
+
+        Whole gradients are held and reduced once; cut ones after every micro-batch.
+        """
+        return max(1, self.mesh.largest(num_micro)) if self.residency.gradients else 1
+
     def open_reduce(self) -> None:
-        """From here on a unit is reduced as soon as its gradients are complete."""
+        """From here on a unit is reduced as soon as its gradients are complete; ends an earlier window.
+
+        Raises:
+            StateError: gradients are whole and have been reduced in this update already.
+        """
+        if self._is_reduced and not self.residency.gradients:
+            raise StateError(
+                f"a second reduction in one update, gradients {self.residency.gradients or 'whole'}",
+                rule="whole gradients are summed over ranks once, when they are complete",
+                fix="write one reduce for each stage, or cut gradients (layout.zero = 2)",
+            )
+        self._window.close()
         self._window.open()
+        self._is_reduced = True
 
     def flush_reduce(self) -> None:
         """Start to reduce what has not been since `open_reduce`."""
@@ -69,16 +98,22 @@ class ModelState:
 
     def grad_norm(self) -> float:
         """The 2-norm of all reduced gradients, the same on every rank."""
-        return math.sqrt(sum(float(unit.grad_square) for unit in self.trained))
+        square = sum(float(unit.grad_square) for unit in self.trained)
+        if self.residency.optimizer:
+            # Every rank has the squares of its slices, and each slice is held by `copies` ranks.
+            square = self.mesh.total(square)[0] / len(self.mesh.copies)
+        return math.sqrt(square)
 
     def non_finite(self, grad_norm: float) -> ModelError:
         """The error for a gradient that is not finite, naming the first parameter it is found in."""
-        names = [
+        sick = {
             slot.name
             for unit in self.trained
             for slot in unit.plan.slots
-            if unit.grads is not None and not unit.slot_of(unit.grads, slot).isfinite().all()
-        ]
+            if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
+        }
+        everyones = {name for text in self.mesh.texts(" ".join(sick)) for name in text.split()}
+        names = [slot.name for _, slot in self.slots() if slot.name in everyones]
         return ModelError(
             f"the gradient norm is {grad_norm}; {len(names)} parameter(s) are not finite, first: "
             f"{names[0] if names else 'none (the sum of squares overflowed)'}",
@@ -95,13 +130,8 @@ class ModelState:
 
     def publish(self) -> None:
         """Bring the updated state into the working parameters."""
-        for unit in self.trained:
-            unit.publish()
-
-    def absorb_edits(self) -> None:
-        """Take over what a user wrote into working parameters."""
-        for unit in self.trained:
-            unit.absorb_edits()
+        for pending in [unit.publish() for unit in self.trained]:
+            pending.wait()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:
         """Every parameter's unit and place."""
@@ -109,16 +139,39 @@ class ModelState:
             for slot in unit.plan.slots:
                 yield unit, slot
 
-    def whole(self, unit: Unit, slot: Slot) -> torch.Tensor:
-        """One parameter in the storage type, whole; may share memory with the state."""
-        dtype = (
-            DTYPES[unit.precision.storage] if unit.precision and unit.plan.trainable else unit.master.dtype
-        )
-        return unit.slot_of(unit.master, slot).to(dtype)
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Every parameter whole, in its master's type; may share memory with the state. A collective."""
+        whole = {unit: unit.whole_of(unit.master) for unit in self.units}
+        return {slot.name: unit.slot_of(whole[unit], slot) for unit, slot in self.slots()}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Every trained parameter's gradient of the last update, whole; copies. A collective per unit."""
+        whole = {unit: unit.whole_of(unit.grads) for unit in self.trained if unit.grads is not None}
+        return {
+            slot.name: unit.slot_of(whole[unit], slot).clone() for unit, slot in self.slots() if unit in whole
+        }
+
+    def storage_type(self, unit: Unit) -> torch.dtype:
+        """The type in which a unit's parameters are shown whole and written."""
+        if unit.precision is None or not unit.plan.trainable:
+            return unit.master.dtype
+        return DTYPES[unit.precision.storage]
+
+    def live_bytes(self) -> tuple[int, int, int]:
+        """Bytes that live from step to step: working parameters, gradients, masters."""
+        parameters = sum(_bytes_of(unit.working) for unit in self.units)
+        gradients = sum(_bytes_of(unit.grads) for unit in self.trained if unit.grads is not None)
+        masters = sum(_bytes_of(unit.master) for unit in self.trained if unit.master is not unit.held)
+        return parameters, gradients, masters
 
     def remove(self) -> None:
         """Take the hooks off the module; its parameters stay usable."""
         self._window.remove()
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """Of the storage, so that a view counts as what it keeps alive."""
+    return tensor.untyped_storage().nbytes()
 
 
 class _ReduceWindow:
@@ -128,9 +181,8 @@ class _ReduceWindow:
     opened; parameters that receive none are counted in by `close`.
     """
 
-    def __init__(self, units: list[Unit], mesh: Mesh) -> None:
+    def __init__(self, units: list[Unit]) -> None:
         self._order = list(reversed(units))
-        self._mesh = mesh
         self._missing: dict[Unit, int] = {}
         self._next = 0
         self._open = False
@@ -168,7 +220,7 @@ class _ReduceWindow:
     def _start(self) -> None:
         unit = self._order[self._next]
         unit.home_grads()
-        unit.start_reduce(self._mesh)
+        unit.start_reduce()
         self._next += 1
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:

@@ -1,8 +1,9 @@
 """One unit: the flat buffers behind parameters that travel together.
 
-Parameters become views of the working buffer and keep their identity; gradients accumulate into
-views of the gradient buffer; the optimizer updates the master buffer, which is the working buffer
-itself where both have the same type. Made by `ModelState`; it never decides when to reduce.
+Parameters become views of the working buffer and keep their identity; gradients accumulate into views of
+a gradient buffer; the optimizer updates the master, which is the working numbers themselves where both
+have the same type. Which of these are whole and which are this rank's slice is the residency's; every
+collective follows from it. Made by `ModelState`; it never decides when to reduce.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh, Pending
 from sixfold.parallel import DTYPES
-from sixfold.plan import PrecisionPlan, Slot, UnitPlan
+from sixfold.plan import PrecisionPlan, Residency, Slot, UnitPlan
 
 
 class Unit:
@@ -24,59 +25,109 @@ class Unit:
     Args:
         plan: the unit's slots.
         precision: its number types; None for parameters that are not floating.
-        parameters: the module's own parameters by name.
+        residency: what is cut.
+        parameters: the module's own parameters by name; their numbers on rank 0 are taken over.
     """
 
     def __init__(
         self,
         plan: UnitPlan,
         precision: PrecisionPlan | None,
+        residency: Residency,
         parameters: Mapping[str, nn.Parameter],
-        device: torch.device,
+        mesh: Mesh,
     ) -> None:
         self.plan = plan
         self.precision = precision
+        self.residency = residency
         self.parameters = [parameters[slot.name] for slot in plan.slots]
+        self._mesh = mesh
+        self.spread = residency.optimizer if plan.trainable else residency.parameters
+        """Over what `held`, `master` and `grads` are cut."""
+        start, stop = plan.slice_of(mesh.shard.place) if self.spread else (0, plan.numel)
+        self.own = slice(start, stop)
+        """Elements of the unit in `held`, `master` and `grads`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
-        self.working = torch.zeros(plan.numel, dtype=compute, device=device)
+        self.working = self._zeros(plan.numel, compute)
         """What forward and backward read: [numel] in the compute type."""
-        self.master = self.working
-        """What the optimizer updates: [numel] in the master type."""
+        self.held = self.working[self.own]
+        """This rank's own part of it: [own]."""
+        self.master = self.held
+        """What the optimizer updates: [own] in the master type."""
         self.grads: torch.Tensor | None = None
-        """Accumulated gradients: [numel] in the grad type; None for frozen units."""
+        """Reduced gradients: [own] in the grad type; None for frozen units."""
         self.grad_square = torch.zeros((), dtype=torch.float64)
-        """Sum of squares of the reduced gradients, a 0-d fp64 tensor."""
-        self._grad_views: list[torch.Tensor] = []
+        """Sum of squares of `grads`, a 0-d fp64 tensor."""
+        self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
+        self._local_views: list[torch.Tensor] = []
+        self._has_sum = False
         self._sent: torch.Tensor | None = None
         self._pending = Pending()
-        self._adopt(precision)
+        if precision and plan.trainable:
+            self._make_trainable(precision)
+        self._adopt()
 
-    def _adopt(self, precision: PrecisionPlan | None) -> None:
+    def _make_trainable(self, precision: PrecisionPlan) -> None:
+        if precision.master != precision.compute:
+            self.master = self._zeros(self.held.numel(), DTYPES[precision.master])
+        grad = DTYPES[precision.grad]
+        if self.residency.gradients:
+            self.grads = self._zeros(self.held.numel(), grad)
+        else:
+            self._local = self._zeros(self.plan.numel, grad)
+            self._local_views = self.views_of(self._local)
+            self.grads = self._local[self.own]
+
+    def _adopt(self) -> None:
+        # Rank 0's numbers, in the master's type: the master takes them before their rounding.
+        whole = self.working if self.master is self.held else self._zeros(self.plan.numel, self.master.dtype)
         with torch.no_grad():
-            if precision and self.plan.trainable and precision.master != precision.compute:
-                self.master = torch.zeros(
-                    self.plan.numel, dtype=DTYPES[precision.master], device=self.working.device
-                )
-            for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
-                # The master takes the original numbers, not their rounding to the compute type.
-                self.slot_of(self.master, slot).copy_(parameter)
-                view = self.slot_of(self.working, slot)
+            for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
                 view.copy_(parameter)
+            self._mesh.broadcast(whole).wait()
+            self.fill(whole)
+            for view, parameter in zip(self.views_of(self.working), self.parameters, strict=True):
                 parameter.data = view
-        if precision and self.plan.trainable:
-            self.grads = torch.zeros(
-                self.plan.numel, dtype=DTYPES[precision.grad], device=self.working.device
-            )
-            self._grad_views = [self.slot_of(self.grads, slot) for slot in self.plan.slots]
-            for parameter, view in zip(self.parameters, self._grad_views, strict=True):
-                parameter.grad = None
-                if view.dtype != parameter.dtype:
-                    parameter.grad_dtype = view.dtype
-                parameter.grad = view
+        if self.precision is None or self.grads is None:
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
+            if self.grads.dtype != parameter.dtype:
+                parameter.grad_dtype = self.grads.dtype
+        for parameter, view in zip(self.parameters, self._local_views, strict=False):
+            parameter.grad = view
+
+    def _zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype, device=self._mesh.device)
 
     def slot_of(self, flat: torch.Tensor, slot: Slot) -> torch.Tensor:
         """The view of `flat` [numel] that belongs to one parameter, in its shape."""
         return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """`slot_of` for every slot."""
+        return [self.slot_of(flat, slot) for slot in self.plan.slots]
+
+    def part_of(self, mine: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """What `mine` [own] holds of one parameter: flat, empty where that lies on other ranks."""
+        start = max(slot.offset, self.own.start)
+        stop = max(start, min(slot.offset + slot.numel, self.own.stop))
+        return mine[start - self.own.start : stop - self.own.start]
+
+    def whole_of(self, mine: torch.Tensor) -> torch.Tensor:
+        """Everyone's `mine` [own] as [numel]; a collective where it is cut, else the same memory."""
+        if not self.spread:
+            return mine
+        whole = torch.zeros(self.plan.numel, dtype=mine.dtype, device=mine.device)
+        whole[self.own] = mine
+        self._mesh.spread_out(whole, self.spread, ()).wait()
+        return whole
+
+    def fill(self, whole: torch.Tensor) -> None:
+        """Take over numbers [numel], the same on every rank, as master and working copy."""
+        self.master.copy_(whole[self.own])
+        self.held.copy_(self.master)
+        self.working.copy_(whole)
 
     def check_home(self) -> None:
         """Raise if a parameter was frozen, unfrozen, or moved out of the working buffer by the user.
@@ -106,8 +157,19 @@ class Unit:
         Nothing is zeroed: autograd hands over each first gradient, and `home_grad` copies it over the
         old one. That moves fewer bytes than zeroing and adding.
         """
+        self._has_sum = False
+        if self._sent is not None and self.residency.gradients:
+            # An error left it on its way: memory that others may still write into is not used again.
+            self._sent, self._local, self._local_views = None, None, []
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of this rank's own gradients: the parameters show none, borrowed memory goes back."""
         for parameter in self.parameters:
             parameter.grad = None
+        if self.residency.gradients and self._local is not None:
+            self._mesh.scratch.give(self._local)
+            self._local, self._local_views = None, []
 
     def home_grad(self, index: int) -> None:
         """Bring one parameter's gradient, if it lives elsewhere, into its place in the buffer.
@@ -115,7 +177,13 @@ class Unit:
         A parameter without gradient counts as zeros: the order and size of what is sent never
         depend on which parameters were used.
         """
-        parameter, view = self.parameters[index], self._grad_views[index]
+        if self._local is None:
+            assert self.grads is not None, "frozen units have no gradients"
+            self._local = self._mesh.scratch.take(self.plan.numel, self.grads.dtype)
+            self._local_views = self.views_of(self._local)
+            for start, stop in self.plan.gaps():
+                self._local[start:stop] = 0
+        parameter, view = self.parameters[index], self._local_views[index]
         grad = parameter.grad
         if grad is view:
             return
@@ -132,34 +200,46 @@ class Unit:
         for index in range(len(self.parameters)):
             self.home_grad(index)
 
-    def start_reduce(self, mesh: Mesh) -> None:
+    def start_reduce(self) -> None:
         """Start to sum gradients over the data ranks, in the reduce type."""
-        assert self.grads is not None, "frozen units have no gradients"
+        assert self._local is not None, "gradients are brought home first"
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
         # One rank has nobody to send to, but the rounding must be that of every other layout.
-        self._sent = self.grads if reduce == self.grads.dtype else self.grads.to(reduce)
-        self._pending = mesh.all_reduce(self._sent)
+        self._sent = self._local if reduce == self._local.dtype else self._local.to(reduce)
+        self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
 
     def finish_reduce(self) -> None:
-        """Wait for the sum; afterwards `grads` and `grad_square` hold it on every rank."""
+        """Wait for the sum; afterwards `grads` and `grad_square` hold it.
+
+        Where gradients are cut, sums of one update add up and this rank's own gradients go.
+        """
         assert self.grads is not None, "frozen units have no gradients"
         self._pending.wait()
-        if self._sent is not None and self._sent is not self.grads:
-            self.grads.copy_(self._sent)
-        self._sent = None
+        arrived, self._sent = self._sent, None
+        if arrived is not None:
+            mine = arrived[self.own]
+            if self._has_sum:
+                self.grads.add_(mine)
+            elif mine.data_ptr() != self.grads.data_ptr():
+                self.grads.copy_(mine)
+            self._has_sum = bool(self.residency.gradients)
+            if self.spread:
+                self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
         wide = torch.promote_types(self.grads.dtype, torch.float32)
         self.grad_square = torch.linalg.vector_norm(self.grads, dtype=wide).double().square()
 
-    def publish(self) -> None:
-        """Bring the updated master into the working parameters."""
-        if self.master is not self.working:
-            self.working.copy_(self.master)
+    def publish(self) -> Pending:
+        """Start to bring the updated master into the working parameters."""
+        if self.master is not self.held:
+            self.held.copy_(self.master)
+        return self._mesh.spread_out(self.working, self.spread, self.residency.parameters)
 
     def absorb_edits(self) -> None:
         """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
-        if self.master is not self.working:
-            kept = self.working == self.master.to(self.working.dtype)
-            self.master.copy_(torch.where(kept, self.master, self.working.to(self.master.dtype)))
+        if self.master is not self.held:
+            edited = self.working[self.own]
+            kept = edited == self.master.to(edited.dtype)
+            self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))

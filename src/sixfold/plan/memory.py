@@ -1,0 +1,73 @@
+"""What a rank holds from step to step, in bytes, by the geometry that allocates it.
+
+Asked before anything is made, and by tests against what really lives. Transient buffers (gradients on
+their way, gathered copies, activations) are not counted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sixfold.base.units import bytes_text
+from sixfold.plan.plan import Plan
+from sixfold.plan.precision import ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Persistent bytes of one rank, by kind of state.
+
+    Args:
+        parameters: working parameters, trained and frozen.
+        gradients: accumulated gradients.
+        master: weights that the optimizer updates, where the working ones are of another type.
+        optimizer: the optimizer's own numbers, one per weight; counts of steps are left out.
+    """
+
+    parameters: int
+    gradients: int
+    master: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.master + self.optimizer
+
+    def __str__(self) -> str:
+        kinds = ("parameters", "gradients", "master", "optimizer")
+        return ", ".join(f"{kind} {bytes_text(getattr(self, kind))}" for kind in kinds)
+
+
+def persistent_memory(plan: Plan, num_moments: int) -> Memory:
+    """What every rank holds.
+
+    Args:
+        num_moments: numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum.
+    """
+    parameters = gradients = master = optimizer = 0
+    for unit in plan.units:
+        types = plan.precision_of(unit)
+        held = unit.numel // unit.num_slices
+        item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
+        parameters += item_bytes * (held if plan.residency.parameters else unit.numel)
+        if unit.trainable and types is not None:
+            own = held if plan.residency.optimizer else unit.numel
+            gradients += ITEM_BYTES[types.grad] * (held if plan.residency.gradients else unit.numel)
+            master += ITEM_BYTES[types.master] * own * (types.master != types.compute)
+            optimizer += ITEM_BYTES[types.master] * own * num_moments
+    return Memory(parameters, gradients, master, optimizer)
+
+
+OTHER_ITEM_BYTES = {
+    name: size
+    for size, names in {
+        1: ("uint8", "int8", "bool", "float8_e4m3fn", "float8_e5m2"),
+        2: ("int16",),
+        4: ("int32",),
+        8: ("int64", "complex64"),
+        16: ("complex128",),
+    }.items()
+    for name in names
+}
+"""Types of parameters that are never trained."""

@@ -1,0 +1,275 @@
+"""State that is cut over ranks: whatever the residency, the same numbers, the bytes that the plan says, and
+checkpoints that load in any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sixfold
+from sixfold.base.errors import StateError
+from sixfold.engine import Engine
+from sixfold.mesh import Mesh, Pending
+from sixfold.plan import PRESETS, Memory, cut_units, persistent_memory
+from sixfold.testing import Pool
+from tests.ranks import plain
+
+STEPS = 5
+
+
+def start(name: str, layout: dict[str, int], optimizer: str = "adamw", num_groups: int = 2) -> Engine:
+    task = plain.TASKS[name]
+    model = task.build().double()
+    kind, settings = plain.OPTIMIZERS[optimizer]
+    made = kind(plain.groups_of(model, settings, num_groups))
+    config = {"layout": layout, "batch": {"micro": 2}}
+    return sixfold.initialize(model, config=config, optimizer=made, loss_fn=task.loss_fn)
+
+
+def train(engine: Engine, name: str, steps: int, shares: str = "uneven") -> None:
+    task = plain.TASKS[name]
+    for step in range(engine.num_steps, steps):
+        batch = plain.cast(task.batch(step), torch.float64)
+        places = plain.cuts(plain.NUM_SAMPLES, engine.data_ranks, shares, step)[engine.data_rank]
+        engine.train_step(plain.rows(batch, places))
+
+
+def farthest(found: dict[str, Tensor], reference: nn.Module) -> float:
+    expected = dict(reference.named_parameters())
+    return max(float((found[name] - each.detach()).abs().max()) for name, each in expected.items())
+
+
+# Checkpoints.
+
+ROUTES = [
+    # layout and ranks that save, layout and ranks that go on
+    ({"zero": 0}, 2, {"zero": 2}, 3),
+    ({"zero": 2}, 3, {"zero": 0}, 1),
+    ({"zero": 1}, 4, {"zero": 2, "shard": 2}, 4),
+    ({"zero": 2, "shard": 2}, 4, {"zero": 1}, 2),
+    ({"zero": 0}, 1, {"zero": 1, "shard": 1}, 2),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "name"), [("adamw", "decoder"), ("adagrad", "recommender")])
+@pytest.mark.parametrize(("before", "ranks", "after", "other_ranks"), ROUTES)
+def test_a_run_goes_on_in_another_residency_and_world(
+    before: dict[str, int],
+    ranks: int,
+    after: dict[str, int],
+    other_ranks: int,
+    optimizer: str,
+    name: str,
+    tmp_path: Path,
+    rank_pool: Pool,
+) -> None:
+    rank_pool.run(first_part, name, before, optimizer, tmp_path / "saved", ranks=ranks, timeout_s=60)
+    rank_pool.run(second_part, name, after, optimizer, tmp_path / "saved", ranks=other_ranks, timeout_s=60)
+
+
+def first_part(name: str, layout: dict[str, int], optimizer: str, folder: Path) -> None:
+    engine = start(name, layout, optimizer)
+    train(engine, name, 3)
+    engine.save(folder)
+
+
+def second_part(name: str, layout: dict[str, int], optimizer: str, folder: Path) -> None:
+    engine = start(name, layout, optimizer)
+    engine.load(folder)
+    assert engine.num_steps == 3
+    train(engine, name, STEPS)
+    reference = plain.plain_run(name, torch.float64, STEPS, optimizer, 2, None)
+    assert farthest(engine.full_state_dict(), reference.model) < 1e-10
+
+
+@pytest.mark.ranks(2, 3)
+def test_groups_may_keep_different_state(tmp_path: Path) -> None:
+    """Momentum in one group alone: ranks whose slice lies in the other have no such key."""
+
+    def engine(layout: dict[str, int]) -> Engine:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+        first, second = list(model[0].parameters()), list(model[2].parameters())
+        made = torch.optim.SGD([{"params": first}, {"params": second, "momentum": 0.9}], lr=0.1)
+        return sixfold.initialize(
+            model, config={"layout": layout}, optimizer=made, loss_fn=lambda out, batch: out.square().mean()
+        )
+
+    def step(engine: Engine) -> None:
+        x = torch.arange(54, dtype=torch.float64).view(6, 9).sin()
+        places = plain.cuts(6, engine.data_ranks, "even", 0)[engine.data_rank]
+        engine.train_step((x[places.start : places.stop],))
+
+    cut, whole = engine({"zero": 2}), engine({"zero": 0})
+    for _ in range(3):
+        step(cut)
+        step(whole)
+    mine, theirs = cut.bound.named_state(), whole.bound.named_state()
+    assert mine.keys() == theirs.keys() == {"2.weight", "2.bias"}
+    for name, state in theirs.items():
+        assert state.keys() == mine[name].keys()
+        for key, value in state.items():
+            assert mine[name][key].shape == value.shape
+            assert torch.allclose(mine[name][key], value, rtol=0, atol=1e-12)
+    cut.save(tmp_path)
+    again = engine({"zero": 1})
+    again.load(tmp_path)
+    step(again)
+    step(whole)
+    assert farthest(again.full_state_dict(), whole.module) < 1e-12
+
+
+# Gradients and bytes.
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("zero", PRESETS)
+def test_gradients_are_whole_in_every_residency(zero: int) -> None:
+    engine = start("recommender", {"zero": zero})
+    task = plain.TASKS["recommender"]
+    reference = task.build().double()
+    task.loss(reference, plain.cast(task.batch(0), torch.float64)).backward()
+    train(engine, "recommender", 1)
+    found = engine.gradients()
+    expected = {name: each.grad for name, each in reference.named_parameters() if each.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-12), name
+    shown = {
+        parameter.grad is not None for parameter in engine.module.parameters() if parameter.requires_grad
+    }
+    assert shown == {zero == 0}  # a slice of a sum is never shown as if it were a gradient
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("precision", [{}, {"compute": "bf16"}, {"compute": "bf16", "grad": "bf16"}])
+@pytest.mark.parametrize("zero", PRESETS)
+def test_live_bytes_are_those_of_the_plan(zero: int, precision: dict[str, str]) -> None:
+    task = plain.TASKS["recommender"]
+    engine = sixfold.initialize(
+        task.build(), config={"layout": {"zero": zero}, "precision": precision}, loss_fn=task.loss_fn
+    )
+    for step in range(2):
+        engine.train_step(plain.rows(task.batch(step), range(3)))
+    assert engine.memory() == persistent_memory(engine.plan, num_moments=2)
+
+
+@pytest.mark.ranks(4)
+def test_bytes_per_parameter_are_those_of_the_table() -> None:
+    """Mixed-precision AdamW: 2 working + 4 gradient + 12 state, whole or cut by the row."""
+    numel = 4 * 32 * 4
+    cases = {
+        (0, "fp32"): Memory(2 * numel, 4 * numel, 4 * numel, 8 * numel),
+        (1, "fp32"): Memory(2 * numel, 4 * numel, numel, 2 * numel),
+        (2, "fp32"): Memory(2 * numel, numel, numel, 2 * numel),
+        (2, "bf16"): Memory(2 * numel, numel // 2, numel, 2 * numel),
+    }
+    for (zero, grad), expected in cases.items():
+        engine = sixfold.initialize(
+            nn.Linear(numel // 8, 8, bias=False),
+            config={"layout": {"zero": zero}, "precision": {"compute": "bf16", "grad": grad}},
+            loss_fn=lambda output, batch: output.mean(),
+        )
+        engine.train_step((torch.ones(1, numel // 8),))
+        assert engine.memory() == expected, (zero, grad)
+
+
+# Shapes and types that do not divide.
+
+
+class Odd(nn.Module):
+    """A number, 7 elements, a parameter nobody uses, one that only rank 0 uses, and a frozen bf16 base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.seven = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.sometimes = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.base = nn.Linear(7, 4, bias=False).bfloat16().requires_grad_(False)
+        nn.init.constant_(self.base.weight, 0.25)
+        self.down, self.up = nn.Linear(7, 2, bias=False), nn.Linear(2, 4, bias=False)
+        for part in (self.down, self.up):
+            part.double()
+            nn.init.constant_(part.weight, 0.1)
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        x = x * self.seven
+        out: Tensor = self.scale * (self.base(x.bfloat16()).double() + self.up(torch.tanh(self.down(x))))
+        return out * self.sometimes if first.any() else out
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+@pytest.mark.parametrize("zero", PRESETS)
+def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int) -> None:
+    x = torch.arange(84, dtype=torch.float64).view(12, 7).cos()
+    first = torch.arange(12) == 0
+    reference = Odd()
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.05)
+    engine = sixfold.initialize(
+        Odd(),
+        config={"layout": {"zero": zero}, "optimizer": {"lr": 0.05}, "batch": {"micro": 3}},
+        loss_fn=lambda output, batch: output.square().mean(),
+    )
+    mine = plain.cuts(12, engine.data_ranks, "even", 0)[engine.data_rank]
+    part = slice(mine.start, mine.stop)
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        for places in plain.cuts(12, engine.data_ranks, "even", 0):
+            for begin in range(places.start, places.stop, 3):  # cut as the engine cuts: `sometimes` sees it
+                end = min(begin + 3, places.stop)
+                (reference(x[begin:end], first[begin:end]).square().mean() * (end - begin) / 12).backward()
+        for parameter in reference.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        engine.train_step({"x": x[part], "first": first[part]})
+    assert farthest(engine.full_state_dict(), reference) < 1e-10
+    assert engine.module.base.weight.dtype == torch.bfloat16
+
+
+# What cannot be done, and what would be noticed.
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("zero", [zero for zero, row in PRESETS.items() if row.optimizer])
+def test_an_optimizer_that_is_not_elementwise_is_refused_on_slices(zero: int) -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    with pytest.raises(StateError, match="Own with optimizer state cut over shard"):
+        sixfold.initialize(
+            nn.Linear(2, 2), config={"layout": {"zero": zero}}, optimizer=lambda group: Own(group, lr=1)
+        )
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", PRESETS)
+def test_every_lost_reduction_shows(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_units, "__defaults__", (4096,))
+    reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
+    real, calls = Mesh.sum_up, 0
+
+    def run(lost: int | None) -> float:
+        nonlocal calls
+        calls = 0
+
+        def sum_up(mesh: Mesh, partial: Tensor, after: Any) -> Pending:
+            nonlocal calls
+            calls += 1
+            return real(mesh, partial, after) if calls - 1 != lost else Pending()
+
+        monkeypatch.setattr(Mesh, "sum_up", sum_up)
+        engine = start("decoder", {"zero": zero}, "sgd", 1)
+        train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
+        return farthest(engine.full_state_dict(), reference)
+
+    assert run(None) < 1e-10
+    assert calls > 4
+    for lost in range(calls):
+        assert run(lost) > 1e-6, lost
