@@ -230,6 +230,8 @@ class Mesh:
         return Group(mine, self.rank, self.scratch, self._native(mine) if is_native else None)
 
     def _native(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        if len(ranks) == self.world_size:
+            return dist.group.WORLD
         # Every member calls this with its own ranks; without the flag, all ranks of the world would.
         return dist.new_group(list(ranks), use_local_synchronization=True)  # type: ignore[no-any-return]
 

@@ -1,0 +1,106 @@
+"""What groups of ranks exchange: slices and sums, by point-to-point and by a backend's own collectives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sixfold.mesh import Group, Mesh, Scratch
+from sixfold.plan import Geometry
+
+SIZE = 96
+
+
+def group_of(ranks: list[int], *, native: bool) -> Group:
+    handle = dist.group.WORLD if native else None
+    return Group(ranks, dist.get_rank(), Scratch(torch.device("cpu")), handle)
+
+
+def numbers(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
+    return (torch.arange(numel) % 7 + 3 * rank).to(dtype)
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slices_are_summed_and_gathered(dtype: torch.dtype, native: bool, num_ranks: int) -> None:
+    ranks = list(range(num_ranks))
+    numel = num_ranks * SIZE
+    total = sum((numbers(rank, numel, dtype) for rank in ranks), torch.zeros(numel, dtype=dtype))
+    group = group_of(ranks, native=native)
+    whole = numbers(dist.get_rank(), numel, dtype)
+    group.reduce_scatter(whole).wait()
+    assert torch.equal(group.slice_of(whole, group.place), group.slice_of(total, group.place))
+    others = [place for place in ranks if place != group.place]
+    for place in others:
+        group.slice_of(whole, place).fill_(-1)
+    group.all_gather(whole).wait()
+    assert torch.equal(whole, total)
+    whole = numbers(dist.get_rank(), numel, dtype)
+    group.all_reduce(whole).wait()
+    assert torch.equal(whole, total)
+
+
+@pytest.mark.ranks(4)
+def test_several_exchanges_may_be_under_way_and_end_in_any_order() -> None:
+    group = group_of([0, 1, 2, 3], native=False)
+    wholes = [numbers(dist.get_rank() + step, 4 * SIZE, torch.float32) for step in range(3)]
+    gathered = numbers(dist.get_rank(), 4 * SIZE, torch.float32)
+    pending = [group.reduce_scatter(whole) for whole in wholes]
+    pending.insert(1 + dist.get_rank() % 2, group.all_gather(gathered))
+    for each in reversed(pending):
+        each.wait()
+        each.wait()  # waiting twice adds once
+    for step, whole in enumerate(wholes):
+        total = sum(
+            (numbers(rank + step, 4 * SIZE, torch.float32) for rank in range(4)), torch.zeros(4 * SIZE)
+        )
+        assert torch.equal(group.slice_of(whole, group.place), group.slice_of(total, group.place))
+    expected = torch.cat([group.slice_of(numbers(rank, 4 * SIZE, torch.float32), rank) for rank in range(4)])
+    assert torch.equal(gathered, expected)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("shard", [1, 2, 4])
+def test_a_sum_ends_where_its_spread_says(shard: int) -> None:
+    geometry = Geometry((("pipe", 1), ("data", 4), ("context", 1), ("tensor", 1)), shard)
+    rank = dist.get_rank()
+    mesh = Mesh(geometry, rank, torch.device("cpu"))
+    assert (len(mesh.shard), len(mesh.copies)) == (shard, 4 // shard)
+    assert (mesh.shard.place, mesh.copies.place) == (rank % shard, rank // shard)
+    total = sum((numbers(each, 4 * SIZE, torch.float64) for each in range(4)), torch.zeros(4 * SIZE))
+    whole = numbers(rank, 4 * SIZE, torch.float64)
+    mesh.sum_up(whole, ()).wait()
+    assert torch.equal(whole, total)
+    cut = numbers(rank, 4 * SIZE, torch.float64)
+    mesh.sum_up(cut, ("shard",)).wait()
+    mine = mesh.shard.slice_of(cut, mesh.shard.place)
+    assert torch.equal(mine, mesh.shard.slice_of(total, mesh.shard.place))
+    mesh.spread_out(cut, ("shard",), ("shard",)).wait()  # as cut as it shall be: nothing is sent
+    mesh.spread_out(cut, ("shard",), ()).wait()
+    assert torch.equal(cut, total)
+
+
+@pytest.mark.ranks(1, 3)
+def test_numbers_and_texts_of_all_ranks(num_ranks: int) -> None:
+    mesh = Mesh(Geometry((("data", num_ranks),), num_ranks), num_ranks and _rank(), torch.device("cpu"))
+    assert mesh.largest(10 * mesh.rank) == 10 * (num_ranks - 1)
+    texts = ["", "ä" * 5, "two  "][:num_ranks]
+    assert mesh.texts(texts[mesh.rank]) == texts
+    assert mesh.texts("") == [""] * num_ranks
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@pytest.mark.ranks(1)
+def test_scratch_is_used_again() -> None:
+    scratch = Scratch(torch.device("cpu"))
+    first, second = (scratch.take(8, torch.float32) for _ in range(2))
+    scratch.give(first)
+    assert scratch.take(8, torch.bfloat16) is not first
+    assert scratch.take(8, torch.float32) is first
+    assert scratch.take(8, torch.float32) is not second
