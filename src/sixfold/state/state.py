@@ -29,6 +29,7 @@ class ModelState:
 
     def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh) -> None:
         self.mesh = mesh
+        self._module = module
         parameters = dict(module.named_parameters())
         self.units = [Unit(unit, plan.precision_of(unit), parameters, mesh.device) for unit in plan.units]
         self.trained = [unit for unit in self.units if unit.plan.trainable]
@@ -50,10 +51,23 @@ class ModelState:
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go."""
         self._window.abandon()
+        self._check_module()
         for unit in self.units:
             unit.check_home()
+            unit.absorb_noted_edits()
         for unit in self.trained:
             unit.drop_grads()
+
+    def _check_module(self) -> None:
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters}
+        strangers = [name for name, part in self._module.named_parameters() if id(part) not in known]
+        if strangers:
+            raise StateError(
+                f"{len(strangers)} parameter(s) came into the module after initialize: "
+                f"{', '.join(strangers[:4])}",
+                rule="what is trained is decided once, when units and optimizer are made",
+                fix="change the module before sixfold.initialize, or initialize it anew",
+            )
 
     def open_reduce(self) -> None:
         """From here on a unit is reduced as soon as its gradients are complete."""

@@ -50,6 +50,7 @@ class Unit:
         self._sent: torch.Tensor | None = None
         self._pending = Pending()
         self._adopt(precision)
+        self._versions = [parameter._version for parameter in self.parameters]
 
     def _adopt(self, precision: PrecisionPlan | None) -> None:
         with torch.no_grad():
@@ -157,6 +158,14 @@ class Unit:
         """Bring the updated master into the working parameters."""
         if self.master is not self.working:
             self.working.copy_(self.master)
+
+    def absorb_noted_edits(self) -> None:
+        """Take over edits that torch has counted since the last call (`load_state_dict`, `mul_`, ...)."""
+        versions = [parameter._version for parameter in self.parameters]
+        if versions != self._versions:
+            if self.plan.trainable:
+                self.absorb_edits()
+            self._versions = versions
 
     def absorb_edits(self) -> None:
         """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
