@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
-from sixfold.base.errors import ModelError
+from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError, StateError
 from sixfold.pipeline import fields_of, num_samples, split, to_device
 
 
@@ -77,8 +77,11 @@ def test_fields_go_where_the_forward_wants_them() -> None:
     assert fields_of({"x": 1, "z": 2}, two, all_of_them=False) == ((), {"x": 1})
     assert fields_of({"x": 1, "z": 2}, two, all_of_them=True) == ((), {"x": 1, "z": 2})
     assert fields_of({"x": 1, "z": 2}, many, all_of_them=False) == ((), {"x": 1, "z": 2})
-    assert fields_of((1, 2, 3), two, all_of_them=False) == ((1, 2), {})
-    assert fields_of((1, 2, 3), many, all_of_them=False) == ((1, 2, 3), {})
+    # What comes after the inputs is the target, not an optional argument.
+    assert fields_of((1, 2, 3), two, all_of_them=False) == ((1,), {})
+    assert fields_of((1, 2, 3), lambda a, b, c=0: None, all_of_them=False) == ((1, 2), {})
+    assert fields_of((1, 2, 3), many, all_of_them=False) == ((1,), {})
+    assert fields_of((1, 2, 3), two, all_of_them=True) == ((1, 2, 3), {})
     assert fields_of(X, two, all_of_them=True) == ((X,), {})
 
 
@@ -152,3 +155,128 @@ def test_settings_that_only_the_train_command_reads_are_told(caplog: pytest.LogC
     assert "model.width" in caplog.text
     assert "train.steps" not in caplog.text
     assert "optimizer.lr" not in caplog.text
+
+
+def _mean_square(output: Tensor, batch: Any) -> Tensor:
+    return output.square().mean()
+
+
+def _ignoring(output: Tensor, batch: Any) -> Tensor:
+    labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+    return nn.functional.cross_entropy(output, labels)
+
+
+def test_texts_are_cut_with_their_samples() -> None:
+    parts = split((X, ["a", "b", "c", "d", "e"], "all"), 2)
+    assert [part[1] for part in parts] == [["a", "b"], ["c", "d"], ["e"]]
+    assert all(part[2] == "all" for part in parts)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.randn(4, 3), torch.tensor([0, -100, 2, 1])),
+        {"input": torch.randn(4, 3), "labels": torch.tensor([0, -100, 2, 1])},
+    ],
+)
+def test_left_out_labels_are_seen_wherever_they_are(batch: Any) -> None:
+    engine = sixfold.initialize(nn.Linear(3, 3), config={}, loss_fn=_ignoring)
+    before = engine.full_state_dict()
+    with pytest.raises(ModelError, match="unequally"):
+        engine.train_step(batch)
+    assert torch.equal(engine.full_state_dict()["weight"], before["weight"])
+
+
+def test_a_mean_over_an_unclear_number_of_samples_is_refused() -> None:
+    bags = (torch.arange(10) % 5, torch.tensor([0, 2, 5, 7]))
+    model = nn.EmbeddingBag(5, 3)
+    with pytest.raises(ModelError, match=r"\(sum, weight\)"):
+        sixfold.initialize(model, config={}, loss_fn=lambda output, batch: output.mean()).train_step(
+            {"input": bags[0], "offsets": bags[1]}
+        )
+    paired = sixfold.initialize(model, config={}, loss_fn=lambda output, batch: (output.sum(), 4))
+    paired.train_step({"input": bags[0], "offsets": bags[1]})
+    assert paired.num_samples == 4
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), torch.ones(2), "three"])
+def test_weights_are_finite_numbers(weight: Any) -> None:
+    engine = sixfold.initialize(nn.Linear(2, 1), config={}, loss_fn=lambda out, batch: (out.sum(), weight))
+    with pytest.raises(ModelError, match="weight"):
+        engine.train_step(X)
+    with pytest.raises(ModelError, match="weight"):
+        engine.backward(engine(X).mean(), weight=weight)
+
+
+def test_a_layer_put_in_later_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    engine = sixfold.initialize(model, config={}, loss_fn=_mean_square)
+    engine.train_step(X)
+    model[0] = nn.Linear(2, 2)
+    with pytest.raises(StateError, match=r"0\.weight"):
+        engine.train_step(X)
+
+
+def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
+    engine.train_step(X)
+    with pytest.raises(StateError, match=r"engine\.step"):
+        optimizer.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(StateError, match="added"):
+        engine.train_step(X)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "error"),
+    [
+        (nn.Linear(2, 1).requires_grad_(False), None, ModelError),
+        (nn.ReLU(), None, ModelError),
+        (nn.Linear(2, 1), lambda parameters: None, ConfigError),
+        (nn.Linear(2, 1).half(), None, PlanError),
+    ],
+)
+def test_nothing_to_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
+
+
+def test_edits_between_updates_hold_under_a_narrow_compute_type() -> None:
+    model = nn.Linear(2, 1)
+    config = {"precision": {"compute": "bf16"}, "optimizer": {"lr": 1e-6}}
+    engine = sixfold.initialize(model, config=config, loss_fn=_mean_square)
+    engine.train_step(X)
+    model.load_state_dict({"weight": torch.full((1, 2), 3.0), "bias": torch.full((1,), -2.0)})
+    engine.train_step(X)
+    assert engine.full_state_dict()["weight"] == pytest.approx(torch.full((1, 2), 3.0), abs=1e-4)
+
+
+def test_an_edit_that_fails_is_undone() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"precision": {"compute": "bf16"}}, loss_fn=_mean_square)
+    before = model.weight.clone()
+
+    def edit() -> None:
+        with engine.gathered() as whole:
+            whole.weight.fill_(7.0)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="middle"):
+        edit()
+    assert torch.equal(model.weight, before)
+
+
+def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    first = _trained(optimizer=True, lr=1e-2)
+    first.train_step(torch.ones(3, 4))
+    first.save(tmp_path / "saved")
+    model = nn.Linear(4, 2)
+    other = sixfold.initialize(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loss_fn=_mean_square
+    )
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError, match="AdamW"):
+        other.load(tmp_path / "saved")
+    assert torch.equal(model.weight, before)

@@ -18,6 +18,7 @@ from sixfold.base.errors import ConfigError, StateError
 from sixfold.config import Resolved
 from sixfold.data.loader import Loader
 from sixfold.engine.persistence import Persistence
+from sixfold.launch import current_session
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import DTYPES
 from sixfold.pipeline import (
@@ -147,7 +148,7 @@ class Engine:
             The mean loss over the global batch before this update, the same on every rank.
         """
         self._refuse_mixing("train_step")
-        self._set_lr()
+        self._start_update()
         self.last = self._play(self._reducing(accumulation), batch)
         self._count_update(self.last)
         return self.last.loss
@@ -240,7 +241,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
-        self._set_lr()
+        self._start_update()
         self.last = self._written_out.step()
         self._count_update(self.last)
         return self.last
@@ -256,7 +257,11 @@ class Engine:
         """
         self._refuse_mixing("gathered")
         with torch.no_grad():
-            yield self.module
+            try:
+                yield self.module
+            except BaseException:
+                self.state.undo_edits()
+                raise
             self.state.share_edits()
             self.state.share_buffers(self.module.buffers())
 
@@ -314,7 +319,8 @@ class Engine:
     def _stream(self, micro: int, forward: int = 0) -> Any:
         return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
 
-    def _set_lr(self) -> None:
+    def _start_update(self) -> None:
+        current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
 

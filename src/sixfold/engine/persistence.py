@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sixfold.base.errors import CheckpointError, SaveError, SixfoldError
-from sixfold.checkpoint import Content, open_checkpoint
+from sixfold.checkpoint import Content, Saved, open_checkpoint
 from sixfold.checkpoint import save as write
 from sixfold.mesh import Mesh
 from sixfold.state import BoundOptimizer, ModelState
@@ -56,6 +56,14 @@ class Persistence:
                 write(folder, content)
             except SixfoldError as error:
                 failure = error
+            except Exception as error:
+                # Told like any other, or the other ranks would wait for this one.
+                failure = CheckpointError(
+                    f"{folder}: {type(error).__name__}: {error}",
+                    rule="model, optimizer state and counters can be written as tensors and plain values",
+                    fix="see the original error above this one",
+                )
+                failure.__cause__ = error
         told = self.mesh.share_text(json.dumps(_words(failure)) if failure is not None else "")
         if failure is not None:
             raise failure
@@ -71,6 +79,7 @@ class Persistence:
             **{name: (tuple(each.shape), each.dtype) for name, each in self._persistent_buffers().items()},
         }
         model = dict(saved.load_model(expected))
+        self._check_optimizer(saved, folder)
         optimizer = {name: saved.read_optimizer(name) for name in saved.optimizer_names}
         masters = {name: state.pop(MASTER) for name, state in optimizer.items() if MASTER in state}
         buffers = self._persistent_buffers()
@@ -84,8 +93,27 @@ class Persistence:
                 buffer.copy_(model[name])
         self.bound.load_named_state({name: state for name, state in optimizer.items() if state})
         if self.keeps_settings:
-            self.bound.load_settings(saved.state["optimizer"])
+            self.bound.load_settings(saved.state["optimizer"]["groups"])
         return saved.state
+
+    def _check_optimizer(self, saved: Saved, folder: Path) -> None:
+        kind = type(self.bound.inner).__name__
+        trained = {slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable}
+        held = set(saved.optimizer_names)
+        # A whole group may have no state (SGD without momentum beside SGD with it).
+        with_state = {group for name, group in trained.items() if name in held}
+        needed = {name for name, group in trained.items() if group in with_state}
+        strangers = sorted(held ^ needed)
+        settings = saved.state["optimizer"]
+        if settings["kind"] != kind or strangers or len(settings["groups"]) != len(self.bound.base_lrs):
+            raise CheckpointError(
+                f"{folder} holds the state of {settings['kind']} with {len(settings['groups'])} group(s); "
+                f"here is {kind} with {len(self.bound.base_lrs)}; trained on one side only: "
+                f"{', '.join(strangers[:4]) or 'nothing'}",
+                rule="optimizer state goes to the same optimizer over the same trained parameters",
+                fix="build the optimizer that was saved, or read the weights alone with "
+                "safetensors from model.safetensors",
+            )
 
     def _content(self, counters: Mapping[str, Any]) -> Content:
         optimizer: dict[str, dict[str, torch.Tensor]] = self.bound.named_state()
@@ -98,7 +126,10 @@ class Persistence:
             model=self._model(masters),
             aliases=dict(self.aliases),
             optimizer=optimizer,
-            state={**counters, "optimizer": self.bound.settings()},
+            state={
+                **counters,
+                "optimizer": {"kind": type(self.bound.inner).__name__, "groups": self.bound.settings()},
+            },
             extra_files=self._model_card(),
         )
 

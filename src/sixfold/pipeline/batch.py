@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +28,29 @@ def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
             yield from tensors_of(field)
 
 
+def lengths_of(batch: Batch) -> list[int]:
+    """The different lengths that the tensors of a batch have along dim 0, in rising order."""
+    return sorted({tensor.shape[0] for tensor in tensors_of(batch)})
+
+
 def num_samples(batch: Batch) -> int:
-    """Samples in a batch: the length of its first tensor; None or no fields are an empty batch."""
-    if batch is None:
+    """Samples in a batch: the length of its tensors; None or no fields are an empty batch.
+
+    Where lengths differ (flat indices beside offsets, a mask beside inputs) it is the smallest.
+
+    Raises:
+        ModelError: there are fields, but no tensor among them.
+    """
+    if batch is None or (isinstance(batch, Mapping | tuple | list) and not batch):
         return 0
-    first = next(tensors_of(batch), None)
-    return 0 if first is None else first.shape[0]
+    lengths = lengths_of(batch)
+    if not lengths:
+        raise ModelError(
+            f"a batch of {type(batch).__name__} without any tensor",
+            rule="samples lie along dim 0 of the tensors of a batch",
+            fix="hand over tensors, for example torch.as_tensor(values)",
+        )
+    return lengths[0]
 
 
 def split(batch: Batch, micro: int | None) -> list[Batch]:
@@ -48,7 +64,7 @@ def split(batch: Batch, micro: int | None) -> list[Batch]:
         return []
     if micro is None or total <= micro:
         return [batch]
-    lengths = sorted({tensor.shape[0] for tensor in tensors_of(batch)})
+    lengths = lengths_of(batch)
     if len(lengths) > 1:
         raise ModelError(
             f"a batch whose tensors have {', '.join(map(str, lengths))} entries along dim 0",
@@ -56,11 +72,7 @@ def split(batch: Batch, micro: int | None) -> list[Batch]:
             fix="give every field one entry per sample, or leave batch.micro unset",
         )
 
-    def part(field: Any, start: int) -> Any:
-        is_cut = isinstance(field, torch.Tensor) and field.dim() > 0
-        return field[start : start + micro] if is_cut else field
-
-    return [_map(batch, partial(part, start=start)) for start in range(0, total, micro)]
+    return [_rows(batch, start, start + micro, total) for start in range(0, total, micro)]
 
 
 def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) -> Batch:
@@ -81,18 +93,38 @@ def fields_of(
     """Arguments for `forward`: a mapping by keyword, a sequence by position, a tensor alone.
 
     Args:
-        all_of_them: pass every field. Otherwise (a loss function takes the whole batch too) only as
-            many as the signature of `forward` accepts.
+        all_of_them: pass every field. Otherwise a loss function takes the whole batch, and `forward`
+            gets the fields it names, or of a sequence as many as it needs, at least one: the target
+            that comes after the inputs is not an optional argument.
     """
     if not isinstance(batch, Mapping | tuple | list):
         return (batch,), {}
-    names = inspect.signature(forward).parameters
-    kinds = {parameter.kind for parameter in names.values()}
+    parameters = inspect.signature(forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
     if isinstance(batch, Mapping):
         takes_any = all_of_them or inspect.Parameter.VAR_KEYWORD in kinds
-        return (), {key: value for key, value in batch.items() if takes_any or key in names}
-    takes_any = all_of_them or inspect.Parameter.VAR_POSITIONAL in kinds
-    return tuple(batch) if takes_any else tuple(batch[: len(names)]), {}
+        return (), {key: value for key, value in batch.items() if takes_any or key in parameters}
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [
+        parameter
+        for parameter in parameters.values()
+        if parameter.kind in by_position and parameter.default is inspect.Parameter.empty
+    ]
+    return tuple(batch) if all_of_them else tuple(batch[: max(1, len(needed))]), {}
+
+
+def _rows(batch: Batch, start: int, stop: int, total: int) -> Batch:
+    """Samples [start, stop) of a batch of `total`; lists of texts or numbers, one a sample, are cut too."""
+    if isinstance(batch, torch.Tensor):
+        return batch[start:stop] if batch.dim() > 0 else batch
+    if isinstance(batch, Mapping):
+        return {key: _rows(value, start, stop, total) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        if len(batch) == total and all(isinstance(field, str | bytes | int | float) for field in batch):
+            return batch[start:stop]
+        parts = [_rows(field, start, stop, total) for field in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
 
 
 def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:

@@ -9,6 +9,7 @@ engine; it never calls backward.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
-from sixfold.pipeline.batch import Batch, num_samples
+from sixfold.pipeline.batch import Batch, lengths_of, num_samples, tensors_of
 
 IGNORED = -100
 """Label that torch's cross-entropy leaves out."""
@@ -60,15 +61,17 @@ class Counts:
 
     @classmethod
     def of(cls, batch: Batch) -> Counts:
-        """Count a batch; without integer labels of at least two dims every sample is one target."""
+        """Count a batch; without integer labels every sample is one target."""
         samples = float(num_samples(batch))
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dim() < 2:
+        labels = _labels_of(batch)
+        if labels is None:
             return cls(samples, samples, samples, samples, samples)
-        valid = (labels != IGNORED).flatten(1).double()
-        whole, shifted = valid.sum(1), valid[:, 1:].sum(1)
+        valid = (labels != IGNORED).double()
+        # Classes have no order, so nothing is left out of one-dimensional labels.
+        whole = valid.flatten(1).sum(1) if valid.dim() > 1 else valid
+        shifted = valid.flatten(1)[:, 1:].sum(1) if valid.dim() > 1 else valid
         return cls(
-            float(labels.shape[0]),
+            samples,
             float(whole.sum()),
             float(whole.square().sum()),
             float(shifted.sum()),
@@ -152,32 +155,78 @@ class LossForm:
     def read(self, output: Any, batch: Batch, scale: float) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`."""
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
-        if isinstance(result, tuple | list):
-            value, weight = self._pair(result)
-            return Share(value / scale, weight)
-        if not isinstance(result, torch.Tensor) or result.numel() != 1:
-            raise ModelError(
-                f"the loss is {_describe(result)}",
-                rule="a loss is one number, an output with .loss, or a pair (sum, weight)",
-                fix="return the loss from forward, or give loss_fn(output, batch) to sixfold.initialize",
-            )
-        value = result.reshape(())
+        if isinstance(result, tuple | list) and len(result) == 2:
+            return Share(number_of(result[0], "the first of a tuple of 2") / scale, weight_of(result[1]))
+        value = number_of(result, "the loss")
         if self.counts_items:
             return Share(value, self._items(Counts.of(batch)))
-        samples = float(num_samples(batch))
+        lengths = lengths_of(batch)
+        if len(lengths) > 1:
+            raise ModelError(
+                f"a mean loss over a batch whose tensors have {', '.join(map(str, lengths))} entries "
+                "along dim 0",
+                rule="a bare scalar counts as the mean over samples, so their number must be plain",
+                fix="return (sum, weight) from the model or from loss_fn",
+            )
+        samples = float(lengths[0])
         return Share(value * (samples / scale), samples, is_mean=True)
 
     def _items(self, counts: Counts) -> float:
         return counts.shifted if self._shift == 1 else counts.targets
 
-    def _pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
-        if len(result) != 2 or not isinstance(result[0], torch.Tensor) or result[0].numel() != 1:
-            raise ModelError(
-                f"the loss is {_describe(result)}",
-                rule="a pair is (summed loss as a tensor, weight as a number or 0-d tensor)",
-                fix="return exactly these two, for example (loss.sum(), targets.numel())",
-            )
-        return result[0].reshape(()), result[1]
+
+def _labels_of(batch: Batch) -> torch.Tensor | None:
+    """The labels: the integer field of that name, else the first integer tensor with -100 in it."""
+    named = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(named, torch.Tensor):
+        return named if named.dim() and not named.is_floating_point() else None
+    for tensor in tensors_of(batch):
+        if not tensor.dtype.is_floating_point and tensor.dtype.is_signed and bool((tensor == IGNORED).any()):
+            return tensor
+    return None
+
+
+def weight_of(value: Any) -> float:
+    """A weight as a number.
+
+    Raises:
+        ModelError: it is not one finite number, or negative.
+    """
+    try:
+        weight = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        weight = math.nan
+    if not math.isfinite(weight) or weight < 0:
+        raise ModelError(
+            f"a loss with the weight {value!r}"[:160],
+            rule="a weight says what a loss is a sum or mean over: one finite number, not negative",
+            fix="give the number of samples or targets, for example targets.numel()",
+        )
+    return weight
+
+
+def number_of(loss: Any, what: str) -> torch.Tensor:
+    """A loss as a 0-d tensor.
+
+    Raises:
+        ModelError: it is not one real number in a tensor.
+    """
+    is_one = isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point()
+    if not is_one:
+        raise ModelError(
+            f"{what} is {_describe(loss)}",
+            rule="a loss is one number in a floating tensor, an output with .loss, or a pair (sum, weight)",
+            fix="reduce it to a number, for example loss.mean(), and return that from forward or from the "
+            "loss_fn(output, batch) given to sixfold.initialize",
+        )
+    number: torch.Tensor = loss.reshape(())
+    if torch.is_grad_enabled() and not number.requires_grad:
+        raise ModelError(
+            f"{what} is {_describe(loss)} without a gradient",
+            rule="a loss is computed from trainable parameters, with gradients enabled",
+            fix="leave out detach(), item() and no_grad() on the way from the parameters to the loss",
+        )
+    return number
 
 
 def loss_of(output: Any) -> Any:

@@ -172,9 +172,11 @@ class Player:
         totals = sums()
         if totals.weight == 0:
             raise ModelError(
-                f"the global weight of this update is {totals.weight:g}: no sample or target on any rank",
+                f"the global weight of this update is {totals.weight:g}: no rank had a sample or target, or "
+                "called engine.backward since the last update",
                 rule="an update averages over at least one sample",
-                fix="skip empty global batches, or check the labels (-100 is left out)",
+                fix="call engine.backward(loss), not loss.backward(), before engine.step(); skip empty "
+                "global batches; check the labels (-100 is left out)",
             )
         factor = step.scale / totals.weight
         grad_norm = self._state.grad_norm() * abs(factor)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sixfold.base.errors import ModelError
 from sixfold.pipeline.batch import Batch
-from sixfold.pipeline.loss import Counts, Share
+from sixfold.pipeline.loss import Counts, Share, number_of, weight_of
 from sixfold.pipeline.player import Player, StepResult
 
 
@@ -70,20 +69,15 @@ class WrittenOut:
         Args:
             weight: what `loss` is a mean over; None for the micro-batch's number of samples.
         """
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise ModelError(
-                f"backward of {type(loss).__name__} {getattr(loss, 'shape', loss)!r}",
-                rule="backward starts from one number",
-                fix="reduce the loss to a scalar tensor, for example loss.mean()",
-            )
+        number = number_of(loss, "the loss")
         tally = self._tally
         tally.num_backwards += 1
         is_further = tally.weight is not None
         if tally.weight is None:
             tally.unweighted |= weight is None
-            tally.weight = float(weight) if weight is not None else tally.open.samples or 1.0
+            tally.weight = weight_of(weight) if weight is not None else tally.open.samples or 1.0
             tally.closed, tally.open = tally.closed + tally.open, Counts()
-        share = Share(loss.reshape(()) * tally.weight, None if is_further else tally.weight)
+        share = Share(number * tally.weight, None if is_further else tally.weight)
         self._player.backward(tally.micro, share, retain_graph=retain_graph)
 
     def step(self) -> StepResult:

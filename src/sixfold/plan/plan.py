@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sixfold.base.errors import PlanError
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Config
 from sixfold.plan.geometry import Geometry, decide_geometry
@@ -60,6 +61,13 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
     Raises:
         PlanError: the layout cannot be carried out with `world_size` ranks.
     """
+    halves = [facts.name for facts in parameters if facts.dtype == "fp16" and facts.trainable]
+    if halves and config.precision.compute is None:
+        raise PlanError(
+            f"{len(halves)} trainable parameter(s) in fp16, first {halves[0]}, and precision.compute unset",
+            rule="training in fp16 needs loss scaling, which this version does not have",
+            fix='set precision.compute = "bf16" or "fp32"',
+        )
     floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
     types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
     working = [

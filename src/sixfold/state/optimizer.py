@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sixfold.base.errors import ConfigError, StateError
+from sixfold.base.errors import ConfigError, ModelError, StateError
 from sixfold.config import OptimizerConfig
 from sixfold.mesh import Mesh
 from sixfold.plan import Slot
@@ -68,8 +68,20 @@ def make_optimizer(optimizer: OptimizerLike, module: nn.Module) -> Optimizer:
         StateError: it already has state, or it misses or adds parameters.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
     names = {parameter: name for name, parameter in module.named_parameters()}
+    if not parameters:
+        raise ModelError(
+            f"{type(module).__name__} has {len(names)} parameter(s), none with requires_grad=True",
+            rule="training changes at least one parameter",
+            fix="set requires_grad=True on what is to be trained",
+        )
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    if not isinstance(made, Optimizer):
+        raise ConfigError(
+            f"the optimizer handed over made a {type(made).__name__}",
+            rule="optimizer is a torch optimizer, or a function that returns one for the parameters it gets",
+            fix="for example optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
+        )
     held = {parameter for group in made.param_groups for parameter in group["params"]}
     if any(float(state.get("step", 1)) > 0 for state in made.state.values()):
         raise StateError(
@@ -127,6 +139,8 @@ class BoundOptimizer:
         self.inner = inner
         self._runs = runs
         self._mesh = mesh
+        self._is_stepping = False
+        inner.register_step_pre_hook(self._before_step)
         self.base_lrs = [float(group["lr"]) for group in inner.param_groups]
 
     def step(self) -> None:
@@ -136,9 +150,28 @@ class BoundOptimizer:
             assert grads is not None, "only trainable units are bound"
             grad = run.part_of(grads)
             run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)
-        self.inner.step()
+        self._is_stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self._is_stepping = False
         for run in self._runs:
             run.tensor.grad = None
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        if not self._is_stepping or held != len(self._runs):
+            what = (
+                f"{held - len(self._runs)} tensor(s) were added to it"
+                if self._is_stepping
+                else "called alone"
+            )
+            raise StateError(
+                f"{type(optimizer).__name__}.step(): {what}",
+                rule="the engine steps the optimizer it was given, over the parameters it had then",
+                fix="call engine.step() after engine.backward(loss), or engine.train_step(batch); add "
+                "parameter groups before sixfold.initialize",
+            )
 
     def set_lr(self, factor: float) -> None:
         """Set every group's learning rate to `factor` of its peak."""

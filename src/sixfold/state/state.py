@@ -30,6 +30,7 @@ class ModelState:
     def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh) -> None:
         self.mesh = mesh
         self.residency = plan.residency
+        self._module = module
         parameters = dict(module.named_parameters())
         self.units = [
             Unit(unit, plan.precision_of(unit), plan.residency, parameters, mesh) for unit in plan.units
@@ -44,6 +45,13 @@ class ModelState:
             pending.wait()
         for unit in self.units:
             unit.absorb_edits()
+
+    def undo_edits(self) -> None:
+        """Forget edits where this rank's masters still know better; nothing is exchanged, because an error
+        that calls for this may not have come to every rank."""
+        for unit in self.trained:
+            if not unit.spread:
+                unit.publish().wait()
 
     def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Give every rank rank 0's buffers."""
@@ -60,8 +68,10 @@ class ModelState:
         """Start accumulating gradients for the next update; gradients of the last one go."""
         self._window.abandon()
         self._is_reduced = False
+        self._check_module()
         for unit in self.units:
             unit.check_home()
+            unit.absorb_noted_edits()
         for unit in self.trained:
             unit.drop_grads()
 
@@ -71,6 +81,17 @@ class ModelState:
         Whole gradients are held and reduced once; cut ones after every micro-batch.
         """
         return max(1, self.mesh.largest(num_micro)) if self.residency.gradients else 1
+
+    def _check_module(self) -> None:
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters}
+        strangers = [name for name, part in self._module.named_parameters() if id(part) not in known]
+        if strangers:
+            raise StateError(
+                f"{len(strangers)} parameter(s) came into the module after initialize: "
+                f"{', '.join(strangers[:4])}",
+                rule="what is trained is decided once, when units and optimizer are made",
+                fix="change the module before sixfold.initialize, or initialize it anew",
+            )
 
     def open_reduce(self) -> None:
         """From here on a unit is reduced as soon as its gradients are complete; ends an earlier window.

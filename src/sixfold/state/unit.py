@@ -66,6 +66,7 @@ class Unit:
         if precision and plan.trainable:
             self._make_trainable(precision)
         self._adopt()
+        self._versions = [parameter._version for parameter in self.parameters]
 
     def _make_trainable(self, precision: PrecisionPlan) -> None:
         if precision.master != precision.compute:
@@ -236,6 +237,14 @@ class Unit:
         if self.master is not self.held:
             self.held.copy_(self.master)
         return self._mesh.spread_out(self.working, self.spread, self.residency.parameters)
+
+    def absorb_noted_edits(self) -> None:
+        """Take over edits that torch has counted since the last call (`load_state_dict`, `mul_`, ...)."""
+        versions = [parameter._version for parameter in self.parameters]
+        if versions != self._versions:
+            if self.plan.trainable:
+                self.absorb_edits()
+            self._versions = versions
 
     def absorb_edits(self) -> None:
         """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
