@@ -22,6 +22,7 @@ from sixfold.plan import (
     decide_geometry,
     decide_learning_rate,
     decide_precision,
+    persistent_memory,
 )
 from sixfold.plan.geometry import MESH_AXES, Geometry
 from sixfold.plan.precision import ITEM_BYTES
@@ -219,6 +220,50 @@ def test_a_plan_prints_what_is_decided() -> None:
     kinds = {(unit.dtype, unit.trainable) for unit in plan.units}
     assert kinds == {("bf16", True), ("bf16", False), ("uint8", False)}
     assert [plan.precision_of(unit) is None for unit in plan.units if unit.dtype == "uint8"] == [True]
+
+
+@given(modules(), st.integers(1, 4000), st.integers(1, 4), st.integers(1, 3))
+def test_slices_are_equal_and_tile_a_unit(
+    facts: list[ParameterFacts], target: int, num_slices: int, num_copies: int
+) -> None:
+    whole = cut_units(facts, target)
+    for unit, uncut in zip(
+        cut_units(facts, target, num_slices=num_slices, num_copies=num_copies), whole, strict=True
+    ):
+        assert unit.slots == uncut.slots
+        assert 0 <= unit.numel - uncut.numel < ALIGN * num_slices * num_copies
+        slices = [unit.slice_of(index) for index in range(num_slices)]
+        assert (slices[0][0], slices[-1][1]) == (0, unit.numel)
+        assert all(one[1] == other[0] for one, other in pairwise(slices))
+        assert {(stop - start) % (ALIGN * num_copies) for start, stop in slices} == {0}
+        assert len({stop - start for start, stop in slices}) == 1
+        inside = {place for slot in unit.slots for place in range(slot.offset, slot.offset + slot.numel)}
+        gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
+        assert inside | gaps == set(range(unit.numel))
+        assert not inside & gaps
+
+
+def test_the_plan_says_over_how_many_ranks_state_is_cut() -> None:
+    for layout, said in (({"zero": 2}, "groups of 4 ranks"), ({"zero": 1, "shard": 2}, "groups of 2 ranks")):
+        plan = decide(config(layout=layout), FACTS, world_size=4)
+        assert said in str(plan)
+        assert {unit.num_slices for unit in plan.units} == {plan.geometry.shard}
+    assert "groups" not in str(decide(config(), FACTS, world_size=4))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_cutting_divides_the_bytes_of_the_row(compute: str) -> None:
+    facts = [ParameterFacts("weight", (128, 64), "fp32", True)]
+    numel, width = 128 * 64, {"fp32": 4, "bf16": 2}[compute]
+    for zero, (gradients, optimizer) in {0: (1, 1), 1: (1, 4), 2: (4, 4)}.items():
+        asked = config(layout={"zero": zero}, precision={"compute": compute})
+        memory = persistent_memory(decide(asked, facts, world_size=4), num_moments=2)
+        assert memory.parameters == width * numel
+        assert memory.gradients == 4 * numel // gradients
+        assert memory.master == (4 * numel // optimizer if compute == "bf16" else 0)
+        assert memory.optimizer == 8 * numel // optimizer
+        assert memory.total == memory.parameters + memory.gradients + memory.master + memory.optimizer
+        assert "gradients" in str(memory)
 
 
 # Learning rate.

@@ -44,5 +44,13 @@ CARDS: dict[str, AxisCard] = {
             checkpoint="every rank holds the whole state; rank 0 writes it",
             page="axes/data.md",
         ),
+        AxisCard(
+            name="shard",
+            divides="gradients and optimizer state, over groups of neighbouring data ranks",
+            collectives=("reduce-scatter", "all-gather", "all-reduce"),
+            changes_module=False,
+            checkpoint="slices are gathered whole; rank 0 writes them",
+            page="axes/shard.md",
+        ),
     )
 }

@@ -41,12 +41,13 @@ class Plan:
         trainable = sum(slot.numel for unit in self.units if unit.trainable for slot in unit.slots)
         frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
         working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
+        groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
         return "\n".join(
             (
                 f"ranks       {self.geometry.world_size}: {self.geometry}",
                 f"parameters  {count_text(trainable)} trained, {count_text(frozen)} frozen, "
                 f"{bytes_text(working)} in {len(self.units)} unit(s)",
-                f"residency   {self.residency}",
+                f"residency   {self.residency}{groups}",
                 *(f"precision   {types}" for types in self.precision),
             )
         )
