@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,3 +281,38 @@ def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path:
     with pytest.raises(CheckpointError, match="AdamW"):
         other.load(tmp_path / "saved")
     assert torch.equal(model.weight, before)
+
+
+def _lazy() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.LazyLinear(2)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "said"),
+    [
+        (lambda: [nn.Linear(2, 1)], {}, "list"),
+        (lambda: nn.DataParallel(nn.Linear(2, 1)), {}, r"model\.module"),
+        (_lazy, {}, "one forward"),
+        (lambda: nn.ParameterList([torch.ones(2, dtype=torch.complex64)]), {}, "view_as_complex"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(2)), {"precision": {"compute": "bf16"}}, "GroupNorm"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(model: Any, config: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        sixfold.initialize(model(), config=config, loss_fn=_mean_square)
+
+
+def test_a_schedule_without_an_end_is_refused_at_once() -> None:
+    config = {"lr_schedule": {"name": "cosine"}, "train": {"minutes": 3}}
+    with pytest.raises(PlanError, match=r"train\.steps"):
+        sixfold.initialize(nn.Linear(2, 1), config=config)
+
+
+def test_a_closed_engine_refuses_to_train(tmp_path: Path) -> None:
+    engine = sixfold.initialize(nn.Linear(2, 1), loss_fn=_mean_square)
+    engine.close()
+    for use in (lambda: engine.train_step(X), engine.step, lambda: engine.save(tmp_path)):
+        with pytest.raises(StateError, match="close"):
+            use()

@@ -80,6 +80,7 @@ class Engine:
         self.num_samples = 0
         self.last: StepResult | None = None
         self._last_weight: float | None = None
+        self._is_closed = False
         self._streams = streams
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
@@ -157,7 +158,7 @@ class Engine:
         """Loss of this rank's part of a global batch, in evaluation mode, without learning from it.
 
         Returns:
-            Mean loss and its weight, the same on every rank.
+            Mean loss and its weight, the same on every rank; nan and 0 where no rank has a sample.
         """
         was_training = self.module.training
         self.module.eval()
@@ -241,6 +242,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
+        self._refuse_closed("step")
         self._start_update()
         self.last = self._written_out.step()
         self._count_update(self.last)
@@ -298,7 +300,7 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        self._persistence.save(Path(folder), counters)
+        self._persistence.save(Path(folder).expanduser(), counters)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
@@ -307,12 +309,13 @@ class Engine:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
-        counters = self._persistence.load(Path(folder))
+        counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
         """End the process group that `initialize` started, and take the hooks off the module."""
+        self._is_closed = True
         self.state.remove()
         self.mesh.close()
 
@@ -329,7 +332,16 @@ class Engine:
         self.num_samples += result.samples
         self._last_weight = result.weight
 
+    def _refuse_closed(self, what: str) -> None:
+        if self._is_closed:
+            raise StateError(
+                f"engine.{what} after engine.close()",
+                rule="a closed engine no longer reduces gradients",
+                fix="close the engine last, or initialize the module anew",
+            )
+
     def _refuse_mixing(self, what: str) -> None:
+        self._refuse_closed(what)
         if not self._player.is_idle:
             raise StateError(
                 f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",

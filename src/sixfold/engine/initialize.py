@@ -6,7 +6,6 @@ weights, optimizer and state come from their rooms, in this order.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,24 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sixfold.base.errors import ModelError
 from sixfold.config import Config, Resolved, load
+from sixfold.engine.admission import check_agreement, check_batch_stats, check_model, tell_idle_settings
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import ModuleFacts, materialize, module_facts
+from sixfold.parallel import materialize, module_facts
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
 from sixfold.state.optimizer import OptimizerLike
-
-_log = logging.getLogger(__name__)
-_USED = (
-    *("seed", "batch.", "layout.", "precision.", "optimizer.", "lr_schedule."),
-    *("train.steps", "model.batch_stats", "launch.timeout_s"),
-)
-"""What `initialize` reads of the configuration; the rest describes the job of `sixfold train`."""
 
 LossFn = Callable[[Any, Any], Any]
 ConfigLike = str | Path | Mapping[str, Any] | Config | Resolved | None
@@ -65,7 +57,11 @@ def initialize(
     resolved = _resolve(config)
     asked = resolved.config
     if not isinstance(config, Resolved):
-        _tell_idle_settings(resolved)
+        tell_idle_settings(resolved)
+    check_model(model, asked)
+    learning_rate = decide_learning_rate(asked)
+    if not isinstance(config, Resolved):
+        learning_rate.check_end()
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
@@ -80,8 +76,8 @@ def initialize(
         address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
         timeout_s=asked.launch.timeout_s,
     )
-    _agree(mesh, model, facts, asked)
-    _check_batch_stats(facts, asked, mesh)
+    check_agreement(mesh, model, facts, asked)
+    check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
     if facts.on_meta:
@@ -106,7 +102,7 @@ def initialize(
         persistence=Persistence(
             model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
         ),
-        learning_rate=decide_learning_rate(asked),
+        learning_rate=learning_rate,
     )
 
 
@@ -116,14 +112,6 @@ def _resolve(config: ConfigLike) -> Resolved:
     if isinstance(config, str | Path):
         return load(config)
     return load(values=config)
-
-
-def _tell_idle_settings(resolved: Resolved) -> None:
-    """Say which settings only `sixfold train` acts on; one file may serve both."""
-    given = (path for path, origin in resolved.origins.items() if origin != "default")
-    idle = [path for path in given if not path.startswith(_USED)]
-    if idle and not (dist.is_initialized() and dist.get_rank()):
-        _log.warning("without effect here, for `sixfold train` alone: %s", ", ".join(idle))
 
 
 def _world_size(placement: Placement | None) -> int:
@@ -144,29 +132,3 @@ def _own_device(placement: Placement | None) -> torch.device:
     device = torch.device("cuda", placement.local_rank if placement else torch.cuda.current_device())
     torch.cuda.set_device(device)
     return device
-
-
-def _agree(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Config) -> None:
-    own_launch = asked.model_copy(update={"launch": None})
-    mesh.agree(
-        {
-            "parameter names": " ".join(fact.name for fact in facts.parameters),
-            "parameter shapes": " ".join(str(fact.shape) for fact in facts.parameters),
-            "parameter types": " ".join(fact.dtype for fact in facts.parameters),
-            "requires_grad": " ".join(str(fact.trainable) for fact in facts.parameters),
-            "buffers": " ".join(f"{name}{tuple(part.shape)}" for name, part in model.named_buffers()),
-            "tied names": " ".join(f"{alias}={name}" for alias, name in sorted(facts.aliases.items())),
-            "configuration": own_launch.model_dump_json(warnings=False),
-        }
-    )
-
-
-def _check_batch_stats(facts: ModuleFacts, asked: Config, mesh: Mesh) -> None:
-    is_cut = mesh.data_ranks > 1 or asked.batch.micro is not None
-    if facts.has_batch_stats and is_cut and asked.model.batch_stats is None:
-        raise ModelError(
-            f"the model takes batch statistics (BatchNorm) and batches are cut over {mesh.data_ranks} "
-            f"data rank(s), batch.micro = {asked.batch.micro}",
-            rule="batch statistics depend on how the batch is cut, so the layout would change the numbers",
-            fix='set model.batch_stats = "micro" to take them over each micro-batch, or use GroupNorm',
-        )

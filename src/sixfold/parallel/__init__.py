@@ -3,7 +3,7 @@
 The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
-from sixfold.parallel.facts import DTYPES, ModuleFacts, dtype_name, module_facts
+from sixfold.parallel.facts import BATCH_NORMS, DTYPES, ModuleFacts, dtype_name, module_facts
 from sixfold.parallel.materialize import materialize
 
-__all__ = ["DTYPES", "ModuleFacts", "dtype_name", "materialize", "module_facts"]
+__all__ = ["BATCH_NORMS", "DTYPES", "ModuleFacts", "dtype_name", "materialize", "module_facts"]

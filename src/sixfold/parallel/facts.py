@@ -20,6 +20,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -74,10 +75,7 @@ def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = (
     return ModuleFacts(
         parameters=parameters,
         aliases=aliases,
-        has_batch_stats=any(
-            isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
-            for part in module.modules()
-        ),
+        has_batch_stats=any(isinstance(part, BATCH_NORMS) for part in module.modules()),
         on_meta=any(tensor.is_meta for tensor in (*first_name, *module.buffers())),
     )
 

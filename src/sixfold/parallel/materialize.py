@@ -148,4 +148,5 @@ def _is_marked(tensor: torch.Tensor | None) -> bool:
         return False
     if tensor.is_floating_point() or tensor.is_complex():
         return bool(tensor.isnan().any())
-    return bool((tensor == _mark(tensor)).any())
+    # Whole numbers have no value that cannot occur, so only a tensor full of the mark counts.
+    return bool((tensor == _mark(tensor)).all())

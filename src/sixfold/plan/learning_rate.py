@@ -38,6 +38,15 @@ class LearningRate:
         """The same shape over `num_steps` updates."""
         return replace(self, num_steps=num_steps)
 
+    def check_end(self) -> None:
+        """Raise PlanError where the shape needs the number of steps and it is not known."""
+        if self.shape != "constant" and self.num_steps is None:
+            raise PlanError(
+                f"lr_schedule.name = {self.shape!r} without a number of steps",
+                rule=f"a {self.shape} schedule ends at the last update, so it must know which that is",
+                fix="set train.steps, or lr_schedule.name = 'constant'",
+            )
+
     def factor(self, step: int) -> float:
         """Factor for update number `step`, from 0.
 
@@ -49,14 +58,10 @@ class LearningRate:
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        self.check_end()
         if self.shape == "constant":
             return 1.0
-        if self.num_steps is None:
-            raise PlanError(
-                f"lr_schedule.name = {self.shape!r} without a number of steps",
-                rule=f"a {self.shape} schedule ends at the last update, so it must know which that is",
-                fix="set train.steps, or lr_schedule.name = 'constant'",
-            )
+        assert self.num_steps is not None, "checked above"
         rest = max(1, self.num_steps - 1 - self.warmup_steps)
         t = min(1.0, (step - self.warmup_steps) / rest)
         falling = 1.0 - t if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * t))
