@@ -228,6 +228,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "checkpoint.every": ({}, 3, lambda bench, changes: bench.run(changes).checkpoints),
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
     "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
+    "layout.shard": ({"layout.zero": 2}, 1, lambda bench, changes: group_size(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
@@ -241,6 +242,10 @@ def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
 
 def residency_text(bench: Lab, changes: dict[str, Any]) -> str:
     return str(decide_residency(bench.resolved(changes).config.layout))
+
+
+def group_size(bench: Lab, changes: dict[str, Any]) -> int:
+    return decide_geometry(bench.resolved(changes).config.layout, 2).shard
 
 
 def folder_of_launch(bench: Lab, changes: dict[str, Any]) -> str:
@@ -260,7 +265,6 @@ def test_differs(path: str, bench: Lab) -> None:
 
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
-    "layout.shard": (2, {"layout.shard": 2, "layout.zero": 0}),
     "layout.tensor": (2, {"layout.tensor": 2}),
     "layout.pipe": (2, {"layout.pipe": 2}),
     "layout.context": (2, {"layout.context": 2}),
