@@ -342,6 +342,40 @@ def test_a_stopped_run_goes_on_bit_for_bit(place: Place) -> None:
         ]
 
 
+def test_a_complete_run_is_left_as_it_is(finished: Finished, place: Place) -> None:
+    """Also under a foreign launcher, whose ranks find it out themselves."""
+    run = finished.copy_into(place.folder)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    told = f"already complete after update {STEPS}; nothing to do (raise train.steps to go on)\n"
+    assert place.train("--resume", "run") == (0, told, "")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    code, out, _ = place.run(*torchrun, "-m", "sixfold", "train", "--resume", "run")
+    assert (code, out) == (0, told)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    place.assert_nothing_left()
+
+
+def test_what_is_changed_at_a_resume_is_told_and_origins_stay(finished: Finished, place: Place) -> None:
+    run = finished.copy_into(place.folder)
+    origins = {line.split(" ")[0]: line.partition("#")[2] for line in config_lines(run)}
+    code, out, err = place.train(
+        "--resume", "run", "-s", f"train.steps={STEPS + 1}", "-s", "batch.global=4", "-s", "seed=1"
+    )
+    assert (code, err) == (0, "")
+    assert "\nchanged since the save: seed 0 -> 1\n" in out
+    assert "\nchanged since the save: batch.global 6 -> 4\n" in out
+    changed = {line.split(" ")[0]: line.partition("#")[2] for line in config_lines(run)}
+    assert {key for key in origins if changed[key] != origins[key]} == {"seed", "global", "steps"}
+    assert changed["global"].strip() == "--set"
+    assert place.train("--resume", "run", "-s", "train.steps=3")[0] == 2
+    place.assert_nothing_left()
+
+
+def config_lines(run: Path) -> list[str]:
+    lines = (run / "config.toml").read_text().splitlines()
+    return [line for line in lines if line and line[0] not in "[#"]
+
+
 def test_ctrl_c_twice_on_a_terminal(place: Place) -> None:
     """A live line; a rank that cannot answer the first Ctrl-C; the second one ends all at once."""
     ours, theirs = pty.openpty()

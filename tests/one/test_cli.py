@@ -123,6 +123,42 @@ def test_a_second_run_into_one_folder(sixfold: Terminal) -> None:
     assert (taken / "config.toml").read_text() == "seed = 1\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_place_that_cannot_be_a_run_folder_is_noticed_before_the_corpus(
+    sixfold: Terminal, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    (sixfold.folder / "file").write_text("in the way")
+    config = sixfold.config()
+    before = files_in(sixfold.folder)
+    assert sixfold("train", "--config", config, "--into", "file", *more) == EXIT_USAGE
+    assert "cannot make the run folder file: Not a directory" in sixfold.err
+    monkeypatch.setattr("sixfold.train.folder.os.access", lambda *_: False)
+    assert sixfold("train", "--config", config, "--into", "new/run", *more) == EXIT_USAGE
+    assert "cannot make the run folder new/run: Permission denied" in sixfold.err
+    assert files_in(sixfold.folder) == before
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_data_folder_without_a_match(sixfold: Terminal, more: tuple[str, ...]) -> None:
+    (sixfold.folder / "text").mkdir()
+    (sixfold.folder / "text" / "a.md").write_text("text")
+    assert sixfold("train", "--config", sixfold.config(), *more) == EXIT_USAGE
+    assert "matches data.include" in sixfold.err
+    assert "set data.include = ['*.md']" in sixfold.err
+    assert files_in(sixfold.folder) == {"my.toml", "text", "text/a.md"}
+
+
+def test_paths_that_are_no_files(sixfold: Terminal) -> None:
+    assert sixfold("train", "--config", ".") == EXIT_USAGE
+    assert ". is a folder" in sixfold.err
+    for option in ("--config", "--resume", "--into"):
+        assert sixfold("train", option, "") == EXIT_USAGE
+        assert option in sixfold.err
+        assert "path is empty" in sixfold.err
+    assert files_in(sixfold.folder) == set()
+
+
 def test_resume_of_what_is_no_run(sixfold: Terminal) -> None:
     (sixfold.folder / "runs" / "good").mkdir(parents=True)
     (sixfold.folder / "runs" / "good" / "config.toml").write_text("")
@@ -161,6 +197,30 @@ def test_a_missing_script(sixfold: Terminal) -> None:
     assert sixfold("run", "nowhere.py") == EXIT_USAGE
     assert "nowhere.py is not a file" in sixfold.err
     assert files_in(sixfold.folder) == set()
+
+
+@pytest.mark.parametrize(
+    "module", ["nonexistent", "json.nonexistent", "nonexistent.json", "package", "mine.inner", "a..b", ""]
+)
+def test_a_missing_module(sixfold: Terminal, module: str) -> None:
+    (sixfold.folder / "package").mkdir()
+    (sixfold.folder / "package" / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (sixfold.folder / "mine.py").write_text("raise SystemExit('it was imported')")
+    before = files_in(sixfold.folder)
+    assert sixfold("run", "-m", module) == EXIT_USAGE
+    assert "no module" in sixfold.err or "without a module" in sixfold.err
+    assert sixfold("run", "-m") == EXIT_USAGE
+    assert "-m without a module" in sixfold.err
+    assert files_in(sixfold.folder) == before
+
+
+@pytest.mark.parametrize("module", ["mine", "package", "package.inner", "json.tool"])
+def test_modules_that_can_be_run(sixfold: Terminal, module: str) -> None:
+    (sixfold.folder / "package").mkdir()
+    for name in ("package/__init__.py", "package/__main__.py", "package/inner.py", "mine.py"):
+        (sixfold.folder / name).write_text("raise SystemExit('it was imported')")
+    assert sixfold("run", "--dry-run", "-n", "1", "-m", module, "--epochs", "2") == EXIT_DONE
+    assert sixfold.out.endswith(f"-m {module} --epochs 2\n")
 
 
 def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

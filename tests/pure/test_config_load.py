@@ -192,7 +192,7 @@ def test_missing_file_names_near_ones(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert ".ini" in refusal(file=write(tmp_path, "a.ini", "seed = 1")).given
     (tmp_path / "folder.toml").mkdir()
-    assert "folder.toml cannot be read" in refusal(file=tmp_path / "folder.toml").given
+    assert "folder.toml is a folder" in refusal(file=tmp_path / "folder.toml").given
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b'seed = 1\n[train]\nprompt = "\xe9"\n')
     assert f"{latin}:3: byte 0xe9" in refusal(file=latin).given
@@ -617,3 +617,36 @@ def test_the_room_loads_no_tensor_library() -> None:
     code = "import sys, sixfold.config as c; c.load(); print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_origins_survive_being_written_and_read_again(tmp_path: Path) -> None:
+    mine = write(tmp_path, "my # own.toml", '[train]\nprompt = "a # b"\nsteps = 9\n')
+    first = load(mine, values={"data.include": ["#.py", "b.py"]}, overrides=["seed=3"])
+    first = first.decide({"batch.global": 8}, "because # of this")
+    file = write(tmp_path, "config.toml", first.to_toml())
+    again = load(file)
+    assert again.origins["seed"] == f"{file}:1"
+    recalled = again.recall(file.read_text(), file)
+    assert recalled.config == first.config
+    assert recalled.origins == first.origins
+    assert recalled.origins["train.prompt"] == f"{mine}:2"
+
+
+def test_only_what_comes_from_the_written_file_is_recalled(tmp_path: Path) -> None:
+    first = load(values={"train.minutes": 3.0, "seed": 3}).decide({"train.steps": 7}, "rehearsed")
+    text = first.to_toml() + "# written by hand\n"
+    file = write(tmp_path, "config.toml", text.replace("[optimizer]", "[optimizer]\neps = 0.5"))
+    changed = load(file, overrides=["seed=4", "batch.global=6"])
+    origins = changed.recall(file.read_text(), file).origins
+    assert (origins["seed"], origins["batch.global"]) == ("--set", "--set")
+    assert origins["train.steps"] == "decided: rehearsed"
+    assert origins["train.minutes"] == first.origins["train.minutes"]
+    assert origins["model.width"] == "default"
+    assert origins["optimizer.eps"].startswith(f"{file}:")  # a line that was added without a note
+
+
+@pytest.mark.parametrize("name", [".", ""])
+def test_a_folder_is_no_configuration(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "sixfold.toml", "")
+    error = refusal(file=tmp_path / name)
+    assert "is a folder" in error.given

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from sixfold.base.errors import ConfigError, MeshError, PlanError
+from sixfold.base.errors import CheckpointError, ConfigError, MeshError, PlanError
 from sixfold.launch import failure as failures
 from sixfold.launch.failure import Failure, causal, from_exception, from_exit, is_victim, render
+from sixfold.launch.job import Job, StopRequests, _Rank
 from sixfold.launch.streams import _last_state
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18356: "
@@ -148,6 +151,66 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     told.write(tmp_path / "rank-3.failure.json")
     assert Failure.read(tmp_path / "rank-3.failure.json") == told
     assert [path.name for path in tmp_path.iterdir()] == ["rank-3.failure.json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "second"),
+    [
+        (
+            "3 problems in the configuration\n  1. a = 1\n     rule: r\n     fix:  f\n  2. b = 2\n  3. c",
+            "1. a = 1",
+            "2. b = 2",
+        ),
+        (
+            "the checkpoint x is damaged:\n    one: missing\n    two: missing\n    three",
+            "one: miss",
+            "two: miss",
+        ),
+    ],
+)
+def test_listed_problems_begin_within_five_lines(given: str, first: str, second: str) -> None:
+    told = from_exception(CheckpointError(given, rule="r", fix="f"), rank=0, step=7)
+    lines = render(told, world_size=2).splitlines()
+    assert lines[1] == f"CheckpointError: {given.splitlines()[0]}"
+    assert first in lines[2]
+    assert second in lines[3]
+    assert not lines[4].strip().startswith(("3.", "three"))
+
+
+def ended_job(tmp_path: Path, codes: list[int]) -> Job:
+    """A job whose ranks have ended; their processes are real ones that did nothing else."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    job = Job([], tmp_path / "run", scratch, {}, None, StopRequests(), None, world_size=len(codes))
+    for rank, code in enumerate(codes):
+        process = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+        process.wait()
+        job._ranks.append(_Rank(rank, process, ended_at=5.0 + rank))
+        (scratch / f"rank-{rank}.progress").write_text("running 3")
+    return job
+
+
+def test_a_rank_that_left_early_is_the_cause_and_not_its_victim(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ended_job(tmp_path, [4, 0])
+    fail(0, 1.0, victim=True).write(tmp_path / "scratch" / "rank-0.failure.json")
+    assert job.verdict() == 4
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [
+        "sixfold: rank 1 of 2 failed at step 3",
+        "rank 1 ended after update 3 while others went on",
+    ]
+    assert "also rank 0 (a consequence): E: m" in told
+
+
+def test_a_rank_that_ended_well_is_not_blamed_for_anothers_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ended_job(tmp_path, [4, 0])
+    fail(0, 1.0, victim=False).write(tmp_path / "scratch" / "rank-0.failure.json")
+    assert job.verdict() == 4
+    assert "rank 1" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

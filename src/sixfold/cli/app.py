@@ -31,6 +31,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _path(text: str) -> Path:
+    """A path that was given; an empty one would silently mean the working directory."""
+    if not text:
+        raise typer.BadParameter("the path is empty; name one, or leave the option out")
+    return Path(text)
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -43,18 +50,27 @@ def _root(
 @app.command()
 def train(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Configuration file: TOML, YAML or JSON.")
+        Path | None,
+        typer.Option(
+            "--config", "-c", parser=_path, metavar="FILE", help="Configuration file: TOML, YAML or JSON."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+        Path | None,
+        typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
     ] = None,
     into: Annotated[
         Path | None,
-        typer.Option("--into", help="Run folder to make, in place of a new one under train.folder."),
+        typer.Option(
+            "--into",
+            parser=_path,
+            metavar="FOLDER",
+            help="Run folder to make, in place of a new one under train.folder.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")
@@ -84,7 +100,13 @@ def run(
         int | None, typer.Option("--threads", min=1, help="Compute threads per rank. Unset: cores / ranks.")
     ] = None,
     into: Annotated[
-        Path | None, typer.Option("--into", help="Folder for the ranks' logs. Unset: a new one under runs/.")
+        Path | None,
+        typer.Option(
+            "--into",
+            parser=_path,
+            metavar="FOLDER",
+            help="Folder for the ranks' logs. Unset: a new one under runs/.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be started; start and write nothing.")

@@ -6,10 +6,12 @@ variables; nothing of it is read here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import typer
@@ -24,7 +26,9 @@ def run_script(
     script: Sequence[str], *, ranks: int | None, threads: int | None, into: Path | None, dry_run: bool
 ) -> int:
     """Returns the exit code."""
-    if script[0] != "-m" and not Path(script[0]).is_file():
+    if script[0] == "-m":
+        _check_module(script[1:])
+    elif not Path(script[0]).is_file():
         raise ConfigError(
             f"{script[0]} is not a file",
             rule="sixfold run takes a Python script, or -m and a module",
@@ -50,3 +54,29 @@ def run_script(
         threads=threads or default_threads(count),
         node=node,
     )
+
+
+def _check_module(arguments: Sequence[str]) -> None:
+    name = arguments[0] if arguments else ""
+    if not name or not _can_run(name):
+        raise ConfigError(
+            f"there is no module {name} to run (working directory {os.getcwd()})"
+            if name
+            else "-m without a module",
+            rule="-m is followed by a module that python -m can run, and by its arguments",
+            fix="give its dotted name, for example: sixfold run -m mypackage.train --epochs 3",
+        )
+
+
+def _can_run(name: str) -> bool:
+    """Whether `python -m name` would find something; imports nothing of it."""
+    top, *inner = name.split(".")
+    # A rank has the working directory on its path, this command perhaps not.
+    spec = PathFinder.find_spec(top, [os.getcwd()]) or (importlib.util.find_spec(top) if top else None)
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations)) if part else None
+    if spec is None or spec.submodule_search_locations is None:
+        return spec is not None
+    return PathFinder.find_spec("__main__", list(spec.submodule_search_locations)) is not None

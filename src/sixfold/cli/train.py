@@ -15,12 +15,13 @@ import typer
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Resolved
 from sixfold.data.corpus import prepare
-from sixfold.data.sources import source_folder
+from sixfold.data.sources import list_files, source_folder
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.folder import new_folder, open_folder, run_to_resume
+from sixfold.train.folder import check_place, new_folder, open_folder, run_to_resume
 from sixfold.train.job import Request, decide_compute, resolve
+from sixfold.train.resume import stand
 
 
 def run_train(request: Request, *, dry_run: bool) -> int:
@@ -34,9 +35,15 @@ def run_train(request: Request, *, dry_run: bool) -> int:
         return 0
     node = nodes(os.environ)
     resolved = _decide_launch(resolve(request), node)
+    standing = stand(request.resume, resolved) if request.resume is not None else None
+    if standing is not None and standing.is_complete:
+        typer.echo(standing)
+        return 0
     ranks, threads = resolved.config.launch.ranks, resolved.config.launch.threads
     assert ranks is not None, "decided above"
     decided = _check_plan(resolved, ranks * (node.num_nodes if node else 1))
+    if standing is None:
+        check_place(request.into, resolved.config.train.folder)
     if dry_run:
         typer.echo(f"{decide_compute(resolved)}\n{decided}")
         return 0
@@ -69,7 +76,7 @@ def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
 def _check_plan(resolved: Resolved, world_size: int) -> str:
     """Refuse what cannot be carried out before data are prepared and ranks started."""
     config = resolved.config
-    source_folder(config.data)
+    list_files(source_folder(config.data), config.data)
     residency = decide_residency(config.layout)
     geometry = decide_geometry(config.layout, world_size)
     batch = decide_batch(

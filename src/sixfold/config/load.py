@@ -68,6 +68,15 @@ def load(
 
 
 def _read(path: Path, place: Place, problems: Problems) -> Table:
+    if path.is_dir():
+        near = _near_files(path / "sixfold.toml")
+        problems.add(
+            f"{path} is a folder",
+            rule="a configuration is one file",
+            fix=f"use {' or '.join(near)}" if near else "name a file, or leave it out for the defaults",
+            touches=(EVERYTHING,),
+        )
+        return Table()
     if path.suffix.lower() not in SUFFIXES:
         problems.add(
             f"{path} ends in {show(path.suffix)}",

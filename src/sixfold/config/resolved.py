@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,23 @@ class Resolved:
         blocks += [f"[{section}]\n" + _block(section, values, self.origins) for section in SECTIONS]
         return "\n\n".join(blocks) + "\n"
 
+    def recall(self, text: str, file: Path) -> Resolved:
+        """A copy in which values read from `file` have the origins that `to_toml` noted in its `text`.
+
+        A run that is resumed reads its own `config.toml`; that is not where its values come from.
+        Origins of higher layers stay, and so does the place of a line without a note.
+        """
+        noted = _noted_origins(text)
+        return Resolved(
+            self.config,
+            {
+                path: noted.get((path, origin != DEFAULT), origin)
+                if origin == DEFAULT or origin.startswith(f"{file}:")
+                else origin
+                for path, origin in self.origins.items()
+            },
+        )
+
     def __str__(self) -> str:
         return self.to_toml()
 
@@ -89,6 +108,34 @@ def _block(section: str, values: Mapping[str, object], origins: Mapping[str, str
         else f"# {keys[path]} is unset ({_printable(origins[path])})"
         for path in paths
     )
+
+
+_SECTION = re.compile(r"\[(.+)\]")
+_SET = re.compile(r"(\w+) = ")
+_UNSET = re.compile(r"# (\w+) is unset \((.*)\)")
+
+
+def _noted_origins(text: str) -> dict[tuple[str, bool], str]:
+    """The origins as `_block` wrote them, by dotted path and whether the line sets it."""
+    noted: dict[tuple[str, bool], str] = {}
+    section = ""
+    for line in text.splitlines():
+        if header := _SECTION.fullmatch(line):
+            section = header[1] + "."
+        elif unset := _UNSET.fullmatch(line):
+            noted[section + unset[1], False] = unset[2]
+        elif (setting := _SET.match(line)) and (note := _note_behind(line)):
+            noted[section + setting[1], True] = note
+    return noted
+
+
+def _note_behind(line: str) -> str:
+    """The comment of a `key = value  # comment`: it begins at the first mark that is no part of the value."""
+    for mark in re.finditer("#", line):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            tomllib.loads(line[: mark.start()])
+            return line[mark.end() :].strip()
+    return ""
 
 
 def _toml(value: object) -> str:

@@ -39,7 +39,7 @@ class Loader:
         dataset: has `__len__` and `__getitem__`, the same on every rank.
         global_batch: samples per batch over all ranks.
         seed: root of the order and of the dataset's own random numbers.
-        data_rank, data_ranks: which part of each batch to give, see `order.share`.
+        data_rank, data_ranks: which part of each batch to give, see `plan.batch.share`.
         start: global sample number to begin at, the `state` of an earlier loader.
         shuffle: another permutation every epoch; False gives the dataset's own order.
         collate: makes a batch of a list of samples; torch's default unless given.

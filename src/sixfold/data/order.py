@@ -1,8 +1,8 @@
 """The order of samples as a pure function of (seed, global sample number).
 
 Called by `stream` and `loader`. Every epoch is another permutation, computed for the numbers asked for
-and never materialised, so one counter is the whole state of a run's data. Knows no ranks except in
-`share`, which cuts a global batch.
+and never materialised, so one counter is the whole state of a run's data. Knows no ranks: who feeds
+which part of a global batch is said by `plan.batch.share`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,6 @@ def indices_at(seed: int, numbers: Indices, num_samples: int) -> Indices:
         here = epochs == epoch
         indices[here] = _permute(_round_keys(seed, int(epoch)), positions[here], num_samples)
     return indices
-
-
-def share(global_batch: int, data_rank: int, data_ranks: int) -> range:
-    """The contiguous part of a global batch that `data_rank` of `data_ranks` feeds.
-
-    Parts differ by at most one sample; with more ranks than samples some are empty.
-    """
-    return range(data_rank * global_batch // data_ranks, (data_rank + 1) * global_batch // data_ranks)
 
 
 def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:

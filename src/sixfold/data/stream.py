@@ -47,7 +47,7 @@ class TokenStream:
 
         Args:
             first: samples consumed by all ranks before this batch.
-            numbers: places in the batch, as `order.share` gives them; empty is legal.
+            numbers: places in the batch, as `plan.batch.share` gives them; empty is legal.
 
         Returns:
             int64 [len(numbers), sequence_length + 1].

@@ -16,7 +16,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +39,8 @@ _BROKEN_LINK = re.compile(
     r"|wait timeout after \d+ms|waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )
+
+_NUMBERED = re.compile(r"\s*\d+\. ")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ class Failure:
     fix: str
     exit_code: int
     victim: bool
+
+    @property
+    def problems(self) -> list[str]:
+        """Where an error for users lists several problems, the first two; the traceback has them all."""
+        listed = self.message.splitlines()[1:] if self.rule else []
+        numbered = [line for line in listed if _NUMBERED.match(line)]
+        return [line.strip()[:500] for line in (numbered or listed) if line.strip()][:2]
 
     @property
     def headline(self) -> str:
@@ -146,6 +155,16 @@ def from_exit(code: int, *, rank: int, step: int | None, when: float, log_tail: 
     )
 
 
+def from_early_end(*, rank: int, step: int | None, when: float, log_tail: str) -> Failure:
+    """Describe a rank that ended with code 0 while others still counted on it; arguments as `from_exit`."""
+    after = "before its first update" if step is None else f"after update {step}"
+    return replace(
+        from_exit(0, rank=rank, step=step, when=when, log_tail=log_tail),
+        message=f"rank {rank} ended {after} while others went on",
+        fix="let every rank make the same number of updates; this one left with exit code 0",
+    )
+
+
 def is_victim(error: BaseException) -> bool:
     """Whether an exception, or one it grew out of, only says that the connection to another rank broke."""
     return any(isinstance(e, RuntimeError) and _BROKEN_LINK.search(str(e)) for e in _chain(error))
@@ -159,9 +178,10 @@ def causal(failures: Sequence[Failure]) -> Failure:
 def render(
     cause: Failure, *, world_size: int, others: Sequence[Failure] = (), log: Path | None = None
 ) -> str:
-    """The message: within five lines rank, step, exception and the user's line; then the traceback."""
+    """The message: within five lines rank, step, exception, problems and the user's line; then the rest."""
     at = "before its first step" if cause.step is None else f"at step {cause.step}"
     lines = [f"sixfold: rank {cause.rank} of {world_size} failed {at}", cause.headline]
+    lines += [f"    {problem}" for problem in cause.problems]
     if cause.where:
         lines += [f"at {cause.where}", f"    {cause.source}"]
     lines += [f"{label}: {text}" for label, text in (("rule", cause.rule), ("fix", cause.fix)) if text]

@@ -33,7 +33,7 @@ from typing import Literal
 
 from sixfold.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WORKER
 from sixfold.launch import guardian
-from sixfold.launch.failure import Failure, causal, from_exit, render
+from sixfold.launch.failure import Failure, causal, from_early_end, from_exit, render
 from sixfold.launch.streams import Relay
 from sixfold.launch.worker import SCRATCH, failure_path, read_progress
 
@@ -280,7 +280,22 @@ class Job:
                 code, tail = one.process.returncode, self._log_tail(one.rank)
                 failures.append(from_exit(code, rank=one.rank, step=step, when=one.ended_at, log_tail=tail))
                 self._keep(failures[-1])
+        if failures and all(failure.victim for failure in failures):
+            failures += self._early_ends()
         return failures
+
+    def _early_ends(self) -> list[Failure]:
+        """Ranks that left in peace, where all that is known otherwise is that connections broke."""
+        return [
+            from_early_end(
+                rank=one.rank,
+                step=read_progress(self.scratch, one.rank)[1],
+                when=one.ended_at,
+                log_tail=self._log_tail(one.rank),
+            )
+            for one in self._ranks
+            if one.ended_at is not None and one.process.returncode == 0
+        ]
 
     def _keep(self, failure: Failure) -> None:
         with contextlib.suppress(OSError):  # the failure may be that this disk is full

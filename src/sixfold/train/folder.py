@@ -5,6 +5,7 @@ Made by rank 0 or by the launcher; read again by `--resume`. It knows names of f
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,24 @@ from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.config import Resolved
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+
+
+def check_place(into: Path | None, parent: Path) -> None:
+    """Notice, before anything costs time, that no run folder can be made `into` a place or under `parent`.
+
+    Raises:
+        ConfigError: a file is in the way, the place cannot be written, or `into` holds a run.
+    """
+    folder = into if into is not None else parent
+    if into is not None:
+        _refuse_second_run(into)
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise _unwritable(folder, errno.ENOTDIR)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, errno.EACCES)
 
 
 def new_folder(parent: Path) -> Path:
@@ -32,7 +51,7 @@ def new_folder(parent: Path) -> Path:
                 continue
             return folder
     except OSError as error:
-        raise _unwritable(parent, error) from error
+        raise _unwritable(parent, error.errno) from error
     raise AssertionError(f"a thousand runs began in {parent} within one second")
 
 
@@ -42,16 +61,11 @@ def open_folder(folder: Path) -> Path:
     Raises:
         ConfigError: it holds another run, or cannot be written.
     """
-    if (folder / CONFIG).exists():
-        raise ConfigError(
-            f"--into {folder}: a run is there already",
-            rule="a run folder holds one run",
-            fix=f"go on with it by --resume {folder}, or name another folder",
-        )
+    _refuse_second_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error.errno) from error
     return folder
 
 
@@ -80,9 +94,18 @@ def write_config(folder: Path, resolved: Resolved) -> None:
     temporary.replace(folder / CONFIG)
 
 
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
+def _refuse_second_run(folder: Path) -> None:
+    if os.path.exists(folder / CONFIG):  # unlike Path.exists, no error where a parent is closed to us
+        raise ConfigError(
+            f"--into {folder}: a run is there already",
+            rule="a run folder holds one run",
+            fix=f"go on with it by --resume {folder}, or name another folder",
+        )
+
+
+def _unwritable(folder: Path, code: int | None) -> ConfigError:
     return ConfigError(
-        f"cannot make the run folder {folder}: {error.strerror or error}",
+        f"cannot make the run folder {folder}: {os.strerror(code or errno.EIO)}",
         rule="a run writes its configuration, metrics and checkpoints into a folder of its own",
         fix="set train.folder, or give --into, to a folder that can be written",
     )

@@ -52,7 +52,8 @@ def resolve(request: Request) -> Resolved:
             fix=f"drop {other}; single values can be changed with --set",
         )
     if request.resume is not None:
-        return load(run_to_resume(request.resume) / CONFIG, overrides=request.overrides)
+        file = run_to_resume(request.resume) / CONFIG
+        return load(file, overrides=request.overrides).recall(file.read_text(), file)
     return load(request.config, overrides=request.overrides, recipe=RECIPE)
 
 
@@ -64,10 +65,10 @@ def decide_compute(resolved: Resolved) -> Resolved:
         return resolved.decide({"precision.compute": "bf16"}, "computing on a GPU")
     if fast_bf16():
         return resolved.decide(
-            {"precision.compute": "bf16"}, "this processor multiplies bf16 faster than fp32"
+            {"precision.compute": "bf16"}, "this processor has instructions that multiply bf16"
         )
     return resolved.decide(
-        {"precision.compute": "fp32"}, "this processor multiplies fp32 no slower than bf16"
+        {"precision.compute": "fp32"}, "this processor is not known to multiply bf16 faster"
     )
 
 

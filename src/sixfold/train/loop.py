@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sixfold.base.errors import CheckpointError, ConfigError
-from sixfold.checkpoint import latest
+from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved
 from sixfold.data.corpus import prepare
 from sixfold.data.stream import TokenStream
@@ -31,7 +30,8 @@ from sixfold.parallel import DTYPES
 from sixfold.plan import decide_batch
 from sixfold.train import job
 from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
-from sixfold.train.folder import CHECKPOINTS, new_folder, open_folder, write_config
+from sixfold.train.folder import new_folder, open_folder, write_config
+from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 
 REHEARSALS = 3
@@ -45,7 +45,13 @@ def train(request: job.Request, session: Session) -> None:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
     with Console(sys.stdout) as console:
-        run = _set_up(request, console)
+        resolved = _note_launch(job.decide_compute(job.resolve(request)))
+        standing = stand(request.resume, resolved) if request.resume is not None else None
+        if standing is not None and standing.is_complete:
+            if session.rank == 0:
+                console.say(str(standing))
+            return
+        run = _set_up(request, resolved, standing, console)
         # In the end it is saved before it is measured: a failure of the latter then costs nothing.
         callbacks: Sequence[Callback] = (Metrics(run), Checkpoints(run), Evaluations(run))
         _settle_steps(run)
@@ -66,8 +72,7 @@ def train(request: job.Request, session: Session) -> None:
         run.engine.close()
 
 
-def _set_up(request: job.Request, console: Console) -> Run:
-    resolved = _note_launch(job.decide_compute(job.resolve(request)))
+def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
     engine = initialize(job.build_model(resolved, corpus), config=resolved)
@@ -86,8 +91,9 @@ def _set_up(request: job.Request, console: Console) -> Run:
         console=console,
     )
     run.say(f"{engine.plan}\nbatch       {run.batch}")
-    if request.resume is not None:
-        _continue(run)
+    if standing is not None:
+        engine.load(standing.newest)
+        run.say(str(standing))
     if run.is_first:
         run.journal = Journal(folder, engine.num_steps, warn=console.say)
     return run
@@ -115,18 +121,6 @@ def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
     if rank != 0:
         return ""
     return str(open_folder(request.into) if request.into is not None else new_folder(parent))
-
-
-def _continue(run: Run) -> None:
-    newest = latest(run.folder / CHECKPOINTS)
-    if newest is None:
-        raise CheckpointError(
-            f"{run.folder / CHECKPOINTS} holds no complete checkpoint",
-            rule="a run is resumed from its newest complete checkpoint",
-            fix="start it anew without --resume; it was stopped before its first save",
-        )
-    run.engine.load(newest)
-    run.say(f"resumed     after update {run.engine.num_steps} from {newest}")
 
 
 def _settle_steps(run: Run) -> None:
