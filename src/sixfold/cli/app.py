@@ -38,6 +38,18 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+Into = Annotated[
+    Path | None,
+    typer.Option(
+        "--into",
+        parser=_path,
+        metavar="FOLDER",
+        help="Run folder to make. Unset: a new one named after the time, under train.folder or runs/.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")]
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -63,18 +75,8 @@ def train(
         Path | None,
         typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
     ] = None,
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            "--into",
-            parser=_path,
-            metavar="FOLDER",
-            help="Run folder to make, in place of a new one under train.folder.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")
-    ] = False,
+    into: Into = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a language model on text, on every rank of this machine.
 
@@ -99,18 +101,8 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Compute threads per rank. Unset: cores / ranks.")
     ] = None,
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            "--into",
-            parser=_path,
-            metavar="FOLDER",
-            help="Folder for the ranks' logs. Unset: a new one under runs/.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be started; start and write nothing.")
-    ] = False,
+    into: Into = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run your own script on every rank of this machine."""
     from sixfold.cli.run import run_script
