@@ -181,7 +181,7 @@ def ended_job(tmp_path: Path, codes: list[int]) -> Job:
     """A job whose ranks have ended; their processes are real ones that did nothing else."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    job = Job([], tmp_path / "run", scratch, {}, None, StopRequests(), None, world_size=len(codes))
+    job = Job([], tmp_path / "run", scratch, {}, None, StopRequests(), world_size=len(codes))
     for rank, code in enumerate(codes):
         process = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
         process.wait()

@@ -19,7 +19,7 @@ import typer
 from sixfold.base.errors import ConfigError
 from sixfold.launch import discover, launch, nodes
 from sixfold.launch.resources import default_ranks, default_threads
-from sixfold.train.folder import new_folder, open_folder
+from sixfold.train.folder import make_folder
 
 
 def run_script(
@@ -50,7 +50,7 @@ def run_script(
     return launch(
         command,
         ranks=count,
-        run_folder=open_folder(into) if into is not None else new_folder(Path("runs")),
+        run_folder=make_folder(into, Path("runs")),
         threads=threads or default_threads(count),
         node=node,
     )

@@ -19,7 +19,7 @@ from sixfold.data.sources import list_files, source_folder
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.folder import check_place, new_folder, open_folder, run_to_resume
+from sixfold.train.folder import check_place, make_folder, run_to_resume
 from sixfold.train.job import Request, decide_compute, resolve
 from sixfold.train.resume import stand
 
@@ -51,8 +51,7 @@ def run_train(request: Request, *, dry_run: bool) -> int:
     if request.resume is not None:
         folder = run_to_resume(request.resume)
     else:
-        parent = resolved.config.train.folder
-        folder = open_folder(request.into) if request.into is not None else new_folder(parent)
+        folder = make_folder(request.into, resolved.config.train.folder)
     return launch(
         [sys.executable, "-m", "sixfold", "train", *_arguments(request, folder)],
         ranks=ranks,

@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,6 @@ class Job:
     environ: dict[str, str]
     threads: int | None
     asked: StopRequests
-    on_tick: Callable[[], None] | None
     world_size: int = 0
     _ranks: list[_Rank] = field(default_factory=list)
     _relay: Relay | None = None
@@ -129,8 +128,6 @@ class Job:
     def poll(self) -> State:
         """Look at every rank, answer signals and time limits; "failed" means: end what is left."""
         now = time.monotonic()
-        if self.on_tick is not None:
-            self.on_tick()
         for one in self._ranks:
             if one.ended_at is None and one.process.poll() is not None:
                 one.ended_at = time.time()

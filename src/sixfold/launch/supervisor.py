@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sixfold.base.errors import EXIT_INTERRUPTED, ConfigError
@@ -30,7 +30,6 @@ def launch(
     environ: Mapping[str, str] | None = None,
     threads: int | None = None,
     node: NodePlacement | None = None,
-    on_tick: Callable[[], None] | None = None,
 ) -> int:
     """Run `command` as `ranks` processes and wait for their end.
 
@@ -41,7 +40,6 @@ def launch(
         environ: variables to add for the ranks.
         threads: compute threads per rank, as OMP_NUM_THREADS; None leaves the variable alone.
         node: this machine's place when several run the same launch; None for this machine alone.
-        on_tick: called about twenty times a second while ranks run.
 
     Returns:
         The exit code: 0 done, 130 interrupted and stopped in order, the `exit_code` of a SixfoldError
@@ -52,7 +50,7 @@ def launch(
     """
     _check(command, ranks, node)
     with _scratch_folder() as scratch, _signals_counted() as asked:
-        job = Job(list(command), run_folder, scratch, dict(environ or {}), threads, asked, on_tick)
+        job = Job(list(command), run_folder, scratch, dict(environ or {}), threads, asked)
         # Torch is loaded here and no earlier: command line help and config checks import this file.
         from sixfold.launch.agent import run_agent
 

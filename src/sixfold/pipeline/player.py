@@ -57,7 +57,7 @@ class Player:
 
     Args:
         state: whose verbs are called.
-        optimizer: what `step` runs; None where nothing is trained.
+        optimizer: what `step` runs.
         clip_norm: bound on the global gradient norm, None for none.
     """
 

@@ -34,6 +34,15 @@ def check_place(into: Path | None, parent: Path) -> None:
         raise _unwritable(folder, errno.EACCES)
 
 
+def make_folder(into: Path | None, parent: Path) -> Path:
+    """The folder of a new run: `into` where it is given, else one named after the time under `parent`.
+
+    Raises:
+        ConfigError: `into` holds another run, or the place cannot be written.
+    """
+    return open_folder(into) if into is not None else new_folder(parent)
+
+
 def new_folder(parent: Path) -> Path:
     """Make an empty run folder named after the time, under `parent`.
 

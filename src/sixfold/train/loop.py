@@ -30,7 +30,7 @@ from sixfold.parallel import DTYPES
 from sixfold.plan import decide_batch
 from sixfold.train import job
 from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
-from sixfold.train.folder import new_folder, open_folder, write_config
+from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 
@@ -120,7 +120,7 @@ def _note_launch(resolved: Resolved) -> Resolved:
 def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
     if rank != 0:
         return ""
-    return str(open_folder(request.into) if request.into is not None else new_folder(parent))
+    return str(make_folder(request.into, parent))
 
 
 def _settle_steps(run: Run) -> None:
@@ -166,7 +166,6 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
     meter = _meter(run)
     targets = run.batch.size * run.resolved.config.data.sequence_length
     while run.engine.num_steps < run.total_steps:
-        session.step = run.engine.num_steps + 1
         meter.start()
         loss = run.engine.train_step(run.next_batch())
         assert run.engine.last is not None, "train_step leaves a result"
