@@ -86,7 +86,7 @@ class BatchConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How many ranks along each axis."""
+    """How many ranks along each axis, and what its blocks do for memory and speed."""
 
     data: Positive | None = None
     """Data-parallel ranks. Unset: all ranks that the other axes leave."""
@@ -102,6 +102,11 @@ class LayoutConfig(Section):
     """Ranks along the context axis."""
     expert: Positive = 1
     """Ranks along the expert axis."""
+    recompute: Literal["full", "selective"] | None = None
+    """What backward computes again in each repeated block, to keep less from forward: "full" everything,
+    "selective" all but matrix products with weights and fused attention. Unset: nothing."""
+    compile: str | None = None
+    """Backend of `torch.compile` for each repeated block, for example "inductor". Unset: not compiled."""
 
 
 class PrecisionConfig(Section):

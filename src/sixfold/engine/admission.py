@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from sixfold.base.errors import ModelError
-from sixfold.config import Config, Resolved
+from sixfold.config import Config, LayoutConfig, Resolved
 from sixfold.mesh import Mesh
-from sixfold.parallel import BATCH_NORMS, ModuleFacts, dtype_name
+from sixfold.parallel import BATCH_NORMS, ModuleFacts, check_backend, check_blocks, dtype_name
 
 _log = logging.getLogger(__name__)
 _USED = (
@@ -95,6 +96,16 @@ def check_batch_stats(facts: ModuleFacts, asked: Config, mesh: Mesh) -> None:
             rule="batch statistics depend on how the batch is cut, so the layout would change the numbers",
             fix='set model.batch_stats = "micro" to take them over each micro-batch, or use GroupNorm',
         )
+
+
+def check_block_options(
+    model: nn.Module, blocks: list[str], layout: LayoutConfig, place: torch.device
+) -> None:
+    """Raise ModelError or ConfigError where blocks cannot be recomputed or compiled as asked."""
+    if layout.recompute is not None or layout.compile is not None:
+        check_blocks(model, blocks, layout.recompute)
+    if layout.compile is not None:
+        check_backend(layout.compile, place)
 
 
 def tell_idle_settings(resolved: Resolved) -> None:

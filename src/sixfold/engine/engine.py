@@ -67,6 +67,7 @@ class Engine:
         loss_form: LossForm,
         persistence: Persistence,
         learning_rate: LearningRate,
+        restore_forwards: Callable[[], None],
     ) -> None:
         self.module = module
         self.resolved = resolved
@@ -82,6 +83,7 @@ class Engine:
         self._last_weight: float | None = None
         self._is_closed = False
         self._streams = streams
+        self._restore_forwards = restore_forwards
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
         self._written_out = WrittenOut(self._player)
@@ -314,8 +316,9 @@ class Engine:
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
-        """End the process group that `initialize` started, and take the hooks off the module."""
+        """End the process group that `initialize` started; take hooks and forwards off the module."""
         self._is_closed = True
+        self._restore_forwards()
         self.state.remove()
         self.mesh.close()
 

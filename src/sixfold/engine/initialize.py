@@ -16,12 +16,18 @@ import torch.distributed as dist
 from torch import nn
 
 from sixfold.config import Config, Resolved, load
-from sixfold.engine.admission import check_agreement, check_batch_stats, check_model, tell_idle_settings
+from sixfold.engine.admission import (
+    check_agreement,
+    check_batch_stats,
+    check_block_options,
+    check_model,
+    tell_idle_settings,
+)
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import materialize, module_facts
+from sixfold.parallel import change_forwards, materialize, module_facts, repeated_blocks
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
@@ -65,6 +71,8 @@ def initialize(
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
+    blocks = repeated_blocks(model)
+    check_block_options(model, blocks, asked.layout, place)
     facts = module_facts(model)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
@@ -84,6 +92,7 @@ def initialize(
         materialize(model, streams)
     else:
         model.to(place)
+    restore_forwards = change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile)
     made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
     facts = module_facts(model, [group["params"] for group in made.param_groups])
     plan = decide(asked, facts.parameters, mesh.world_size)
@@ -103,6 +112,7 @@ def initialize(
             model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
         ),
         learning_rate=learning_rate,
+        restore_forwards=restore_forwards,
     )
 
 

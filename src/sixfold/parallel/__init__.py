@@ -3,7 +3,26 @@
 The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
-from sixfold.parallel.facts import BATCH_NORMS, DTYPES, ModuleFacts, dtype_name, module_facts
+from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.facts import (
+    BATCH_NORMS,
+    DTYPES,
+    ModuleFacts,
+    dtype_name,
+    module_facts,
+    repeated_blocks,
+)
 from sixfold.parallel.materialize import materialize
 
-__all__ = ["BATCH_NORMS", "DTYPES", "ModuleFacts", "dtype_name", "materialize", "module_facts"]
+__all__ = [
+    "BATCH_NORMS",
+    "DTYPES",
+    "ModuleFacts",
+    "change_forwards",
+    "check_backend",
+    "check_blocks",
+    "dtype_name",
+    "materialize",
+    "module_facts",
+    "repeated_blocks",
+]
