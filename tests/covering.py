@@ -6,11 +6,15 @@ Used to generate parametrised tests; the full product stays available under the 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, islice, product
 from typing import Any
 
 Case = dict[str, Any]
+Pair = tuple[tuple[str, Any], ...]
+
+CANDIDATES = 60
+"""Cases that one round chooses from: more make the set a little smaller and its making slower."""
 
 
 def all_cases(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
@@ -20,17 +24,38 @@ def all_cases(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool
 
 
 def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
-    """Legal combinations that hold every pair of values which any legal combination holds; greedy."""
-    candidates = all_cases(factors, legal)
-    random.Random(0).shuffle(candidates)
-    pairs_of = [_pairs(case) for case in candidates]
-    missing = set().union(*pairs_of)
+    """Legal combinations that hold every pair of values which any legal combination holds; greedy.
+
+    Each round takes a pair that is still missing and, of some random legal cases around it, the one that
+    brings most missing pairs along; the whole product is scanned only around pairs that look illegal.
+    """
+    draw = random.Random(0)
+    fixed = [dict(pair) for pair in _all_pairs(factors)]
+    missing = {tuple(pair.items()) for pair in fixed if _drawn(factors, legal, pair, draw, 1)}
     chosen: list[Case] = []
-    while missing:
-        best = max(range(len(candidates)), key=lambda index: len(pairs_of[index] & missing))
-        missing -= pairs_of[best]
-        chosen.append(candidates[best])
+    for pair in fixed:
+        if tuple(pair.items()) in missing:
+            candidates = _drawn(factors, legal, pair, draw, CANDIDATES)
+            best = max(candidates, key=lambda case: len(_pairs(case) & missing))
+            missing -= _pairs(best)
+            chosen.append(best)
     return chosen
+
+
+def _drawn(
+    factors: Mapping[str, Sequence[Any]],
+    legal: Callable[[Case], bool],
+    fixed: Case,
+    draw: random.Random,
+    count: int,
+) -> list[Case]:
+    """Up to `count` legal cases that hold `fixed`; none only where there is none."""
+    tries = (
+        {name: fixed[name] if name in fixed else draw.choice(values) for name, values in factors.items()}
+        for _ in range(10 * count + 40)
+    )
+    found = list(islice(filter(legal, tries), count))
+    return found or all_cases({**factors, **{name: (value,) for name, value in fixed.items()}}, legal)[:1]
 
 
 def label(case: Case) -> str:
@@ -38,5 +63,11 @@ def label(case: Case) -> str:
     return "-".join(str(value) for value in case.values())
 
 
-def _pairs(case: Case) -> set[tuple[Any, ...]]:
+def _all_pairs(factors: Mapping[str, Sequence[Any]]) -> Iterator[Pair]:
+    for one, other in combinations(factors, 2):
+        for pair in product(factors[one], factors[other]):
+            yield (one, pair[0]), (other, pair[1])
+
+
+def _pairs(case: Case) -> set[Pair]:
     return set(combinations(case.items(), 2))

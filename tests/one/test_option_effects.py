@@ -229,6 +229,8 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
     "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
     "layout.shard": ({"layout.zero": 2}, 1, lambda bench, changes: group_size(bench, changes)),
+    "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
+    "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
@@ -246,6 +248,27 @@ def residency_text(bench: Lab, changes: dict[str, Any]) -> str:
 
 def group_size(bench: Lab, changes: dict[str, Any]) -> int:
     return decide_geometry(bench.resolved(changes).config.layout, 2).shard
+
+
+def num_runs(bench: Lab, changes: dict[str, Any]) -> int:
+    """How often a part of the first block runs in one update."""
+    engine = bench.engine(changes)
+    calls: list[int] = []
+    block: Any = engine.module.get_submodule("model.layers.0.mlp")
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    engine.train_step({"tokens": tokens()})
+    return len(calls)
+
+
+def own_code_runs(bench: Lab, changes: dict[str, Any]) -> bool:
+    """Whether the lines of a block run as they are written, and not as a compiled graph."""
+    engine = bench.engine(changes)
+    seen: list[bool] = []
+    part: Any = engine.module.get_submodule("model.layers.0.mlp")
+    own = part.forward
+    part.forward = lambda x: seen.append(torch.compiler.is_compiling()) or own(x)
+    engine.train_step({"tokens": tokens()})
+    return not any(seen)
 
 
 def folder_of_launch(bench: Lab, changes: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "num_groups": (1, 2),
     "clip_norm": (None, 0.3),
     "loop": ("train_step", "written_out"),
+    "recompute": (None, "full", "selective"),
 }
 
 
@@ -35,7 +37,8 @@ def legal(case: Case) -> bool:
     grouped_by_config = case["given"] == "config" and case["num_groups"] > 1
     shared_by_one = case["ranks"] == 1 and case["shares"] != "even"
     cut_in_groups = case["groups"] > 1 and (case["zero"] == 0 or case["ranks"] % case["groups"] > 0)
-    return not grouped_by_config and not shared_by_one and not cut_in_groups
+    without_blocks = case["model"] == "recommender" and case["recompute"] is not None
+    return not (grouped_by_config or shared_by_one or cut_in_groups or without_blocks)
 
 
 CASES = covering(FACTORS, legal)
@@ -64,7 +67,9 @@ def test_cases_cover_every_pair() -> None:
             if one < other
         }
 
-    assert pairs(CASES) == pairs(all_cases(FACTORS, legal))
+    # Of a product this large some thousand cases hold every pair many times over.
+    some = random.Random(1).sample(all_cases(FACTORS, legal), 5000)
+    assert pairs(CASES) == pairs(some)
     assert len(CASES) < 40
 
 
@@ -96,7 +101,8 @@ def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float]
     task = plain.TASKS[case["model"]]
     model = task.build().to(dtype)
     kind, settings = plain.OPTIMIZERS[case["optimizer"]]
-    config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {"zero": case["zero"]}}
+    config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {}}
+    config["layout"] |= {"zero": case["zero"], "recompute": case["recompute"]}
     if case["zero"]:
         config["layout"]["shard"] = case["ranks"] // case["groups"]
     if case["clip_norm"] is not None:
