@@ -123,8 +123,8 @@ def test_two_losses_and_two_engines_share_a_process() -> None:
             made = torch.tanh(first.module(x))
         second.backward(-second(made).mean())
         second.step()
-    assert plain.largest_difference(first.module, maker) < 1e-12
-    assert plain.largest_difference(second.module, judge) < 1e-12
+    assert plain.farthest(dict(first.module.named_parameters()), maker) < 1e-12
+    assert plain.farthest(dict(second.module.named_parameters()), judge) < 1e-12
 
 
 def evaluate(engine: Engine) -> None:
@@ -355,7 +355,7 @@ def test_recomputed_and_compiled_blocks_follow_one_process(how: str, zero: int) 
     mine = plain.cuts(plain.NUM_SAMPLES, engine.data_ranks, "uneven", 1)[engine.data_rank]
     for step in range(STEPS):
         engine.train_step(x[step][mine.start : mine.stop].clone())
-    assert plain.largest_difference(engine.module, reference) < 1e-10
+    assert plain.farthest(dict(engine.module.named_parameters()), reference) < 1e-10
     torch.compiler.reset()
 
 
@@ -452,7 +452,7 @@ def test_any_other_optimizer_sees_whole_parameters() -> None:
         task.loss(reference, task.batch(step)).backward()
         optimizer.step()
         engine.train_step(share(engine, "decoder", step))
-    assert plain.largest_difference(engine.module, reference) < 1e-10
+    assert plain.farthest(dict(engine.module.named_parameters()), reference) < 1e-10
     assert engine.bound.named_state()["model.norm.weight"]["norm"].shape == ()
 
 

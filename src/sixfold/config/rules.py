@@ -176,14 +176,28 @@ def _master(master: str | None, compute: str | None) -> Verdict:
     )
 
 
-@_rule("layout.shard", "layout.zero")
-def _shard_cuts_something(shard: int | None, zero: int | None) -> Verdict:
-    if shard is None or zero:
+_SPREADS = ("layout.parameters", "layout.gradients", "layout.optimizer")
+
+
+@_rule("layout.shard", "layout.zero", *_SPREADS)
+def _shard_cuts_something(shard: int | None, zero: int | None, *spreads: str | None) -> Verdict:
+    if shard is None or zero or {"group", "all"} & set(spreads):
         return None
     return (
         "layout.shard is the size of the groups that model state is cut over; layout.zero = 0 (also when "
         "unset) cuts nothing",
         "set layout.zero = 3 (or 1 or 2), or leave layout.shard unset",
+    )
+
+
+@_rule("layout.prefetch_mb", "layout.zero", "layout.parameters")
+def _prefetch_needs_cut_parameters(budget: float | None, zero: int | None, parameters: str | None) -> Verdict:
+    is_cut = parameters != "whole" if parameters is not None else zero == 3
+    if budget is None or is_cut:
+        return None
+    return (
+        "layout.prefetch_mb bounds what is gathered ahead, and whole parameters are never gathered",
+        "set layout.zero = 3, or leave layout.prefetch_mb unset",
     )
 
 
