@@ -81,7 +81,8 @@ OPTIONAL = {
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard",
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
     "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
-    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.eval_every",
+    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps",
+    "train.eval_every",
     "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
 }  # fmt: skip
 
