@@ -370,6 +370,13 @@ def test_without_blocks(model: nn.Module, layout: dict[str, str]) -> None:
     refused(ModelError, "no repeated blocks", model, **layout)
 
 
+def test_named_blocks_alone_are_changed() -> None:
+    model: Any = plain.TASKS["decoder"].build()
+    engine_of(model, recompute="full", blocks=["model.layers.1.mlp"])
+    changed = [name for name, part in model.named_modules() if "forward" in vars(part)]
+    assert changed == ["model.layers.1.mlp"]
+
+
 def test_model_that_recomputes_by_itself() -> None:
     model: Any = plain.TASKS["llama"].build()
     model.gradient_checkpointing_enable()

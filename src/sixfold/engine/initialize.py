@@ -27,7 +27,7 @@ from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import change_forwards, materialize, module_facts, repeated_blocks
+from sixfold.parallel import block_names, change_forwards, materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
@@ -71,9 +71,9 @@ def initialize(
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
-    blocks = repeated_blocks(model)
+    blocks = block_names(model, asked.layout.blocks)
     check_block_options(model, blocks, asked.layout, place)
-    facts = module_facts(model)
+    facts = module_facts(model, blocks=blocks)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
@@ -89,14 +89,15 @@ def initialize(
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
     if facts.on_meta:
-        materialize(model, streams)
-    else:
-        model.to(place)
+        materialize(model, asked.seed, mesh)
+    move_buffers(model, place)
     restore_forwards = change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile)
     made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
-    facts = module_facts(model, [group["params"] for group in made.param_groups])
+    groups = [group["params"] for group in made.param_groups]
+    facts = module_facts(model, groups, blocks=blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
-    state = ModelState(model, plan, mesh)
+    prefetch_mb = asked.layout.prefetch_mb
+    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
     state.share_buffers(model.buffers())
     bound = bind(made, state)
     return Engine(

@@ -8,21 +8,22 @@ from sixfold.parallel.facts import (
     BATCH_NORMS,
     DTYPES,
     ModuleFacts,
+    block_names,
     dtype_name,
     module_facts,
-    repeated_blocks,
 )
-from sixfold.parallel.materialize import materialize
+from sixfold.parallel.materialize import materialize, move_buffers
 
 __all__ = [
     "BATCH_NORMS",
     "DTYPES",
     "ModuleFacts",
+    "block_names",
     "change_forwards",
     "check_backend",
     "check_blocks",
     "dtype_name",
     "materialize",
     "module_facts",
-    "repeated_blocks",
+    "move_buffers",
 ]

@@ -120,10 +120,10 @@ def check_blocks(model: nn.Module, names: Iterable[str], recompute: Recompute | 
     if not blocks_to_change(model, names):
         raise ModelError(
             f"layout.recompute or layout.compile with a {type(model).__name__} that has no repeated blocks",
-            rule="both work on repeated blocks: modules of one class, with parameters and a forward of "
-            "several operations, in a ModuleList or Sequential",
-            fix="write the repeated part as a Module and keep its copies in a torch.nn.ModuleList, or leave "
-            "layout.recompute and layout.compile unset",
+            rule="both work on blocks with a forward of several operations: those in layout.blocks, or else "
+            "modules of one class in a ModuleList or Sequential",
+            fix='name them, for example layout.blocks = ["encoder.layer.*"], or leave layout.recompute and '
+            "layout.compile unset",
         )
     itself = any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules())
     if recompute is not None and itself:
