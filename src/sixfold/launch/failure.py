@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import linecache
-import os
 import re
 import signal
-import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,15 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sixfold.base.errors import EXIT_USAGE, EXIT_WORKER, SixfoldError
-
-_PACKAGE = str(Path(__file__).parents[1])
-_LIBRARIES = tuple(
-    os.path.join(path, "")
-    for path in {
-        _PACKAGE,
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    }
-)
+from sixfold.base.places import is_library
 
 # What the transports say when the *other* end died, hung or never came.
 _BROKEN_LINK = re.compile(
@@ -232,13 +222,8 @@ def _users_line(error: BaseException, trace: TracebackType | None) -> tuple[str,
     frames = list(traceback.walk_tb(trace))
     if not frames:
         return "", ""
-    theirs = [(frame, line) for frame, line in frames if not _is_library(frame.f_code.co_filename)]
+    theirs = [(frame, line) for frame, line in frames if not is_library(frame.f_code.co_filename)]
     frame, line = (theirs or frames)[-1]
     code = frame.f_code
     text = linecache.getline(code.co_filename, line, frame.f_globals).strip()
     return f"{code.co_filename}:{line}, in {code.co_name}", text
-
-
-def _is_library(file: str) -> bool:
-    installed = f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file
-    return installed or file.startswith(("<frozen", *_LIBRARIES))

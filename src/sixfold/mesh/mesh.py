@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -22,7 +23,9 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from sixfold.base.errors import MeshError
-from sixfold.mesh.group import Group, Pending
+from sixfold.base.ring import ranks_text
+from sixfold.mesh.dispatch import Dispatcher, Pending
+from sixfold.mesh.group import Group
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import Spread
@@ -88,7 +91,27 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        return Pending([dist.all_reduce(tensor, async_op=True)])
+        return self.dispatcher.start(
+            "all-reduce", self._everyone, tensor, lambda: [dist.all_reduce(tensor, async_op=True)]
+        )
+
+    @cached_property
+    def dispatcher(self) -> Dispatcher:
+        """What every exchange of this rank goes through."""
+        return Dispatcher()
+
+    @cached_property
+    def _everyone(self) -> str:
+        return ranks_text(range(self.world_size))
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around work in which ranks wait for each other longer than in an update.
+
+        Args:
+            name: "start", "step", "save", "load" or any other; one without a timeout of its own has
+                that of "step".
+        """
+        return self.dispatcher.phase(name)
 
     @cached_property
     def scratch(self) -> Scratch:
@@ -126,7 +149,9 @@ class Mesh:
         """Start to copy rank 0's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
-        return Pending([dist.broadcast(tensor, src=0, async_op=True)])
+        return self.dispatcher.start(
+            "broadcast", self._everyone, tensor, lambda: [dist.broadcast(tensor, src=0, async_op=True)]
+        )
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
@@ -143,11 +168,15 @@ class Mesh:
 
         return sums
 
+    def everyones(self, *numbers: float) -> list[list[float]]:
+        """A few numbers of each data rank, by data rank, in fp64, the same on every rank."""
+        before, after = self.data_rank * len(numbers), (self.data_ranks - self.data_rank - 1) * len(numbers)
+        flat = self.total(*[0.0] * before, *numbers, *[0.0] * after)
+        return [flat[start : start + len(numbers)] for start in range(0, len(flat), len(numbers))]
+
     def largest(self, number: int) -> int:
         """The largest of the data ranks' numbers."""
-        everyones = [0.0] * self.data_ranks
-        everyones[self.data_rank] = float(number)
-        return round(max(self.total(*everyones)))
+        return round(max(theirs for (theirs,) in self.everyones(float(number))))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""
@@ -227,7 +256,8 @@ class Mesh:
         ]
         mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
         is_native = len(mine) > 1 and self.device.type == "cuda"
-        return Group(mine, self.rank, self.scratch, self._native(mine) if is_native else None)
+        native = self._native(mine) if is_native else None
+        return Group(mine, self.rank, self.scratch, native, self.dispatcher)
 
     def _native(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         if len(ranks) == self.world_size:
@@ -237,7 +267,9 @@ class Mesh:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(rows, tensor)
+        self.dispatcher.start(
+            "all-gather", self._everyone, tensor, lambda: [dist.all_gather(rows, tensor, async_op=True)]
+        ).wait()
         return rows
 
 

@@ -1,0 +1,153 @@
+"""The dispatcher: every exchange between ranks goes through it, whatever carries it.
+
+`Mesh` and `Group` start their exchanges here. Each is numbered within its group and recorded, with what
+is sent and the source line, before it starts, when it is waited for and when it has ended; so whoever
+reads the ring of a rank knows what it did last. It never decides what is sent and never waits itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from sixfold.base.places import place_of
+from sixfold.base.ring import Ring, exchange_text
+
+
+class Carried(Protocol):
+    """What a transport hands out for something under way, as torch.distributed's Work."""
+
+    def wait(self) -> object:
+        """Block until the tensor may be used."""
+
+    def is_completed(self) -> bool:
+        """Whether it has arrived, without blocking."""
+
+
+class Dispatcher:
+    """Numbers and records the exchanges of one rank.
+
+    Attributes:
+        ring: where they are recorded.
+        phase_name: what the rank is doing at large; timeouts depend on it.
+        on_broken: called with the error when an exchange breaks; it may end the process.
+    """
+
+    def __init__(self) -> None:
+        self.ring = Ring()
+        self.phase_name = "start"
+        self.on_broken: Callable[[RuntimeError], None] | None = None
+        self._counts: dict[str, int] = {}
+        self._under_way: list[tuple[int, Sequence[Carried]]] = []
+
+    def start(
+        self,
+        op: str,
+        group: str,
+        tensor: torch.Tensor,
+        call: Callable[[], Sequence[Carried | None]],
+        finish: Callable[[], None] | None = None,
+    ) -> Pending:
+        """Start one exchange of a group.
+
+        Args:
+            op: its name, "all-reduce" say.
+            group: its ranks, as `ranks_text` writes them.
+            tensor: what is exchanged; recorded by size and type.
+            call: starts it; one exchange may be carried in several pieces.
+            finish: what is left to do when all pieces have arrived.
+        """
+        number = self._counts.get(group, 0) + 1
+        self._counts[group] = number
+        numel, dtype = tensor.numel(), str(tensor.dtype)
+        place = place_of(sys._getframe(2), besides="mesh")
+        ring = self.ring
+        serial = ring.post(exchange_text(number, op, numel, dtype, numel * tensor.itemsize, group, place))
+        ring.want(serial)  # a backend may block here already
+        try:
+            works = [work for work in call() if work is not None]
+        except RuntimeError as error:
+            self._broken(error)
+            raise
+        ring.want(serial, wanted=False)
+        return Pending(works, finish, (self, serial))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside the block exchanges have the patience of another phase."""
+        before = self.phase_name
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def settle(self) -> None:
+        """Note what has ended on a device by now though nobody blocked for it."""
+        for each in list(self._under_way):
+            if all(work.is_completed() for work in each[1]):
+                self._under_way.remove(each)
+                self.ring.over(each[0])
+
+    def finish(self, serial: int, works: Sequence[Carried], rest: Callable[[], None] | None) -> None:
+        """Block until an exchange that `start` began has ended, and note it; called by `Pending` alone."""
+        self.ring.want(serial)
+        try:
+            for work in works:
+                work.wait()
+            if rest is not None:
+                rest()
+        except RuntimeError as error:
+            self._broken(error)
+            raise
+        if all(work.is_completed() for work in works):
+            self.ring.over(serial)
+        else:  # on a GPU waiting only orders streams
+            self._under_way.append((serial, works))
+
+    def _enter(self, name: str) -> None:
+        self.phase_name = name
+        self.ring.write("phase", name)
+
+    def _broken(self, error: RuntimeError) -> None:
+        if self.on_broken is not None:
+            self.on_broken(error)
+
+
+class Pending:
+    """An exchange under way; `wait` returns when its tensor may be used.
+
+    Args:
+        works: its pieces.
+        finish: what is left to do when they have arrived.
+        record: the dispatcher and the serial under which it is recorded; None where nothing is sent,
+            and for several exchanges that are waited for as one.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Carried] = (),
+        finish: Callable[[], None] | None = None,
+        record: tuple[Dispatcher, int] | None = None,
+    ) -> None:
+        self._works = works
+        self._finish = finish
+        self._record = record
+
+    def wait(self) -> None:
+        """Block until it has finished; at once when nothing was sent or it was waited for before."""
+        works, self._works = self._works, ()
+        finish, self._finish = self._finish, None
+        record, self._record = self._record, None
+        if record is not None:
+            dispatcher, serial = record
+            dispatcher.finish(serial, works, finish)
+            return
+        for work in works:
+            work.wait()
+        if finish is not None:
+            finish()
