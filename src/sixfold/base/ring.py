@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SLOTS = 64
 _SLOT_BYTES = 256
@@ -64,7 +64,8 @@ class Position:
         exchanges: the latest, oldest first.
         pid: its process.
         beat: when it last gave a sign of life, in seconds since the epoch of its own clock.
-        is_alive: whether it still gives signs of life, as far as can be known.
+        is_alive: whether its process lives, as far as can be known.
+        silent_s: how long ago its last beat was.
     """
 
     phase: str
@@ -74,6 +75,7 @@ class Position:
     pid: int = 0
     beat: float = 0.0
     is_alive: bool = True
+    silent_s: float = 0.0
 
     @property
     def blocked(self) -> Exchange | None:
@@ -89,10 +91,6 @@ class Position:
         """An exchange by its number; None when it has not been posted, or was long ago."""
         found = [each for each in self.exchanges if (each.group, each.number) == (group, number)]
         return found[0] if found else None
-
-    def gone(self) -> Position:
-        """The same rank, known to be dead."""
-        return replace(self, is_alive=False)
 
 
 class Ring:

@@ -67,6 +67,7 @@ class Engine:
         loss_form: LossForm,
         persistence: Persistence,
         learning_rate: LearningRate,
+        end_watch: Callable[[], None],
     ) -> None:
         self.module = module
         self.resolved = resolved
@@ -81,6 +82,7 @@ class Engine:
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._is_closed = False
+        self._end_watch = end_watch
         self._streams = streams
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
@@ -300,7 +302,8 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        self._persistence.save(Path(folder).expanduser(), counters)
+        with self.mesh.phase("save"):
+            self._persistence.save(Path(folder).expanduser(), counters)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
@@ -309,14 +312,16 @@ class Engine:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
-        counters = self._persistence.load(Path(folder).expanduser())
+        with self.mesh.phase("load"):
+            counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
-        """End the process group that `initialize` started, and take the hooks off the module."""
+        """End what `initialize` started, the process group too, and take the hooks off the module."""
         self._is_closed = True
         self.state.remove()
+        self._end_watch()
         self.mesh.close()
 
     def _stream(self, micro: int, forward: int = 0) -> Any:
@@ -328,6 +333,8 @@ class Engine:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
 
     def _count_update(self, result: StepResult) -> None:
+        # Until here ranks may take long: kernels are chosen, modules compiled.
+        self.mesh.dispatcher.enter("step")
         self.num_steps += 1
         self.num_samples += result.samples
         self._last_weight = result.weight

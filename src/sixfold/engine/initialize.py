@@ -19,6 +19,7 @@ from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import check_agreement, check_batch_stats, check_model, tell_idle_settings
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
+from sixfold.engine.watch import backend_timeout_s, watch
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import materialize, module_facts
@@ -69,13 +70,16 @@ def initialize(
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
+    address = _address(placement)
     mesh = Mesh.form(
         draft.geometry,
         place,
         rank=_rank(placement),
-        address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
-        timeout_s=asked.launch.timeout_s,
+        address=address,
+        meet_s=asked.launch.start_timeout_s,
+        timeout_s=backend_timeout_s(asked.launch),
     )
+    end_watch = watch(mesh, address, asked.launch)
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
@@ -103,6 +107,7 @@ def initialize(
             model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
         ),
         learning_rate=learning_rate,
+        end_watch=end_watch,
     )
 
 
@@ -124,6 +129,14 @@ def _rank(placement: Placement | None) -> int:
     if dist.is_initialized():
         return dist.get_rank()
     return placement.rank if placement else 0
+
+
+def _address(placement: Placement | None) -> str | None:
+    """Where the ranks meet or, in a process group that the script formed, most likely met."""
+    if placement is not None:
+        return f"{placement.master_addr}:{placement.master_port}"
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return f"{host}:{port}" if host and port and dist.is_initialized() else None
 
 
 def _own_device(placement: Placement | None) -> torch.device:

@@ -26,9 +26,13 @@ _BROKEN_LINK = re.compile(
     r"gloo.*(closed by peer|reset by peer|broken pipe|timed out waiting|pair closure|connectFullMesh failed)"
     r"|ncclRemoteError|remote process exited|communicator was aborted|watchdog caught collective"
     r"|connection was likely closed|failed to recv, got 0 bytes|recvVector failed|sendBytes failed"
+    r"|Received data size doesn't match expected size"
     r"|wait timeout after \d+ms|waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )
+
+HANG = "hang"
+"""The `kind` of a failure that was judged from what all ranks did."""
 
 _NUMBERED = re.compile(r"\s*\d+\. ")
 
@@ -75,7 +79,7 @@ class Failure:
     @property
     def headline(self) -> str:
         """Exception and the first line of its message, in one line."""
-        first = self.message.strip().partition("\n")[0][:500]
+        first = self.message.strip().partition("\n")[0][: 1000 if self.kind == HANG else 500]
         return ": ".join(part for part in (self.kind, first) if part)
 
     def write(self, path: Path) -> None:
@@ -155,6 +159,32 @@ def from_early_end(*, rank: int, step: int | None, when: float, log_tail: str) -
     )
 
 
+def from_hang(verdict: str, *, fix: str, positions: Sequence[str], rank: int, step: int | None) -> Failure:
+    """Describe a hang.
+
+    Args:
+        verdict: one line that names who is behind it.
+        fix: a change that helps.
+        positions: a line about each rank.
+        rank: who is behind it, the first of several.
+        step: the last step that was announced where it was found out.
+    """
+    return Failure(
+        rank=rank,
+        step=step,
+        time=time.time(),
+        kind=HANG,
+        message=verdict,
+        where="",
+        source="",
+        details="\n".join(positions) + "\n",
+        rule="every rank issues the same exchanges in the same order, in time",
+        fix=fix,
+        exit_code=EXIT_WORKER,
+        victim=False,
+    )
+
+
 def is_victim(error: BaseException) -> bool:
     """Whether an exception, or one it grew out of, only says that the connection to another rank broke."""
     return any(isinstance(e, RuntimeError) and _BROKEN_LINK.search(str(e)) for e in _chain(error))
@@ -170,7 +200,10 @@ def render(
 ) -> str:
     """The message: within five lines rank, step, exception, problems and the user's line; then the rest."""
     at = "before its first step" if cause.step is None else f"at step {cause.step}"
-    lines = [f"sixfold: rank {cause.rank} of {world_size} failed {at}", cause.headline]
+    if cause.kind == HANG:
+        lines = [f"sixfold: {cause.headline}"]
+    else:
+        lines = [f"sixfold: rank {cause.rank} of {world_size} failed {at}", cause.headline]
     lines += [f"    {problem}" for problem in cause.problems]
     if cause.where:
         lines += [f"at {cause.where}", f"    {cause.source}"]

@@ -76,15 +76,20 @@ class Dispatcher:
         ring.want(serial, wanted=False)
         return Pending(works, finish, (self, serial))
 
+    def enter(self, name: str) -> None:
+        """From now on exchanges have the patience of another phase."""
+        self.phase_name = name
+        self.ring.write("phase", name)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Inside the block exchanges have the patience of another phase."""
         before = self.phase_name
-        self._enter(name)
+        self.enter(name)
         try:
             yield
         finally:
-            self._enter(before)
+            self.enter(before)
 
     def settle(self) -> None:
         """Note what has ended on a device by now though nobody blocked for it."""
@@ -108,10 +113,6 @@ class Dispatcher:
             self.ring.over(serial)
         else:  # on a GPU waiting only orders streams
             self._under_way.append((serial, works))
-
-    def _enter(self, name: str) -> None:
-        self.phase_name = name
-        self.ring.write("phase", name)
 
     def _broken(self, error: RuntimeError) -> None:
         if self.on_broken is not None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 # Imported later (torch.optim does so at its first step) they keep the group's threads alive for ever,
 # and the process may abort on its way out.
 import torch.distributed.nn.functional
+from torch.distributed.rendezvous import rendezvous
 
 from sixfold.base.errors import MeshError
 from sixfold.base.ring import ranks_text
@@ -49,22 +50,33 @@ class Mesh:
 
     @classmethod
     def form(
-        cls, geometry: Geometry, device: torch.device, *, rank: int, address: str | None, timeout_s: float
+        cls,
+        geometry: Geometry,
+        device: torch.device,
+        *,
+        rank: int,
+        address: str | None,
+        meet_s: float,
+        timeout_s: float,
     ) -> Mesh:
         """Join all ranks; a default process group that already exists is used as it is.
 
         Args:
             rank: this process.
             address: "host:port" where rank 0 listens; None for a process of its own.
-            timeout_s: how long a collective waits for other ranks.
+            meet_s: how long to wait until all ranks have come.
+            timeout_s: the backend's own limit on one exchange.
         """
         if geometry.world_size == 1 or dist.is_initialized():
             return cls(geometry, rank, device)
+        world_size, patience = geometry.world_size, timedelta(seconds=meet_s)
+        meeting = rendezvous(f"tcp://{address}", rank, world_size, timeout=patience)
+        store, *_ = next(meeting)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            store=store,
             rank=rank,
-            world_size=geometry.world_size,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
         mesh = cls(geometry, rank, device, owns_group=True)
