@@ -14,10 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Block = bytes | bytearray | mmap.mmap
 SLOTS = 64
 _SLOT_BYTES = 256
 _TEXT_BYTES = _SLOT_BYTES - 24
-_HEAD_BYTES = 1024
+_BOARD_AT, _CELLS = 1024, 64
+_CELL = struct.Struct("<QII")  # number, which group, what is exchanged
+_HEAD_BYTES = _BOARD_AT + _CELLS * _CELL.size
 _SIZE = _HEAD_BYTES + SLOTS * _SLOT_BYTES
 _FACTS = struct.Struct("<Qd")  # process id, time of the last beat
 _FACTS_AT, _FIELDS_AT = 0, {"phase": (16, 48), "here": (64, 320), "end": (384, 640)}
@@ -135,6 +138,11 @@ class Ring:
         )
         return serial
 
+    def announce(self, group_key: int, number: int, content_key: int) -> None:
+        """Put up what is exchanged under a number of a group, for `differs` of other ranks."""
+        at = _BOARD_AT + (group_key + number) % _CELLS * _CELL.size
+        _CELL.pack_into(self._block, at, number, group_key, content_key)
+
     def want(self, serial: int, *, wanted: bool = True) -> None:
         """Somebody begins to wait for it, or no longer does."""
         self._mark(serial, _WANTED, time.time() if wanted else 0.0)
@@ -156,6 +164,13 @@ class Ring:
             _TIME.pack_into(self._block, _HEAD_BYTES + serial % SLOTS * _SLOT_BYTES + offset, when)
 
 
+def differs(block: Block, group_key: int, number: int, content_key: int) -> bool:
+    """Whether the rank behind `block` has announced something else under this number of a group."""
+    at = _BOARD_AT + (group_key + number) % _CELLS * _CELL.size
+    found = _CELL.unpack_from(block, at)
+    return found[:2] == (number, group_key) and found[2] != content_key
+
+
 def exchange_text(
     number: int, op: str, numel: int, dtype: str, num_bytes: int, group: str, place: str
 ) -> str:
@@ -163,8 +178,9 @@ def exchange_text(
     return f"{number}|{op}|{numel}|{dtype}|{num_bytes}|{group}|{place}"
 
 
-def read(block: bytes) -> Position:
+def read(live: Block) -> Position:
     """Read what a `Ring` has written; a slot that is just being written is left out."""
+    block = bytes(live)
     pid, beat = _FACTS.unpack_from(block, _FACTS_AT)
     fields = {
         name: block[start : start + size].rstrip(b"\0").decode(errors="replace")
@@ -189,6 +205,15 @@ def read(block: bytes) -> Position:
         )
     exchanges = tuple(each for _, each in sorted(found, key=lambda pair: pair[0]))
     return Position(fields["phase"], fields["here"], fields["end"], exchanges, pid, beat)
+
+
+def opened(path: str) -> Block | None:
+    """The block of another rank of this host, as it changes; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # not there, or not yet as long as it will be
+        return None
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

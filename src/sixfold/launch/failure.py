@@ -191,8 +191,13 @@ def is_victim(error: BaseException) -> bool:
 
 
 def causal(failures: Sequence[Failure]) -> Failure:
-    """The failure to tell: the earliest that is no victim, else the earliest."""
-    return min(failures, key=lambda failure: (failure.victim, failure.time))
+    """The failure to tell: the earliest that is no victim, else the earliest.
+
+    A hang was judged from what all ranks did: it explains the deaths that it made.
+    """
+    told = [failure for failure in failures if failure.kind]
+    known = told if any(failure.kind == HANG for failure in told) else failures
+    return min(known, key=lambda failure: (failure.victim, failure.time))
 
 
 def render(

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
+from zlib import crc32
 
 import torch
 
+from sixfold.base.errors import MeshError
 from sixfold.base.places import place_of
-from sixfold.base.ring import Ring, exchange_text
+from sixfold.base.ring import Block, Ring, differs, exchange_text, ranks_of
 
 
 class Carried(Protocol):
@@ -35,13 +37,16 @@ class Dispatcher:
         ring: where they are recorded.
         phase_name: what the rank is doing at large; timeouts depend on it.
         on_broken: called with the error when an exchange breaks; it may end the process.
+        neighbours: the rings of other ranks on this host, by rank, as far as they are known.
     """
 
     def __init__(self) -> None:
         self.ring = Ring()
         self.phase_name = "start"
         self.on_broken: Callable[[RuntimeError], None] | None = None
+        self.neighbours: dict[int, Block] = {}
         self._counts: dict[str, int] = {}
+        self._members: dict[str, list[int]] = {}
         self._under_way: list[tuple[int, Sequence[Carried]]] = []
 
     def start(
@@ -60,6 +65,10 @@ class Dispatcher:
             tensor: what is exchanged; recorded by size and type.
             call: starts it; one exchange may be carried in several pieces.
             finish: what is left to do when all pieces have arrived.
+
+        Raises:
+            MeshError: another rank of this host exchanges something else in this place. Nothing was sent:
+                backends abort the process that receives what it does not expect, or give wrong sums.
         """
         number = self._counts.get(group, 0) + 1
         self._counts[group] = number
@@ -68,6 +77,14 @@ class Dispatcher:
         ring = self.ring
         serial = ring.post(exchange_text(number, op, numel, dtype, numel * tensor.itemsize, group, place))
         ring.want(serial)  # a backend may block here already
+        strangers = self._strangers(group, number, f"{op} {numel} {dtype}")
+        if strangers:
+            self._broken(RuntimeError("ranks differ"))
+            raise MeshError(
+                f"{op} #{number} of {numel} x {dtype} at {place}, where rank(s) {strangers} have another",
+                rule="the ranks of a group issue the same exchanges in the same order",
+                fix="call it on every rank, with tensors of one size and type",
+            )
         try:
             works = [work for work in call() if work is not None]
         except RuntimeError as error:
@@ -113,6 +130,19 @@ class Dispatcher:
             self.ring.over(serial)
         else:  # on a GPU waiting only orders streams
             self._under_way.append((serial, works))
+
+    def _strangers(self, group: str, number: int, content: str) -> list[int]:
+        """The members on this host that are known to exchange something else under this number."""
+        group_key, content_key = crc32(group.encode()), crc32(content.encode())
+        self.ring.announce(group_key, number, content_key)
+        members = self._members.get(group)
+        if members is None:
+            members = self._members[group] = ranks_of(group)
+        return [
+            rank
+            for rank in members
+            if rank in self.neighbours and differs(self.neighbours[rank], group_key, number, content_key)
+        ]
 
     def _broken(self, error: RuntimeError) -> None:
         if self.on_broken is not None:

@@ -20,12 +20,15 @@ from typing import Literal
 from sixfold.base.ring import Exchange, Position, ranks_of
 from sixfold.base.units import bytes_text, duration_text
 
-Kind = Literal["skipped", "mismatched", "died", "slow", "network"]
-_WEIGHT: tuple[Kind, ...] = ("skipped", "mismatched", "died", "slow")
+Kind = Literal["skipped", "mismatched", "died", "left", "slow", "network"]
+_WEIGHT: tuple[Kind, ...] = ("skipped", "mismatched", "died", "left", "slow")
+LEFT = "has ended"
+"""The last word of a rank that ended in peace, while others may still count on it."""
 _FIX: dict[Kind, str] = {
     "skipped": "let every rank reach this line, or none: look for a condition on rank or data before it",
     "mismatched": "exchange tensors of one size and type on every rank",
     "died": "look into the log of that rank",
+    "left": "let every rank make the same number of updates",
     "slow": "if the work at that line takes so long, raise the timeout of its phase, as launch.timeout_s",
     "network": "check the links between these ranks, or raise launch.timeout_s if they are slow",
 }
@@ -81,6 +84,16 @@ def judge(positions: Mapping[int, Position | None]) -> Verdict | None:
         headline=headline,
         fix=_FIX[kind],
         lines=tuple(_line(rank, positions[rank]) for rank in sorted(positions)),
+    )
+
+
+def is_complete(positions: Mapping[int, Position | None], own: Position) -> bool:
+    """Whether everyone has come to what `own` waits for, or has ended: then it shows who is alone."""
+    blocked = own.blocked
+    return blocked is not None and all(
+        position is None or not _lives(position) or position.number_in(blocked.group) >= blocked.number
+        for rank in ranks_of(blocked.group)
+        for position in [positions.get(rank)]
     )
 
 
@@ -171,7 +184,8 @@ def _blamed(scene: _Scene, group: str, number: int) -> list[_Deed]:
         if parting is not None:
             found.append(parting)
         elif position is None or (not _lives(position) and not _has_ended(position, group, number)):
-            found.append(_Deed("died", rank, scene.usual(group, number)))
+            kind: Kind = "left" if position is not None and position.end == LEFT else "died"
+            found.append(_Deed(kind, rank, scene.usual(group, number)))
         elif position.number_in(group) < number:
             found.append(_Deed("slow", rank, scene.usual(group, number)))
     return found
@@ -251,6 +265,8 @@ def _headline(scene: _Scene, kind: Kind, deeds: list[_Deed]) -> str:
     elif kind == "died":
         reason = f": {position.end}" if position is not None and position.end else ""
         text = f"{who} died before the end of {exchange}{reason}"
+    elif kind == "left":
+        text = f"{who} ended before {exchange}"
     else:
         text = f"{who} is slow and has not come to {exchange}"
         text = text.replace(" is slow and has", " are slow and have") if len(deeds) > 1 else text

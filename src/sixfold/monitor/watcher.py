@@ -26,16 +26,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sixfold.base.places import place_of
-from sixfold.base.ring import Position, Ring, read
-from sixfold.monitor.verdict import Verdict, judge
+from sixfold.base.ring import Block, Position, Ring, opened, read
+from sixfold.monitor.verdict import LEFT, Verdict, is_complete, judge
 
 QUIET_S = 1.0
 ALARMED_S = 0.25
 SETTLE_S = 0.2
 """After a broken exchange: time for the processes that it takes along to end."""
+COME_S = 4.0
+"""After a broken exchange: time for the others to come to it too, so that it shows who is alone."""
+MEET_S = 30.0
+"""How long rings of other ranks are looked for on this host."""
 ANSWER_S = 2.5
 """How long a verdict waits for rings from other hosts."""
-EXPLAIN_S = 6.0
+EXPLAIN_S = 8.0
 """How long an error of a broken exchange is held back for a verdict."""
 
 
@@ -54,6 +58,7 @@ class Recorded(Protocol):
 
     ring: Ring
     phase_name: str
+    neighbours: dict[int, Block]
     on_broken: Callable[[RuntimeError], None] | None
 
     def settle(self) -> None: ...
@@ -91,6 +96,7 @@ class Watcher:
         self._quiet_s = min(QUIET_S, min(timeouts.values()) / 4)
         self._main = threading.main_thread().ident
         self._is_broken = self._is_over = False
+        self._began = self._broken_at = time.monotonic()
         self._wake = threading.Event()
         self._alarms = 0
         self._answers_by: float | None = None
@@ -106,6 +112,7 @@ class Watcher:
 
     def explain(self, error: RuntimeError) -> None:
         """Hold back the error of a broken exchange; returns if no rank is found to blame for it."""
+        self._broken_at = time.monotonic()
         self._is_broken = True
         self._wake.set()
         deadline = time.monotonic() + EXPLAIN_S
@@ -129,12 +136,14 @@ class Watcher:
         with contextlib.suppress(Exception):  # the store may have ended before
             self._store.set(f"ring/{self._rank}", self._ring.snapshot())
         self._remove(self._rank)
+        self._watched.neighbours.clear()
 
     # The thread.
 
     def _run(self) -> None:
         while not self._is_over:
-            self._wake.wait(ALARMED_S if self._is_late(0.5) else self._quiet_s)
+            self._meet_neighbours()
+            self._wake.wait(ALARMED_S if self._is_broken or self._is_late(0.5) else self._quiet_s)
             self._wake.clear()
             if self._is_over:
                 return
@@ -147,6 +156,13 @@ class Watcher:
                 # Without its store, which may have died with the rank that kept it, and in whatever else
                 # may happen to a watcher: what lies on this host must do.
                 self._judge_alone()
+
+    def _meet_neighbours(self) -> None:
+        known = self._watched.neighbours
+        if len(known) < self._world_size - 1 and time.monotonic() - self._began < MEET_S:
+            for rank in range(self._world_size):
+                if rank != self._rank and rank not in known and (block := opened(self._path(rank))):
+                    known[rank] = block
 
     def _is_late(self, part: float = 1.0) -> bool:
         blocked = self._ring.position().blocked
@@ -168,16 +184,20 @@ class Watcher:
         if self._is_broken:
             time.sleep(SETTLE_S)
         if self._answers_by is None:
-            far = [rank for rank in range(self._world_size) if not os.path.exists(self._path(rank))]
+            far = [rank for rank in range(self._world_size) if self._near(rank) is None]
             self._asked = {rank: self._sent(rank) for rank in far}
             self._answers_by = time.monotonic() + (ANSWER_S if far else 0.0)
             self._store.add("alarms", 1)
         if time.monotonic() >= self._answers_by:
-            self._judge()
+            self._judge(is_last=not self._is_broken or time.monotonic() - self._broken_at > COME_S)
 
-    def _judge(self) -> None:
+    def _judge(self, *, is_last: bool) -> None:
+        """Have the verdict made; unless `is_last`, only when all have come to what broke or have died."""
+        positions = {rank: self._position(rank) for rank in range(self._world_size)}
+        if not is_last and not is_complete(positions, self._ring.position()):
+            return
+        verdict = self._verdict(positions)
         self._answers_by = None
-        verdict = self._verdict({rank: self._position(rank) for rank in range(self._world_size)})
         if verdict is None:
             self._is_broken = False
             return
@@ -188,8 +208,7 @@ class Watcher:
     def _judge_alone(self) -> None:
         if not self._is_broken and not self._is_late():
             return
-        near = {rank: self._near(rank) for rank in range(self._world_size)}
-        verdict = self._verdict({**near, self._rank: self._ring.position()})
+        verdict = self._verdict({rank: self._near(rank) for rank in range(self._world_size)})
         self._is_broken = False
         if verdict is not None:
             self._end(verdict)
@@ -203,8 +222,8 @@ class Watcher:
         return verdict if is_told else None
 
     def _end(self, verdict: Verdict | None) -> None:
+        # An exchange that breaks from now on is held back until the process has ended.
         self._is_over = True
-        self._watched.on_broken = None
         self._remove(self._rank)
         if verdict is not None:
             for rank in verdict.guilty:  # it may have died
@@ -222,11 +241,10 @@ class Watcher:
 
     def _near(self, rank: int) -> Position | None:
         """The position of a rank on this host."""
-        try:
-            with open(self._path(rank), "rb") as file:
-                position = read(file.read())
-        except OSError:
+        block = opened(self._path(rank)) if rank != self._rank else self._ring.snapshot()
+        if block is None:
             return None
+        position = read(block)
         silent_s = max(0.0, time.time() - position.beat)
         return replace(position, silent_s=silent_s, is_alive=_is_running(position.pid))
 
@@ -235,8 +253,6 @@ class Watcher:
         return self._store.get(key) if self._store.check([key]) else None
 
     def _position(self, rank: int) -> Position | None:
-        if rank == self._rank:
-            return self._ring.position()
         near = self._near(rank)
         if near is not None:
             return near
@@ -263,4 +279,4 @@ def _is_running(pid: int) -> bool:
 def _last_words() -> str:
     """How a plain script ends: with the exception that was printed, or in peace."""
     error = getattr(sys, "last_value", None)
-    return f"ended with {type(error).__name__}: {error}" if error is not None else "has ended"
+    return f"ended with {type(error).__name__}: {error}" if error is not None else LEFT
