@@ -19,9 +19,9 @@ from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import check_agreement, check_batch_stats, check_model, tell_idle_settings
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
-from sixfold.engine.watch import backend_timeout_s, watch
+from sixfold.engine.watch import meet, watch
 from sixfold.launch import Placement, discover
-from sixfold.mesh import Mesh, Streams
+from sixfold.mesh import Streams
 from sixfold.parallel import materialize, module_facts
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
@@ -71,14 +71,7 @@ def initialize(
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
     address = _address(placement)
-    mesh = Mesh.form(
-        draft.geometry,
-        place,
-        rank=_rank(placement),
-        address=address,
-        meet_s=asked.launch.start_timeout_s,
-        timeout_s=backend_timeout_s(asked.launch),
-    )
+    mesh = meet(draft.geometry, place, _rank(placement), address, asked.launch)
     end_watch = watch(mesh, address, asked.launch)
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)

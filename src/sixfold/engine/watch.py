@@ -1,6 +1,6 @@
-"""Sets a hang watcher beside this rank: its store, its patience and what it does with a verdict.
+"""How long ranks wait for each other, and what happens when it was too long.
 
-Called by `initialize` once per mesh, before the first exchange. It decides nothing about hangs: the
+`initialize` calls `meet` and, before the first exchange, `watch`. Nothing is decided here about hangs: the
 monitor room judges, the session of the launch room ends the process.
 """
 
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from sixfold.config import LaunchConfig
@@ -20,6 +21,7 @@ from sixfold.launch.failure import from_hang
 from sixfold.mesh import Mesh
 from sixfold.monitor.verdict import Verdict
 from sixfold.monitor.watcher import Watcher
+from sixfold.plan.geometry import Geometry
 
 _log = logging.getLogger(__name__)
 _serials = itertools.count()
@@ -37,9 +39,18 @@ def timeouts_of(asked: LaunchConfig) -> dict[str, float]:
     }
 
 
-def backend_timeout_s(asked: LaunchConfig) -> float:
-    """The backend's own limit, which ends a rank without a verdict: longer than any patience of ours."""
-    return max(timeouts_of(asked).values()) + _BACKEND_LATER_S
+def meet(
+    geometry: Geometry, device: torch.device, rank: int, address: str | None, asked: LaunchConfig
+) -> Mesh:
+    """Form the mesh; its backend, which ends a rank without a verdict, has more patience than we."""
+    return Mesh.form(
+        geometry,
+        device,
+        rank=rank,
+        address=address,
+        meet_s=asked.start_timeout_s,
+        timeout_s=max(timeouts_of(asked).values()) + _BACKEND_LATER_S,
+    )
 
 
 def watch(mesh: Mesh, address: str | None, asked: LaunchConfig) -> Callable[[], None]:
