@@ -97,11 +97,15 @@ class Position:
 
 
 class Ring:
-    """The block of one rank: its latest exchanges and a few facts, written in place."""
+    """The block of one rank: its latest exchanges and a few facts, written in place.
+
+    Attributes:
+        num_posted: exchanges recorded so far.
+    """
 
     def __init__(self) -> None:
         self._block: bytearray | mmap.mmap = bytearray(_SIZE)
-        self._posted = 0
+        self.num_posted = 0
         self.write("phase", "start")
         self.beat("")
 
@@ -129,9 +133,9 @@ class Ring:
 
     def post(self, text: str) -> int:
         """Record an exchange that begins; `text` as `Ring.exchange_text` makes it. Returns its serial."""
-        serial = self._posted
+        serial = self.num_posted
         at = _HEAD_BYTES + serial % SLOTS * _SLOT_BYTES
-        self._posted = serial + 1
+        self.num_posted = serial + 1
         _MARKS.pack_into(self._block, at, time.time(), 0.0, 0.0)
         self._block[at + _MARKS.size : at + _SLOT_BYTES] = text.encode()[:_TEXT_BYTES].ljust(
             _TEXT_BYTES, b"\0"
@@ -160,7 +164,7 @@ class Ring:
         return read(self.snapshot())
 
     def _mark(self, serial: int, offset: int, when: float) -> None:
-        if self._posted - serial <= SLOTS:  # else the slot belongs to a later one
+        if self.num_posted - serial <= SLOTS:  # else the slot belongs to a later one
             _TIME.pack_into(self._block, _HEAD_BYTES + serial % SLOTS * _SLOT_BYTES + offset, when)
 
 

@@ -49,6 +49,11 @@ class Dispatcher:
         self._members: dict[str, list[int]] = {}
         self._under_way: list[tuple[int, Sequence[Carried]]] = []
 
+    @property
+    def num_exchanges(self) -> int:
+        """How many were started so far."""
+        return self.ring.num_posted
+
     def start(
         self,
         op: str,

@@ -147,15 +147,19 @@ class Watcher:
             self._wake.clear()
             if self._is_over:
                 return
-            self._watched.settle()
-            frame = sys._current_frames().get(self._main or 0)
-            self._ring.beat(place_of(frame, besides="mesh"))
-            try:
-                self._look()
-            except Exception:
-                # Without its store, which may have died with the rank that kept it, and in whatever else
-                # may happen to a watcher: what lies on this host must do.
-                self._judge_alone()
+            self.look()
+
+    def look(self) -> None:
+        """One round: leave a sign of life, listen to the others, judge if it is time."""
+        self._watched.settle()
+        frame = sys._current_frames().get(self._main or 0)
+        self._ring.beat(place_of(frame, besides="mesh"))
+        try:
+            self._listen()
+        except Exception:
+            # Without its store, which may have died with the rank that kept it, and in whatever else may
+            # happen to a watcher: what lies on this host must do.
+            self._judge_alone()
 
     def _meet_neighbours(self) -> None:
         known = self._watched.neighbours
@@ -169,8 +173,8 @@ class Watcher:
         timeout = self._timeouts.get(self._watched.phase_name, self._timeouts["step"])
         return blocked is not None and (blocked.wait_s or 0.0) > part * timeout
 
-    def _look(self) -> None:
-        """Listen to the others; when it is time, ask for their rings and judge."""
+    def _listen(self) -> None:
+        """Answer the others' alarms; when it is time, ask for their rings and judge."""
         alarms = self._store.add("alarms", 0)
         if alarms != self._alarms:
             self._alarms = alarms
