@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,20 @@ def test_a_link_at_the_end_of_a_chain() -> None:
     assert verdict.headline.startswith("ranks 2, 3 all wait in all-gather #1")
 
 
+def test_a_thousand_ranks_are_judged_in_a_moment() -> None:
+    everybody = "0-1023"
+    calls = [REDUCE, TOTAL] * 32
+    waiting = at(*calls, waits=12.0, group=everybody)
+    positions: dict[int, Position | None] = dict.fromkeys(range(1024), waiting)
+    positions[700] = at(*calls[:-2], TOTAL, waits=11.0, group=everybody)
+    positions[3] = at(*calls[:-1], group=everybody)
+    began = time.process_time()
+    verdict = judge(positions)
+    assert time.process_time() - began < 5.0
+    assert verdict is not None
+    assert (verdict.kind, verdict.guilty) == ("skipped", (700,))
+
+
 def test_without_anybody_waiting_there_is_no_verdict() -> None:
     assert judge({0: at(REDUCE), 1: at(REDUCE), 2: None}) is None
 
@@ -258,8 +273,8 @@ def test_a_ring_keeps_the_latest_exchanges_and_how_far_they_are() -> None:
     made = filled(ring.SLOTS + 5)
     last = ring.SLOTS + 4
     made.over(last - 1)
-    made.want(last)
-    made.want(0)  # long overwritten: no other is marked in its place
+    made.want(last, "unused")
+    made.over(0)  # long overwritten: no other is marked in its place
     made.write("phase", "save")
     made.beat("train.py:4")
     found = made.position()
@@ -269,6 +284,22 @@ def test_a_ring_keeps_the_latest_exchanges_and_how_far_they_are() -> None:
     assert found.blocked.number == last + 1
     assert (found.phase, found.here, found.number_in(ALL)) == ("save", "train.py:4", last + 1)
     made.over(last)
+    assert made.position().blocked is None
+
+
+def test_what_is_waited_for_is_in_the_ring_however_long_ago_it_was_posted() -> None:
+    made = Ring()
+    first = ring.exchange_text(1, "broadcast", 8, "torch.float32", 32, ALL, "train.py:3")
+    serial = made.post(first)
+    for number in range(2, ring.SLOTS + 10):
+        made.post(ring.exchange_text(number, "broadcast", 8, "torch.float32", 32, ALL, "train.py:3"))
+    serial = made.want(serial, first)
+    blocked = made.position().blocked
+    assert blocked is not None
+    assert (blocked.number, blocked.op) == (1, "broadcast")
+    made.leave(serial)
+    assert made.position().blocked is None
+    made.over(made.want(serial, first))
     assert made.position().blocked is None
 
 

@@ -147,9 +147,17 @@ class Ring:
         at = _BOARD_AT + (group_key + number) % _CELLS * _CELL.size
         _CELL.pack_into(self._block, at, number, group_key, content_key)
 
-    def want(self, serial: int, *, wanted: bool = True) -> None:
-        """Somebody begins to wait for it, or no longer does."""
-        self._mark(serial, _WANTED, time.time() if wanted else 0.0)
+    def want(self, serial: int, text: str) -> int:
+        """Somebody begins to wait for it; returns its serial, a new one if so many came since that its
+        slot belongs to another."""
+        if self.num_posted - serial > SLOTS:
+            serial = self.post(text)
+        self._mark(serial, _WANTED, time.time())
+        return serial
+
+    def leave(self, serial: int) -> None:
+        """Nobody waits for it any more, or not yet."""
+        self._mark(serial, _WANTED, 0.0)
 
     def over(self, serial: int) -> None:
         """It has ended here."""

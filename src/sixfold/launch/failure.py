@@ -185,6 +185,13 @@ def from_hang(verdict: str, *, fix: str, positions: Sequence[str], rank: int, st
     )
 
 
+def told_elsewhere(*, rank: int, step: int | None) -> Failure:
+    """Describe a rank that was ended because another has told a hang; arguments as `from_hang`."""
+    text = "the verdict is told where the rank runs that found it out"
+    hang = from_hang(text, fix="look at the output of the other machines", positions=(), rank=rank, step=step)
+    return replace(hang, victim=True)
+
+
 def is_victim(error: BaseException) -> bool:
     """Whether an exception, or one it grew out of, only says that the connection to another rank broke."""
     return any(isinstance(e, RuntimeError) and _BROKEN_LINK.search(str(e)) for e in _chain(error))

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from sixfold.base.errors import EXIT_INTERRUPTED, EXIT_WORKER
 from sixfold.launch.environment import Placement, discover
-from sixfold.launch.failure import Failure, from_exception, render
+from sixfold.launch.failure import Failure, from_exception, render, told_elsewhere
 
 SCRATCH = "SIXFOLD_SCRATCH"
 """Set by the launcher for its ranks: the folder through which they report to it."""
@@ -113,6 +113,8 @@ class Session:
             self._tell(found)
         if found is not None or self.supervised:  # the launcher hears it first, and ends the others
             time.sleep(HANG_LINGER_S)
+        if found is None and self.supervised:  # that launcher must be one of another machine
+            self._tell(told_elsewhere(rank=self.rank, step=self._step))
         self._leave(EXIT_WORKER)
 
     def _announce(self) -> None:

@@ -8,6 +8,7 @@ reads the ring of a rank knows what it did last. It never decides what is sent a
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -47,7 +48,7 @@ class Dispatcher:
         self.neighbours: dict[int, Block] = {}
         self._counts: dict[str, int] = {}
         self._members: dict[str, list[int]] = {}
-        self._under_way: list[tuple[int, Sequence[Carried]]] = []
+        self._under_way: deque[tuple[int, Sequence[Carried]]] = deque()
 
     @property
     def num_exchanges(self) -> int:
@@ -80,8 +81,8 @@ class Dispatcher:
         numel, dtype = tensor.numel(), str(tensor.dtype)
         place = place_of(sys._getframe(2), besides="mesh")
         ring = self.ring
-        serial = ring.post(exchange_text(number, op, numel, dtype, numel * tensor.itemsize, group, place))
-        ring.want(serial)  # a backend may block here already
+        text = exchange_text(number, op, numel, dtype, numel * tensor.itemsize, group, place)
+        serial = ring.want(ring.post(text), text)  # a backend may block here already
         strangers = self._strangers(group, number, f"{op} {numel} {dtype}")
         if strangers:
             self._broken(RuntimeError("ranks differ"))
@@ -95,8 +96,8 @@ class Dispatcher:
         except RuntimeError as error:
             self._broken(error)
             raise
-        ring.want(serial, wanted=False)
-        return Pending(works, finish, (self, serial))
+        ring.leave(serial)
+        return Pending(works, finish, (self, serial, text))
 
     def enter(self, name: str) -> None:
         """From now on exchanges have the patience of another phase."""
@@ -114,15 +115,15 @@ class Dispatcher:
             self.enter(before)
 
     def settle(self) -> None:
-        """Note what has ended on a device by now though nobody blocked for it."""
-        for each in list(self._under_way):
-            if all(work.is_completed() for work in each[1]):
-                self._under_way.remove(each)
-                self.ring.over(each[0])
+        """Note what has ended on a device by now though nobody blocked for it; they end in order."""
+        while self._under_way and all(work.is_completed() for work in self._under_way[0][1]):
+            self.ring.over(self._under_way.popleft()[0])
 
-    def finish(self, serial: int, works: Sequence[Carried], rest: Callable[[], None] | None) -> None:
+    def finish(
+        self, serial: int, text: str, works: Sequence[Carried], rest: Callable[[], None] | None
+    ) -> None:
         """Block until an exchange that `start` began has ended, and note it; called by `Pending` alone."""
-        self.ring.want(serial)
+        serial = self.ring.want(serial, text)
         try:
             for work in works:
                 work.wait()
@@ -135,6 +136,7 @@ class Dispatcher:
             self.ring.over(serial)
         else:  # on a GPU waiting only orders streams
             self._under_way.append((serial, works))
+            self.settle()
 
     def _strangers(self, group: str, number: int, content: str) -> list[int]:
         """The members on this host that are known to exchange something else under this number."""
@@ -160,7 +162,7 @@ class Pending:
     Args:
         works: its pieces.
         finish: what is left to do when they have arrived.
-        record: the dispatcher and the serial under which it is recorded; None where nothing is sent,
+        record: the dispatcher, and serial and text under which it is recorded; None where nothing is sent,
             and for several exchanges that are waited for as one.
     """
 
@@ -168,7 +170,7 @@ class Pending:
         self,
         works: Sequence[Carried] = (),
         finish: Callable[[], None] | None = None,
-        record: tuple[Dispatcher, int] | None = None,
+        record: tuple[Dispatcher, int, str] | None = None,
     ) -> None:
         self._works = works
         self._finish = finish
@@ -180,8 +182,8 @@ class Pending:
         finish, self._finish = self._finish, None
         record, self._record = self._record, None
         if record is not None:
-            dispatcher, serial = record
-            dispatcher.finish(serial, works, finish)
+            dispatcher, serial, text = record
+            dispatcher.finish(serial, text, works, finish)
             return
         for work in works:
             work.wait()

@@ -116,27 +116,28 @@ class _Scene:
     def __init__(self, positions: Mapping[int, Position | None]) -> None:
         self.positions = positions
         self.waits: dict[tuple[str, int], list[int]] = {}
+        self._usual: dict[tuple[str, int], Exchange] = {}
+        self._by_number: dict[tuple[str, int], list[Exchange]] = {}
         for rank, position in sorted(positions.items()):
+            for each in position.exchanges if position is not None else ():
+                self._by_number.setdefault((each.group, each.number), []).append(each)
             blocked = position.blocked if position is not None else None
             if blocked is not None:
                 self.waits.setdefault((blocked.group, blocked.number), []).append(rank)
 
     def usual(self, group: str, number: int) -> Exchange:
         """What most ranks have under this number; of equally many, what came after the same one before."""
-        found = self._all(group, number)
-        counts = Counter(_content(each) for each in found)
-        before = {_way(each) for each in self._all(group, number - 1)}
-        pairs = self._pairs(group, number)
-
-        def weight(each: Exchange) -> tuple[int, bool]:
-            return counts[_content(each)], any((way, _way(each)) in pairs for way in before)
-
-        return max(found, key=weight)  # the first, so the lowest rank's, if nothing tells them apart
-
-    def _all(self, group: str, number: int) -> list[Exchange]:
-        known = [position for _, position in sorted(self.positions.items()) if position is not None]
-        found = [position.exchange(group, number) for position in known]
-        return [each for each in found if each is not None]
+        if (group, number) not in self._usual:
+            found = self._by_number[group, number]
+            counts = Counter(_content(each) for each in found)
+            most = max(counts.values())
+            best = [each for each in found if counts[_content(each)] == most]
+            if sum(count == most for count in counts.values()) > 1:
+                before = {_way(each) for each in self._by_number.get((group, number - 1), ())}
+                pairs = self._pairs(group, number)
+                best.sort(key=lambda each: not any((way, _way(each)) in pairs for way in before))
+            self._usual[group, number] = best[0]  # the lowest rank's, if nothing tells them apart
+        return self._usual[group, number]
 
     def _pairs(self, group: str, number: int) -> set[tuple[_Way, _Way]]:
         """What followed what in a group before this number."""

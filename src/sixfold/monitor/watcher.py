@@ -42,6 +42,8 @@ ANSWER_S = 2.5
 EXPLAIN_S = 8.0
 """How long an error of a broken exchange is held back for a verdict."""
 
+_JOIN_S = 2.0
+
 
 class Store(Protocol):
     """The few methods of torch.distributed's stores that are used; the object is the watcher's alone."""
@@ -131,7 +133,7 @@ class Watcher:
         self._watched.on_broken = None
         self._wake.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_JOIN_S)
         self._ring.write("end", how or _last_words())
         with contextlib.suppress(Exception):  # the store may have ended before
             self._store.set(f"ring/{self._rank}", self._ring.snapshot())
