@@ -39,7 +39,7 @@ class Exchange:
         numel: elements of the tensor.
         dtype: their type.
         num_bytes: their size.
-        group: its ranks, as `ranks_text` writes them.
+        group: its ranks, as `ranks_text` writes them, and ":lane" where a group has several.
         place: the source line.
         wait_s: how long the rank has been waiting for it; None when it does not.
         is_over: whether it has ended here.
@@ -238,7 +238,8 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def ranks_of(text: str) -> list[int]:
-    """What `ranks_text` was given."""
+    """What `ranks_text` was given; a lane after it does not count."""
+    text = text.partition(":")[0]
     if "-" not in text:
         return [int(part) for part in text.split(",")]
     ends, _, stride = text.partition("/")

@@ -67,7 +67,8 @@ class Dispatcher:
 
         Args:
             op: its name, "all-reduce" say.
-            group: its ranks, as `ranks_text` writes them.
+            group: its ranks, as `ranks_text` writes them; ":lane" after it where exchanges of the same
+                ranks may overtake each other. Order is kept, and numbers count, within one lane.
             tensor: what is exchanged; recorded by size and type.
             call: starts it; one exchange may be carried in several pieces.
             finish: what is left to do when all pieces have arrived.

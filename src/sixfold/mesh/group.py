@@ -39,7 +39,9 @@ class Group:
         dispatcher: Dispatcher | None = None,
     ) -> None:
         self.place = ranks.index(rank)
-        self._name = ranks_text(ranks)
+        # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
+        lanes = (":sums", ":gathers") if native is None else ("", "")
+        self._sums, self._gathers = (ranks_text(ranks) + lane for lane in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
         self._scratch = scratch
@@ -60,7 +62,7 @@ class Group:
         arriving = self._arriving(whole)
         return self._dispatcher.start(
             "reduce-scatter",
-            self._name,
+            self._sums,
             whole,
             lambda: self._reduce(whole, arriving),
             lambda: self._add(whole, arriving),
@@ -70,7 +72,7 @@ class Group:
         """Start to fill `whole` with everyone's slice; this member's lies in its place already."""
         if len(self) == 1:
             return Pending()
-        return self._dispatcher.start("all-gather", self._name, whole, lambda: self._gather(whole))
+        return self._dispatcher.start("all-gather", self._gathers, whole, lambda: self._gather(whole))
 
     def all_reduce(self, whole: torch.Tensor) -> Pending:
         """Start to sum `whole` [a multiple of n], in place: the same bits on every member."""
@@ -84,7 +86,7 @@ class Group:
                 work.wait()
 
         return self._dispatcher.start(
-            "all-reduce", self._name, whole, lambda: self._reduce(whole, arriving), spread
+            "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving), spread
         )
 
     def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
