@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 
 import sixfold
 import sixfold.cli.train
@@ -24,8 +26,8 @@ from sixfold.checkpoint import open_checkpoint
 from sixfold.config import Resolved, describe, load
 from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
+from sixfold.engine import watch
 from sixfold.launch import current_session
-from sixfold.mesh import Mesh
 from sixfold.monitor.journal import read_records
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
@@ -401,13 +403,47 @@ def peak_tflops(bench: Lab) -> None:
     assert bench.run({"monitor.peak_tflops": None}).records[-1]["mfu"] > 0
 
 
+def _patience(bench: Lab, options: dict[str, object]) -> dict[str, float]:
+    """Seconds that ranks wait for each other: by phase, until all have met, and in the backend."""
+    told: dict[str, Any] = {}
+
+    def watcher(*_: object, **asked: Any) -> SimpleNamespace:
+        told.update(asked["timeouts"])
+        return SimpleNamespace(close=lambda *_: None)
+
+    def meet(*_: object, timeout: timedelta) -> Iterator[tuple[HashStore]]:
+        told["meet"] = timeout.total_seconds()
+        yield (HashStore(),)
+
+    def form(**asked: Any) -> None:
+        told["backend"] = asked["timeout"].total_seconds()
+
+    bench.monkeypatch.setattr("sixfold.engine.watch.Watcher", watcher)
+    bench.monkeypatch.setattr("sixfold.engine.watch._store", lambda address: HashStore())
+    bench.monkeypatch.setattr("sixfold.mesh.mesh.rendezvous", meet)
+    bench.monkeypatch.setattr("torch.distributed.init_process_group", form)
+    asked = bench.resolved(options).config
+    mesh = watch.meet(decide_geometry(asked.layout, 2), torch.device("cpu"), 0, "localhost:1", asked.launch)
+    watch.watch(mesh, "localhost:1", asked.launch)()
+    return told
+
+
 def timeout_s(bench: Lab) -> None:
-    asked: dict[str, Any] = {}
-    bench.monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: asked.update(options))
-    config = bench.resolved({"launch.timeout_s": 12.5}).config
-    geometry = decide_geometry(config.layout, 2)
-    Mesh.form(geometry, torch.device("cpu"), rank=0, address="localhost:1", timeout_s=config.launch.timeout_s)
-    assert asked["timeout"].total_seconds() == 12.5
+    told = _patience(bench, {"launch.timeout_s": 12.5})
+    assert told == {**_patience(bench, {}), "step": 12.5}
+    assert _patience(bench, {"launch.timeout_s": 5000.0})["backend"] > 5000
+
+
+def start_timeout_s(bench: Lab) -> None:
+    told = _patience(bench, {"launch.start_timeout_s": 34.5})
+    assert told == {**_patience(bench, {}), "start": 34.5, "meet": 34.5}
+
+
+def save_timeout_s(bench: Lab) -> None:
+    told = _patience(bench, {"launch.save_timeout_s": 56.5})
+    before = _patience(bench, {})
+    assert told == {**before, "save": 56.5, "load": 56.5, "backend": told["backend"]}
+    assert max(told.values()) == told["backend"] < before["backend"]
 
 
 SPECIAL: dict[str, Callable[[Lab], None]] = {
@@ -420,6 +456,8 @@ SPECIAL: dict[str, Callable[[Lab], None]] = {
     "train.sample_tokens": sample_tokens,
     "monitor.peak_tflops": peak_tflops,
     "launch.timeout_s": timeout_s,
+    "launch.start_timeout_s": start_timeout_s,
+    "launch.save_timeout_s": save_timeout_s,
 }
 
 

@@ -75,7 +75,13 @@ FULL: dict[str, dict[str, object]] = {
     },
     "checkpoint": {"every": 100, "keep_last": 3},
     "monitor": {"every": 2, "peak_tflops": 0.5},
-    "launch": {"ranks": 2, "threads": 1, "timeout_s": 60.0},
+    "launch": {
+        "ranks": 2,
+        "threads": 1,
+        "timeout_s": 60.0,
+        "start_timeout_s": 90.5,
+        "save_timeout_s": 120.0,
+    },
 }
 
 OPTIONAL = {
@@ -120,6 +126,8 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "train.sample_tokens": (-1,),
     "monitor.peak_tflops": (0, -2.0),
     "launch.timeout_s": (0, -1.0),
+    "launch.start_timeout_s": (0.0, -30),
+    "launch.save_timeout_s": (0, -0.5),
     **dict.fromkeys(_COUNTS, (0, -3)),
 }
 

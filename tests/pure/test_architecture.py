@@ -214,7 +214,35 @@ def broken_import_place(module: Module) -> Iterator[str]:
             yield f"{module.where}:{each.line} imports {each.target} in a function and says no reason"
 
 
+EXCHANGES = re.compile(
+    r"(all_|reduce|broadcast|scatter|gather|send|recv|isend|irecv|barrier|monitored_barrier|batch_isend)"
+)
+POOL = "sixfold.testing.worker"
+"""The pool's ranks meet between two tests, outside of any mesh."""
+
+
+def exchanges(module: Module) -> Iterator[tuple[str, int]]:
+    """Name and line of each call of torch.distributed that exchanges something between ranks."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            if owner in ("dist", "torch.distributed") and EXCHANGES.match(node.func.attr):
+                yield node.func.attr, node.lineno
+
+
+def broken_door(module: Module) -> Iterator[str]:
+    """Ranks exchange data through the mesh alone, whose dispatcher records it."""
+    if module.room == "mesh" or module.name == POOL:
+        return
+    for name, line in exchanges(module):
+        yield f"{module.where}:{line} calls dist.{name}; use the mesh"
+    for each in module.imports():
+        if each.target == "torch.distributed" and any(EXCHANGES.match(name) for name in each.names):
+            yield f"{module.where}:{each.line} imports {', '.join(each.names)} of torch.distributed"
+
+
 RULES = (
+    broken_door,
     broken_levels,
     broken_torch_rule,
     broken_opening,
@@ -298,6 +326,8 @@ BROKEN = {
     "no words": (broken_opening, "plan", '"""Things."""'),
     "too long": (broken_length, "plan", "x = 1\n" * (MAX_LINES + 1)),
     "print": (broken_print_rule, "plan", "print(1)"),
+    "another door": (broken_door, "state", "dist.all_reduce(x)"),
+    "another door, by name": (broken_door, "train", "from torch.distributed import broadcast"),
     "hidden import": (broken_import_place, "plan", "def f():\n    x = 1\n    import json"),
 }
 
@@ -320,6 +350,12 @@ def test_what_is_allowed_passes() -> None:
 def test_circles_are_found() -> None:
     assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert _circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_each_kind_of_exchange_has_one_place() -> None:
+    found = [name for module in modules().values() if module.name != POOL for name, _ in exchanges(module)]
+    assert len(found) >= 7
+    assert sorted(set(found)) == sorted(found)
 
 
 def test_no_comment_marks_work_left_undone() -> None:

@@ -479,7 +479,7 @@ def test_every_line_tells_its_origin(tmp_path: Path) -> None:
             assert line.endswith(f"  # {ending}")
     assert set(tomllib.loads(text)) == {"seed", *SECTIONS}
     assert f"global = 8  # {file}:2" in text
-    assert "ranks = 2          # decided: one per?core" in text
+    assert "ranks = 2                # decided: one per?core" in text
     assert reread(resolved, tmp_path).config == resolved.config
 
 
@@ -578,6 +578,8 @@ REST = st.fixed_dictionaries(
         "launch.ranks": WHOLE,
         "launch.threads": WHOLE,
         "launch.timeout_s": ABOVE_ZERO,
+        "launch.start_timeout_s": ABOVE_ZERO,
+        "launch.save_timeout_s": ABOVE_ZERO,
     },
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,37 @@ def test_the_cause_is_the_earliest_that_is_no_victim() -> None:
     )
     assert causal([early_victim, later, cause]) is cause
     assert causal([fail(1, 5.0, victim=True), early_victim]) is early_victim
+
+
+def hang(when: float) -> Failure:
+    lines = ("rank 0: has waited", "rank 2: is at train.py:9")
+    made = failures.from_hang("rank 2 skipped it", fix="do not", positions=lines, rank=2, step=7)
+    return replace(made, time=when)
+
+
+def test_a_hang_explains_the_deaths_it_made_and_no_other_failure() -> None:
+    aborted = from_exit(-signal.SIGABRT, rank=0, step=7, when=1.0, log_tail="")
+    raised = fail(1, 1.5, victim=False)
+    broken = fail(3, 0.5, victim=True)
+    assert causal([aborted, broken, hang(2.0)]) == hang(2.0)
+    assert causal([aborted, raised, hang(2.0)]) == raised
+    assert causal([aborted, broken]) == aborted
+    told = failures.told_elsewhere(rank=4, step=7)
+    assert told.victim
+    assert causal([told, hang(told.time + 1)]).rank == 2
+
+
+def test_a_hang_is_told_in_its_own_first_line() -> None:
+    told = render(hang(0.0), world_size=4, log=Path("logs/rank-2.log")).splitlines()
+    assert told == [
+        "sixfold: hang: rank 2 skipped it",
+        "rule: every rank issues the same exchanges in the same order, in time",
+        "fix: do not",
+        "log: logs/rank-2.log",
+        "",
+        "rank 0: has waited",
+        "rank 2: is at train.py:9",
+    ]
 
 
 def users_code(tmp_path: Path, text: str) -> Failure:

@@ -213,7 +213,11 @@ class LaunchConfig(Section):
     threads: Positive | None = None
     """Compute threads per rank. Unset: the cores divided by the ranks."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
-    """How long a rank waits for the others in one collective."""
+    """How long a rank waits for the others in one exchange before the hang is told and the run ended."""
+    start_timeout_s: Annotated[float, Field(gt=0.0)] = 900.0
+    """The same until the first update is done: meeting, sharing weights, compiling."""
+    save_timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
+    """The same while checkpoints are written or read."""
 
 
 class Config(Section):

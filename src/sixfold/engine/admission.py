@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _USED = (
     *("seed", "batch.", "layout.", "precision.", "optimizer.", "lr_schedule."),
     *("train.steps", "model.batch_stats", "launch.timeout_s"),
+    *("launch.start_timeout_s", "launch.save_timeout_s"),
 )
 """What `initialize` reads of the configuration; the rest describes the job of `sixfold train`."""
 

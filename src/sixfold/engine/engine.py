@@ -7,7 +7,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Engine:
         loss_form: LossForm,
         persistence: Persistence,
         learning_rate: LearningRate,
-        restore_forwards: Callable[[], None],
+        ending: ExitStack,
     ) -> None:
         self.module = module
         self.resolved = resolved
@@ -82,8 +82,8 @@ class Engine:
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._is_closed = False
+        self._ending = ending
         self._streams = streams
-        self._restore_forwards = restore_forwards
         self._loss_form = loss_form
         self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
         self._written_out = WrittenOut(self._player)
@@ -313,7 +313,8 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        self._persistence.save(Path(folder).expanduser(), counters)
+        with self.mesh.phase("save"):
+            self._persistence.save(Path(folder).expanduser(), counters)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
@@ -323,16 +324,15 @@ class Engine:
         """
         self._refuse_mixing("load")
         self.state.arrive("load")
-        counters = self._persistence.load(Path(folder).expanduser())
+        with self.mesh.phase("load"):
+            counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
-        """End the process group that `initialize` started; take hooks and forwards off the module."""
+        """End what `initialize` started, the process group too; take hooks and forwards off the module."""
         self._is_closed = True
-        self._restore_forwards()
-        self.state.remove()
-        self.mesh.close()
+        self._ending.close()
 
     def _stream(self, micro: int, forward: int = 0) -> Any:
         return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
@@ -343,6 +343,8 @@ class Engine:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
 
     def _count_update(self, result: StepResult) -> None:
+        # Until here ranks may take long: kernels are chosen, modules compiled.
+        self.mesh.dispatcher.enter("step")
         self.num_steps += 1
         self.num_samples += result.samples
         self._last_weight = result.weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from sixfold.engine.admission import (
 )
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
+from sixfold.engine.watch import meet, watch
 from sixfold.launch import Placement, discover
-from sixfold.mesh import Mesh, Streams
+from sixfold.mesh import Streams
 from sixfold.parallel import block_names, change_forwards, materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
@@ -77,13 +79,11 @@ def initialize(
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
-    mesh = Mesh.form(
-        draft.geometry,
-        place,
-        rank=_rank(placement),
-        address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
-        timeout_s=asked.launch.timeout_s,
-    )
+    address = _address(placement)
+    mesh = meet(draft.geometry, place, _rank(placement), address, asked.launch)
+    ending = ExitStack()  # ended in the opposite order
+    ending.callback(mesh.close)
+    ending.callback(watch(mesh, address, asked.launch))
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
@@ -91,13 +91,14 @@ def initialize(
     if facts.on_meta:
         materialize(model, asked.seed, mesh)
     move_buffers(model, place)
-    restore_forwards = change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile)
+    ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
     groups = [group["params"] for group in made.param_groups]
     facts = module_facts(model, groups, blocks=blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
     prefetch_mb = asked.layout.prefetch_mb
     state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
+    ending.callback(state.remove)
     state.share_buffers(model.buffers())
     bound = bind(made, state)
     return Engine(
@@ -113,7 +114,7 @@ def initialize(
             model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
         ),
         learning_rate=learning_rate,
-        restore_forwards=restore_forwards,
+        ending=ending,
     )
 
 
@@ -135,6 +136,14 @@ def _rank(placement: Placement | None) -> int:
     if dist.is_initialized():
         return dist.get_rank()
     return placement.rank if placement else 0
+
+
+def _address(placement: Placement | None) -> str | None:
+    """Where the ranks meet or, in a process group that the script formed, most likely met."""
+    if placement is not None:
+        return f"{placement.master_addr}:{placement.master_port}"
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return f"{host}:{port}" if host and port and dist.is_initialized() else None
 
 
 def _own_device(placement: Placement | None) -> torch.device:

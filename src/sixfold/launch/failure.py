@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import linecache
-import os
 import re
 import signal
-import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,24 +19,20 @@ from pathlib import Path
 from types import TracebackType
 
 from sixfold.base.errors import EXIT_USAGE, EXIT_WORKER, SixfoldError
-
-_PACKAGE = str(Path(__file__).parents[1])
-_LIBRARIES = tuple(
-    os.path.join(path, "")
-    for path in {
-        _PACKAGE,
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    }
-)
+from sixfold.base.places import is_library
 
 # What the transports say when the *other* end died, hung or never came.
 _BROKEN_LINK = re.compile(
     r"gloo.*(closed by peer|reset by peer|broken pipe|timed out waiting|pair closure|connectFullMesh failed)"
     r"|ncclRemoteError|remote process exited|communicator was aborted|watchdog caught collective"
     r"|connection was likely closed|failed to recv, got 0 bytes|recvVector failed|sendBytes failed"
+    r"|Received data size doesn't match expected size"
     r"|wait timeout after \d+ms|waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )
+
+HANG = "hang"
+"""The `kind` of a failure that was judged from what all ranks did."""
 
 _NUMBERED = re.compile(r"\s*\d+\. ")
 
@@ -85,7 +79,7 @@ class Failure:
     @property
     def headline(self) -> str:
         """Exception and the first line of its message, in one line."""
-        first = self.message.strip().partition("\n")[0][:500]
+        first = self.message.strip().partition("\n")[0][: 1000 if self.kind == HANG else 500]
         return ": ".join(part for part in (self.kind, first) if part)
 
     def write(self, path: Path) -> None:
@@ -165,14 +159,52 @@ def from_early_end(*, rank: int, step: int | None, when: float, log_tail: str) -
     )
 
 
+def from_hang(verdict: str, *, fix: str, positions: Sequence[str], rank: int, step: int | None) -> Failure:
+    """Describe a hang.
+
+    Args:
+        verdict: one line that names who is behind it.
+        fix: a change that helps.
+        positions: a line about each rank.
+        rank: who is behind it, the first of several.
+        step: the last step that was announced where it was found out.
+    """
+    return Failure(
+        rank=rank,
+        step=step,
+        time=time.time(),
+        kind=HANG,
+        message=verdict,
+        where="",
+        source="",
+        details="\n".join(positions) + "\n",
+        rule="every rank issues the same exchanges in the same order, in time",
+        fix=fix,
+        exit_code=EXIT_WORKER,
+        victim=False,
+    )
+
+
+def told_elsewhere(*, rank: int, step: int | None) -> Failure:
+    """Describe a rank that was ended because another has told a hang; arguments as `from_hang`."""
+    text = "the verdict is told where the rank runs that found it out"
+    hang = from_hang(text, fix="look at the output of the other machines", positions=(), rank=rank, step=step)
+    return replace(hang, victim=True)
+
+
 def is_victim(error: BaseException) -> bool:
     """Whether an exception, or one it grew out of, only says that the connection to another rank broke."""
     return any(isinstance(e, RuntimeError) and _BROKEN_LINK.search(str(e)) for e in _chain(error))
 
 
 def causal(failures: Sequence[Failure]) -> Failure:
-    """The failure to tell: the earliest that is no victim, else the earliest."""
-    return min(failures, key=lambda failure: (failure.victim, failure.time))
+    """The failure to tell: the earliest that is no victim, else the earliest.
+
+    A hang was judged from what all ranks did: it explains the deaths that it made.
+    """
+    told = [failure for failure in failures if failure.kind]
+    known = told if any(failure.kind == HANG for failure in told) else failures
+    return min(known, key=lambda failure: (failure.victim, failure.time))
 
 
 def render(
@@ -180,7 +212,10 @@ def render(
 ) -> str:
     """The message: within five lines rank, step, exception, problems and the user's line; then the rest."""
     at = "before its first step" if cause.step is None else f"at step {cause.step}"
-    lines = [f"sixfold: rank {cause.rank} of {world_size} failed {at}", cause.headline]
+    if cause.kind == HANG:
+        lines = [f"sixfold: {cause.headline}"]
+    else:
+        lines = [f"sixfold: rank {cause.rank} of {world_size} failed {at}", cause.headline]
     lines += [f"    {problem}" for problem in cause.problems]
     if cause.where:
         lines += [f"at {cause.where}", f"    {cause.source}"]
@@ -232,13 +267,8 @@ def _users_line(error: BaseException, trace: TracebackType | None) -> tuple[str,
     frames = list(traceback.walk_tb(trace))
     if not frames:
         return "", ""
-    theirs = [(frame, line) for frame, line in frames if not _is_library(frame.f_code.co_filename)]
+    theirs = [(frame, line) for frame, line in frames if not is_library(frame.f_code.co_filename)]
     frame, line = (theirs or frames)[-1]
     code = frame.f_code
     text = linecache.getline(code.co_filename, line, frame.f_globals).strip()
     return f"{code.co_filename}:{line}, in {code.co_name}", text
-
-
-def _is_library(file: str) -> bool:
-    installed = f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file
-    return installed or file.startswith(("<frozen", *_LIBRARIES))

@@ -18,20 +18,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from sixfold.base.errors import EXIT_INTERRUPTED, EXIT_WORKER
 from sixfold.launch.environment import Placement, discover
-from sixfold.launch.failure import Failure, from_exception, render
+from sixfold.launch.failure import Failure, from_exception, render, told_elsewhere
 
 SCRATCH = "SIXFOLD_SCRATCH"
 """Set by the launcher for its ranks: the folder through which they report to it."""
 
 UNANSWERED_S = 5.0
 """A stop request to a program that never reads `stop_requested` becomes KeyboardInterrupt after this."""
+
+HANG_LINGER_S = 2.0
+"""How long the rank that tells a hang outlives its message, so that no other says something before it."""
 
 _WATCH_S = 0.25
 _PROGRESS_BYTES = 40
@@ -49,6 +52,8 @@ class Session:
         self.rank = 0 if placement is None else placement.rank
         self.world_size = 1 if placement is None else placement.world_size
         self.supervised = scratch is not None
+        self.at_failure: list[Callable[[str], None]] = []
+        """Called with the failure's headline before it ends the process."""
         self._scratch = scratch
         self._pid = os.getpid()
         self._step: int | None = None
@@ -92,6 +97,25 @@ class Session:
         """Say that the run stops early and everything is saved: the launch will end with code 130."""
         self._phase = "interrupted"
         self._announce()
+
+    @property
+    def scratch(self) -> Path | None:
+        """The folder of a supervising launcher, which goes with it; None without one."""
+        return self._scratch
+
+    def end_hang(self, found: Failure | None) -> NoReturn:
+        """End this process because the ranks wait for each other for ever; may be called on any thread.
+
+        Args:
+            found: what to tell, on the one rank that tells it.
+        """
+        if found is not None:
+            self._tell(found)
+        if found is not None or self.supervised:  # the launcher hears it first, and ends the others
+            time.sleep(HANG_LINGER_S)
+        if found is None and self.supervised:  # that launcher must be one of another machine
+            self._tell(told_elsewhere(rank=self.rank, step=self._step))
+        self._leave(EXIT_WORKER)
 
     def _announce(self) -> None:
         if self._progress is not None:
@@ -152,6 +176,15 @@ class Session:
         if isinstance(error, KeyboardInterrupt) and self._stop_at is not None:
             self._leave(EXIT_INTERRUPTED)
         failure = from_exception(error, rank=self.rank, step=self._step)
+        self._tell(failure)
+        for leave_word in self.at_failure:
+            with contextlib.suppress(Exception):
+                leave_word(
+                    f"ended with {failure.headline}" + (f", at {failure.where}" if failure.where else "")
+                )
+        self._leave(failure.exit_code)
+
+    def _tell(self, failure: Failure) -> None:
         try:
             if self._scratch is None:
                 _print_alone(failure, self.world_size)
@@ -159,7 +192,6 @@ class Session:
                 failure.write(failure_path(self._scratch, self.rank))  # the launcher tells it, once
         except OSError:
             sys.stderr.write(failure.details)  # better in the log than nowhere
-        self._leave(failure.exit_code)
 
     def _leave(self, code: int) -> NoReturn:
         # Not sys.exit: tearing down a process group whose peers are gone can hang for minutes.

@@ -7,34 +7,16 @@ one rank sends nothing and runs the same lines. It never decides what to exchang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from sixfold.base.ring import ranks_text
+from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
 _REDUCE_TAG, _GATHER_TAG = 1, 2
-
-
-class Pending:
-    """An exchange under way; `wait` returns when its tensor may be used."""
-
-    def __init__(
-        self, works: Sequence[dist.Work | None] = (), finish: Callable[[], None] | None = None
-    ) -> None:
-        self._works = works
-        self._finish = finish
-
-    def wait(self) -> None:
-        """Block until it has finished; at once when nothing was sent or it was waited for before."""
-        works, self._works = self._works, ()
-        for work in works:
-            if work is not None:
-                work.wait()
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
 
 
 class Group:
@@ -45,12 +27,22 @@ class Group:
         rank: this process, one of them.
         scratch: where arriving slices are put.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
+        dispatcher: what its exchanges go through; None: one of its own.
     """
 
     def __init__(
-        self, ranks: Sequence[int], rank: int, scratch: Scratch, native: dist.ProcessGroup | None
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        scratch: Scratch,
+        native: dist.ProcessGroup | None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         self.place = ranks.index(rank)
+        # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
+        lanes = (":sums", ":gathers") if native is None else ("", "")
+        self._sums, self._gathers = (ranks_text(ranks) + lane for lane in lanes)
+        self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
         self._scratch = scratch
         self._native = native
@@ -65,51 +57,71 @@ class Group:
 
     def reduce_scatter(self, whole: torch.Tensor) -> Pending:
         """Start to sum everyone's `whole` into slices: this member's lies in its place in `whole`."""
-        mine = self.slice_of(whole, self.place)
-        if self._native is not None:
-            return Pending([dist.reduce_scatter_tensor(mine, whole, group=self._native, async_op=True)])
-        arriving = [self._scratch.take(mine.numel(), mine.dtype) for _ in self._others()]
-        works = [
-            part
-            for (place, rank), piece in zip(self._others(), arriving, strict=True)
-            for part in (
-                dist.irecv(piece, rank, tag=_REDUCE_TAG),
-                dist.isend(self.slice_of(whole, place), rank, tag=_REDUCE_TAG),
-            )
-        ]
-
-        def add() -> None:
-            for piece in arriving:
-                mine.add_(piece)
-                self._scratch.give(piece)
-
-        return Pending(works, add)
+        if len(self) == 1:
+            return Pending()
+        arriving = self._arriving(whole)
+        return self._dispatcher.start(
+            "reduce-scatter",
+            self._sums,
+            whole,
+            lambda: self._reduce(whole, arriving),
+            lambda: self._add(whole, arriving),
+        )
 
     def all_gather(self, whole: torch.Tensor) -> Pending:
         """Start to fill `whole` with everyone's slice; this member's lies in its place already."""
-        mine = self.slice_of(whole, self.place)
-        if self._native is not None:
-            return Pending([dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)])
-        return Pending(
-            [
-                part
-                for place, rank in self._others()
-                for part in (
-                    dist.irecv(self.slice_of(whole, place), rank, tag=_GATHER_TAG),
-                    dist.isend(mine, rank, tag=_GATHER_TAG),
-                )
-            ]
-        )
+        if len(self) == 1:
+            return Pending()
+        return self._dispatcher.start("all-gather", self._gathers, whole, lambda: self._gather(whole))
 
     def all_reduce(self, whole: torch.Tensor) -> Pending:
         """Start to sum `whole` [a multiple of n], in place: the same bits on every member."""
-        summed = self.reduce_scatter(whole)
+        if len(self) == 1:
+            return Pending()
+        arriving = self._arriving(whole)
 
         def spread() -> None:
-            summed.wait()
-            self.all_gather(whole).wait()
+            self._add(whole, arriving)
+            for work in self._gather(whole):
+                work.wait()
 
-        return Pending(finish=spread)
+        return self._dispatcher.start(
+            "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving), spread
+        )
+
+    def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """Where the others' parts of this member's slice are put; nowhere where the backend adds."""
+        num_others = 0 if self._native is not None else len(self) - 1
+        size = whole.numel() // len(self)
+        return [self._scratch.take(size, whole.dtype) for _ in range(num_others)]
+
+    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> list[Carried]:
+        if self._native is not None:
+            mine = self.slice_of(whole, self.place)
+            return [dist.reduce_scatter_tensor(mine, whole, group=self._native, async_op=True)]
+        sent = [self.slice_of(whole, place) for place, _ in self._others()]
+        return self._swap(arriving, sent, _REDUCE_TAG)
+
+    def _add(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> None:
+        for piece in arriving:
+            self.slice_of(whole, self.place).add_(piece)
+            self._scratch.give(piece)
+
+    def _gather(self, whole: torch.Tensor) -> list[Carried]:
+        mine = self.slice_of(whole, self.place)
+        if self._native is not None:
+            return [dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)]
+        arriving = [self.slice_of(whole, place) for place, _ in self._others()]
+        return self._swap(arriving, [mine] * len(arriving), _GATHER_TAG)
+
+    def _swap(self, arriving: list[torch.Tensor], sent: list[torch.Tensor], tag: int) -> list[Carried]:
+        """Start to exchange one tensor each with every other member."""
+        works = [
+            part
+            for (_, rank), theirs, mine in zip(self._others(), arriving, sent, strict=True)
+            for part in (dist.irecv(theirs, rank, tag=tag), dist.isend(mine, rank, tag=tag))
+        ]
+        return [work for work in works if work is not None]
 
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]

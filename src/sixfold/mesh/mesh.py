@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -20,9 +21,12 @@ import torch.distributed as dist
 # Imported later (torch.optim does so at its first step) they keep the group's threads alive for ever,
 # and the process may abort on its way out.
 import torch.distributed.nn.functional
+from torch.distributed.rendezvous import rendezvous
 
 from sixfold.base.errors import MeshError
-from sixfold.mesh.group import Group, Pending
+from sixfold.base.ring import ranks_text
+from sixfold.mesh.dispatch import Dispatcher, Pending
+from sixfold.mesh.group import Group
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import Spread
@@ -46,22 +50,33 @@ class Mesh:
 
     @classmethod
     def form(
-        cls, geometry: Geometry, device: torch.device, *, rank: int, address: str | None, timeout_s: float
+        cls,
+        geometry: Geometry,
+        device: torch.device,
+        *,
+        rank: int,
+        address: str | None,
+        meet_s: float,
+        timeout_s: float,
     ) -> Mesh:
         """Join all ranks; a default process group that already exists is used as it is.
 
         Args:
             rank: this process.
             address: "host:port" where rank 0 listens; None for a process of its own.
-            timeout_s: how long a collective waits for other ranks.
+            meet_s: how long to wait until all ranks have come.
+            timeout_s: the backend's own limit on one exchange.
         """
         if geometry.world_size == 1 or dist.is_initialized():
             return cls(geometry, rank, device)
+        world_size, patience = geometry.world_size, timedelta(seconds=meet_s)
+        meeting = rendezvous(f"tcp://{address}", rank, world_size, timeout=patience)
+        store, *_ = next(meeting)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            store=store,
             rank=rank,
-            world_size=geometry.world_size,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
         mesh = cls(geometry, rank, device, owns_group=True)
@@ -88,7 +103,27 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        return Pending([dist.all_reduce(tensor, async_op=True)])
+        return self.dispatcher.start(
+            "all-reduce", self._everyone, tensor, lambda: [dist.all_reduce(tensor, async_op=True)]
+        )
+
+    @cached_property
+    def dispatcher(self) -> Dispatcher:
+        """What every exchange of this rank goes through."""
+        return Dispatcher()
+
+    @cached_property
+    def _everyone(self) -> str:
+        return ranks_text(range(self.world_size))
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around work in which ranks wait for each other longer than in an update.
+
+        Args:
+            name: "start", "step", "save", "load" or any other; one without a timeout of its own has
+                that of "step".
+        """
+        return self.dispatcher.phase(name)
 
     @cached_property
     def scratch(self) -> Scratch:
@@ -152,7 +187,9 @@ class Mesh:
         """Start to copy rank 0's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
-        return Pending([dist.broadcast(tensor, src=0, async_op=True)])
+        return self.dispatcher.start(
+            "broadcast", self._everyone, tensor, lambda: [dist.broadcast(tensor, src=0, async_op=True)]
+        )
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
@@ -262,7 +299,8 @@ class Mesh:
         ]
         mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
         is_native = len(mine) > 1 and self.device.type == "cuda"
-        return Group(mine, self.rank, self.scratch, self._native(mine) if is_native else None)
+        native = self._native(mine) if is_native else None
+        return Group(mine, self.rank, self.scratch, native, self.dispatcher)
 
     def _native(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         if len(ranks) == self.world_size:
@@ -272,7 +310,9 @@ class Mesh:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(rows, tensor)
+        self.dispatcher.start(
+            "all-gather", self._everyone, tensor, lambda: [dist.all_gather(rows, tensor, async_op=True)]
+        ).wait()
         return rows
 
 

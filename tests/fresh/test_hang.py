@@ -1,0 +1,111 @@
+"""What a user sees of a hang: under this library's launcher, and where each rank was started by itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sixfold.launch import launch
+
+pytestmark = pytest.mark.fresh
+
+SCRIPT = """
+import sys, time, torch, sixfold
+case = sys.argv[1]
+settings = {"launch": {"timeout_s": 2.0, "start_timeout_s": 60.0}}
+engine = sixfold.initialize(torch.nn.Linear(4, 1), config=settings, loss_fn=lambda out, _: out.sum())
+mesh = engine.mesh
+for _ in range(2):
+    engine.train_step(torch.ones(2, 4))
+if case == "skip" and mesh.rank != 2:
+    mesh.all_reduce(torch.ones(1000)).wait()
+if case == "sleep" and mesh.rank == 0:
+    time.sleep(60)
+if case == "raise" and mesh.rank == 1:
+    raise ValueError("boom")
+if case == "leave" and mesh.rank == 1:
+    sys.exit()
+mesh.barrier()
+engine.close()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def line_of(text: str) -> int:
+    return next(number for number, line in enumerate(SCRIPT.splitlines(), 1) if text in line)
+
+
+@pytest.mark.parametrize(
+    ("case", "words", "place"),
+    [
+        (
+            "skip",
+            "sixfold: hang: rank 2 skipped all-reduce #{} (3.9 KiB, {}); ranks 0, 1 waited",
+            "ones(1000)",
+        ),
+        (
+            "sleep",
+            "sixfold: hang: rank 0 is slow and has not come to all-reduce #{} (8 B, {}); rank",
+            "barrier",
+        ),
+        (
+            "leave",
+            "sixfold: hang: rank 1 ended before all-reduce #{} (8 B, {}); ranks 0, 2 waited",
+            "barrier",
+        ),
+    ],
+    ids=["skip", "sleep", "leave"],
+)
+def test_the_launcher_tells_the_verdict_and_nothing_before_it(
+    case: str, words: str, place: str, script: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "sixfold.launch.script", str(script), case]
+    assert launch(command, ranks=3, run_folder=script.parent, threads=1) == 4
+    first, *rest = capfd.readouterr().err.splitlines()
+    number = first.partition("#")[2].partition(" ")[0]
+    assert first.startswith(f"sixfold: hang: {words.format(number, f'{script}:{line_of(place)}')}"), first
+    assert sum(line.startswith(f"rank {rank}: ") for rank in range(3) for line in rest) == 3
+    assert not [line for line in rest if line.startswith("also ")]
+    if case == "sleep":
+        assert f"rank 0 is at {script}:{line_of('sleep(60)')}, phase step" in first
+
+
+def test_ranks_without_a_launcher_tell_it_once_and_all_end(script: Path, tmp_path: Path) -> None:
+    """Plain processes, as under Slurm: rank 1 dies of an exception that only it prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), "raise"],
+            env={**os.environ, **place, "RANK": str(rank), "TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    told = [one.communicate(timeout=120)[1] for one in ranks]
+    assert all(one.returncode for one in ranks)
+    assert "ValueError: boom" in told[1]
+    verdicts = [line for text in (told[0], told[2]) for line in text.splitlines() if "hang: " in line]
+    assert len(verdicts) == 1
+    assert verdicts[0].startswith("sixfold: hang: rank 1 died before the end of all-reduce #")
+    assert f"{script}:{line_of('barrier')}" in verdicts[0]
+    assert "ended with ValueError: boom" in verdicts[0]
+    assert "Traceback" not in told[0] + told[2]
+    assert not list(tmp_path.glob("*.ring"))
+    assert time.monotonic() - began < 120

@@ -1,0 +1,342 @@
+"""Who is behind a hang, judged from what the ranks recorded; and the record itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from sixfold.base import ring
+from sixfold.base.places import place_of
+from sixfold.base.ring import Exchange, Position, Ring, ranks_of, ranks_text
+from sixfold.monitor.verdict import LEFT, Verdict, is_complete, judge
+
+ALL = "0-3"
+REDUCE, TOTAL = ("all-reduce", 1000, "train.py:10"), ("all-reduce", 1, "train.py:20")
+SHARE = ("broadcast", 1000, "train.py:15")
+
+
+def at(
+    *calls: tuple[str, int, str],
+    waits: float | None = None,
+    group: str = ALL,
+    here: str = "train.py:99",
+    phase: str = "step",
+    dtype: str = "torch.float32",
+    end: str = "",
+    is_alive: bool = True,
+    silent_s: float = 0.0,
+) -> Position:
+    """A rank that made these calls; it `waits` for the last one, or is through with all."""
+    last = len(calls) - 1
+    exchanges = tuple(
+        Exchange(
+            index + 1,
+            op,
+            numel,
+            dtype,
+            4 * numel,
+            group,
+            place,
+            wait_s=waits if index == last else None,
+            is_over=index < last or waits is None,
+        )
+        for index, (op, numel, place) in enumerate(calls)
+    )
+    return Position(phase, here, end, exchanges, is_alive=is_alive, silent_s=silent_s)
+
+
+def judged(*positions: Position | None) -> Verdict:
+    verdict = judge(dict(enumerate(positions)))
+    assert verdict is not None
+    assert len(verdict.lines) == len(positions)
+    assert verdict.fix in str(verdict)
+    return verdict
+
+
+WAITS = at(REDUCE, REDUCE, waits=12.0)
+
+CASES: dict[str, tuple[list[Position | None], str, tuple[int, ...], str]] = {
+    "rank 2 skips one and goes on to another line": (
+        [WAITS, WAITS, at(REDUCE, TOTAL, waits=11.0), WAITS],
+        "skipped",
+        (2,),
+        "rank 2 skipped all-reduce #2 (3.9 KiB, train.py:10); ranks 0, 1, 3 waited in it for 12s; "
+        "rank 2 went on to all-reduce #2 (4 B, train.py:20)",
+    ),
+    "rank 1 calls another shape": (
+        [WAITS, at(REDUCE, ("all-reduce", 7, "train.py:10"), waits=1.0), WAITS, WAITS],
+        "mismatched",
+        (1,),
+        "rank 1 called all-reduce #2 (28 B, train.py:10) where others called all-reduce #2 (3.9 KiB, "
+        "train.py:10); ranks 0, 2, 3 waited in it for 12s",
+    ),
+    "rank 1 calls another operation at the same line": (
+        [WAITS, at(REDUCE, ("broadcast", 1000, "train.py:10"), waits=1.0), WAITS, WAITS],
+        "mismatched",
+        (1,),
+        "rank 1 called broadcast #2 (1000 x torch.float32, train.py:10)",
+    ),
+    "another type": (
+        [at(REDUCE, waits=1.0), at(REDUCE, waits=1.0, dtype="torch.int32"), at(REDUCE, waits=1.0), None],
+        "mismatched",
+        (1,),
+        "rank 1 called all-reduce #1 (1000 x torch.int32, train.py:10) where others called all-reduce #1 "
+        "(1000 x torch.float32, train.py:10)",
+    ),
+    "another shape in a branch of its own, above": (
+        [WAITS, at(REDUCE, ("all-reduce", 7, "train.py:8"), waits=1.0), WAITS, WAITS],
+        "mismatched",
+        (1,),
+        "rank 1 called all-reduce #2 (28 B, train.py:8)",
+    ),
+    "rank 3 raises": (
+        [WAITS, WAITS, WAITS, at(REDUCE, end="ended with ValueError: boom, at train.py:9")],
+        "died",
+        (3,),
+        "rank 3 died before the end of all-reduce #2 (3.9 KiB, train.py:10): ended with ValueError: boom, "
+        "at train.py:9; ranks 0, 1, 2 waited in it for 12s",
+    ),
+    "rank 3 is killed in the middle of it": (
+        [WAITS, WAITS, WAITS, at(REDUCE, REDUCE, waits=1.0, is_alive=False)],
+        "died",
+        (3,),
+        "rank 3 died before the end of all-reduce #2 (3.9 KiB, train.py:10); ranks 0, 1, 2 waited in it for "
+        "12s; rank 3 was last at train.py:99",
+    ),
+    "rank 0 sleeps": (
+        [at(REDUCE, here="train.py:7"), WAITS, WAITS, WAITS],
+        "slow",
+        (0,),
+        "rank 0 is slow and has not come to all-reduce #2 (3.9 KiB, train.py:10); ranks 1, 2, 3 waited in it "
+        "for 12s; rank 0 is at train.py:7, phase step",
+    ),
+    "a rank in another phase": (
+        [at(REDUCE, here="engine.py:5", phase="save"), WAITS, WAITS, WAITS],
+        "slow",
+        (0,),
+        "rank 0 is at engine.py:5, phase save",
+    ),
+    "a stopped process": (
+        [at(REDUCE, silent_s=30.0), WAITS, WAITS, WAITS],
+        "slow",
+        (0,),
+        "rank 0 has not stirred for 30s, since train.py:99",
+    ),
+    "two are slow": (
+        [at(REDUCE, here="train.py:7"), WAITS, at(REDUCE), WAITS],
+        "slow",
+        (0, 2),
+        "ranks 0, 2 are slow and have not come to all-reduce #2",
+    ),
+    "two skip": (
+        [WAITS, at(REDUCE, TOTAL, waits=1.0), at(REDUCE, TOTAL, waits=1.0), WAITS, WAITS],
+        "skipped",
+        (1, 2),
+        "ranks 1, 2 skipped all-reduce #2",
+    ),
+    "one ends in peace": (
+        [WAITS, at(REDUCE, end=LEFT), WAITS, WAITS],
+        "left",
+        (1,),
+        "rank 1 ended before all-reduce #2 (3.9 KiB, train.py:10)",
+    ),
+    "one ended after all had come": (
+        [WAITS, at(REDUCE, REDUCE, end=LEFT), WAITS, WAITS],
+        "network",
+        (),
+        "ranks 0, 2, 3 all wait in all-reduce #2",
+    ),
+    "nobody is missing": (
+        [WAITS] * 4,
+        "network",
+        (),
+        "ranks 0, 1, 2, 3 all wait in all-reduce #2 (3.9 KiB, train.py:10) for 12s and none is missing",
+    ),
+    "nothing is known of one": ([WAITS, None, WAITS, WAITS], "died", (1,), "rank 1 died before the end"),
+    "the unheard are not blamed beside the dead": (
+        [WAITS, None, at(REDUCE, is_alive=False), WAITS],
+        "died",
+        (2,),
+        "rank 2 died before the end",
+    ),
+    "a backend aborts the innocent": (
+        [
+            at(REDUCE, REDUCE, waits=1.0, is_alive=False),
+            at(REDUCE, ("all-reduce", 2000, "train.py:10"), waits=1.0),
+            WAITS,
+            WAITS,
+        ],
+        "mismatched",
+        (1,),
+        "rank 1 called all-reduce #2 (7.8 KiB, train.py:10)",
+    ),
+    "the paths parted earlier than the hang": (
+        [
+            at(REDUCE, SHARE, TOTAL, waits=9.0),
+            at(REDUCE, SHARE, TOTAL, waits=9.0),
+            at(REDUCE, TOTAL, ("broadcast", 1, "train.py:30"), waits=9.0),
+            at(REDUCE, SHARE, TOTAL, waits=9.0),
+        ],
+        "skipped",
+        (2,),
+        "rank 2 skipped broadcast #2 (3.9 KiB, train.py:15)",
+    ),
+    "of two ranks the one that left the usual way": (
+        [
+            at(REDUCE, TOTAL, REDUCE, REDUCE, waits=1.0, group="0-1"),
+            at(REDUCE, TOTAL, REDUCE, TOTAL, waits=1.0, group="0-1"),
+        ],
+        "skipped",
+        (0,),
+        "rank 0 skipped all-reduce #4 (4 B, train.py:20)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdicts(name: str) -> None:
+    positions, kind, guilty, headline = CASES[name]
+    verdict = judged(*positions)
+    assert (verdict.kind, verdict.guilty) == (kind, guilty)
+    assert headline in verdict.headline
+    assert "\n" not in verdict.headline
+
+
+def test_a_chain_leads_to_its_end() -> None:
+    """Rank 0 waits for 1 and 2; they wait in another group for 3, which is busy."""
+    inner = Exchange(1, "all-gather", 8, "torch.float32", 32, "1-3", "train.py:5", wait_s=30.0)
+    position = Position("step", "train.py:5", exchanges=(inner,))
+    verdict = judged(at(REDUCE, waits=20.0), position, position, Position("step", "train.py:3"))
+    assert (verdict.kind, verdict.guilty) == ("slow", (3,))
+    assert verdict.headline.startswith("rank 3 is slow and has not come to all-gather #1 (32 B, train.py:5)")
+
+
+def test_a_circle_is_broken_where_the_fewest_went() -> None:
+    """Rank 2 went past the world's exchange into one of its pair, where rank 3 will not come."""
+    inner = Exchange(1, "all-gather", 8, "torch.float32", 32, "2,3", "train.py:12", wait_s=30.0)
+    verdict = judged(
+        at(REDUCE, waits=20.0),
+        at(REDUCE, waits=20.0),
+        Position("step", "train.py:12", exchanges=(inner,)),
+        at(REDUCE, waits=20.0),
+    )
+    assert (verdict.kind, verdict.guilty) == ("skipped", (2,))
+    assert "rank 2 went on to all-gather #1 (32 B, train.py:12)" in verdict.headline
+
+
+def test_a_link_at_the_end_of_a_chain() -> None:
+    inner = Exchange(1, "all-gather", 8, "torch.float32", 32, "2,3", "train.py:12", wait_s=30.0)
+    pair = Position("step", "train.py:12", exchanges=(inner,))
+    verdict = judged(at(REDUCE, waits=2.0), at(REDUCE, waits=2.0), pair, pair)
+    assert (verdict.kind, verdict.guilty) == ("network", ())
+    assert verdict.headline.startswith("ranks 2, 3 all wait in all-gather #1")
+
+
+def test_a_thousand_ranks_are_judged_in_a_moment() -> None:
+    everybody = "0-1023"
+    calls = [REDUCE, TOTAL] * 32
+    waiting = at(*calls, waits=12.0, group=everybody)
+    positions: dict[int, Position | None] = dict.fromkeys(range(1024), waiting)
+    positions[700] = at(*calls[:-2], TOTAL, waits=11.0, group=everybody)
+    positions[3] = at(*calls[:-1], group=everybody)
+    began = time.process_time()
+    verdict = judge(positions)
+    assert time.process_time() - began < 5.0
+    assert verdict is not None
+    assert (verdict.kind, verdict.guilty) == ("skipped", (700,))
+
+
+def test_without_anybody_waiting_there_is_no_verdict() -> None:
+    assert judge({0: at(REDUCE), 1: at(REDUCE), 2: None}) is None
+
+
+def test_a_verdict_on_what_broke_waits_for_those_who_will_come() -> None:
+    late = at(REDUCE)
+    assert not is_complete({0: WAITS, 1: WAITS, 2: late, 3: WAITS}, WAITS)
+    assert is_complete({0: WAITS, 1: WAITS, 2: at(REDUCE, is_alive=False), 3: WAITS}, WAITS)
+    assert not is_complete({0: late}, late)
+
+
+# The record.
+
+
+def filled(num: int) -> Ring:
+    made = Ring()
+    for number in range(1, num + 1):
+        made.post(ring.exchange_text(number, "all-reduce", 8, "torch.float32", 32, ALL, "train.py:3"))
+    return made
+
+
+def test_a_ring_keeps_the_latest_exchanges_and_how_far_they_are() -> None:
+    made = filled(ring.SLOTS + 5)
+    last = ring.SLOTS + 4
+    made.over(last - 1)
+    made.want(last, "unused")
+    made.over(0)  # long overwritten: no other is marked in its place
+    made.write("phase", "save")
+    made.beat("train.py:4")
+    found = made.position()
+    assert [each.number for each in found.exchanges] == list(range(6, ring.SLOTS + 6))
+    assert [each.number for each in found.exchanges if each.is_over] == [last]
+    assert found.blocked is not None
+    assert found.blocked.number == last + 1
+    assert (found.phase, found.here, found.number_in(ALL)) == ("save", "train.py:4", last + 1)
+    made.over(last)
+    assert made.position().blocked is None
+
+
+def test_what_is_waited_for_is_in_the_ring_however_long_ago_it_was_posted() -> None:
+    made = Ring()
+    first = ring.exchange_text(1, "broadcast", 8, "torch.float32", 32, ALL, "train.py:3")
+    serial = made.post(first)
+    for number in range(2, ring.SLOTS + 10):
+        made.post(ring.exchange_text(number, "broadcast", 8, "torch.float32", 32, ALL, "train.py:3"))
+    serial = made.want(serial, first)
+    blocked = made.position().blocked
+    assert blocked is not None
+    assert (blocked.number, blocked.op) == (1, "broadcast")
+    made.leave(serial)
+    assert made.position().blocked is None
+    made.over(made.want(serial, first))
+    assert made.position().blocked is None
+
+
+def test_a_ring_is_read_from_its_file_while_it_changes(tmp_path: Path) -> None:
+    made, path = filled(2), str(tmp_path / "ring")
+    assert ring.opened(path) is None
+    made.share(path)
+    block = ring.opened(path)
+    assert block is not None
+    made.write("end", "x" * 5000)
+    made.post(ring.exchange_text(3, "broadcast", 1, "torch.int64", 8, ALL, "p" * 500 + ".py:7"))
+    found = ring.read(block)
+    assert [each.number for each in found.exchanges] == [1, 2, 3]
+    assert set(found.end) == {"x"}
+    assert found.exchanges[-1].op == "broadcast"
+
+
+def test_announcements_differ_only_under_the_same_number_of_the_same_group() -> None:
+    made = Ring()
+    made.announce(5, 3, 77)
+    block = made.snapshot()
+    assert ring.differs(block, 5, 3, 78)
+    assert not ring.differs(block, 5, 3, 77)
+    assert not ring.differs(block, 5, 3 + 64, 78)  # the same cell
+    assert not ring.differs(block, 6, 2, 78)
+
+
+@pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [1, 3, 5], [0, 4], [7], [0, 1, 5], [2, 3, 4, 6]])
+def test_groups_have_short_names(ranks: list[int]) -> None:
+    assert ranks_of(ranks_text(ranks)) == ranks_of(ranks_text(ranks) + ":sums") == ranks
+    assert len(ranks_text(list(range(0, 4096, 4)))) < 12
+
+
+def test_a_place_is_the_users_line_before_any_other() -> None:
+    import inspect
+
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert place_of(frame).rpartition(":")[0].endswith("test_hang_verdict.py")
+    assert place_of(None) == "no Python line"
