@@ -61,9 +61,9 @@ def _problems(programs: tuple[Program, ...]) -> Iterator[tuple[str, str]]:
     for program in programs:
         yield from _update_problems(program)
         yield from _reduction_problems(program)
-        yield from _window_problems(program, Op.GATHER, Op.DROP, inside=PASSES, outside=(Op.STEP,))
-        inside = (Op.GATHER, Op.DROP, Op.PUBLISH)
-        yield from _window_problems(program, Op.SHIFT_IN, Op.SHIFT_OUT, inside=inside, outside=())
+        yield from _window_problems(program, Op.GATHER, Op.DROP, PASSES)
+        inside = (Op.GATHER, Op.DROP, Op.STEP, Op.PUBLISH)
+        yield from _window_problems(program, Op.SHIFT_IN, Op.SHIFT_OUT, inside)
     for _ in global_order(wiring):
         pass
 
@@ -148,22 +148,22 @@ def _reduction_problems(program: Program) -> Iterator[tuple[str, str]]:
 
 
 def _window_problems(
-    program: Program, opening: Op, closing: Op, inside: tuple[Op, ...], outside: tuple[Op, ...]
+    program: Program, opening: Op, closing: Op, inside: tuple[Op, ...]
 ) -> Iterator[tuple[str, str]]:
     """Windows of one kind open and close in turn, with `inside` between, for the stages that have any."""
-    stages = {each.stage for each in program.instructions if each.op in (opening, closing)}
-    is_open = dict.fromkeys(stages, False)
+    is_open = {each.stage: False for each in program.instructions if each.op in (opening, closing)}
     for each in program.instructions:
-        if each.op in (opening, closing) and is_open[each.stage] is (each.op is opening):
-            yield f"{each} where that is so already", f"let {opening.value} and {closing.value} take turns"
         if each.op in (opening, closing):
+            if is_open[each.stage] is (each.op is opening):
+                yield (
+                    f"{each} where that is so already",
+                    f"let {opening.value}, {closing.value} take turns",
+                )
             is_open[each.stage] = each.op is opening
-        elif each.op in inside and each.stage in stages and not is_open[each.stage]:
-            yield f"{each} outside {opening.value} and {closing.value}", f"put {opening.value} before it"
-        elif each.op in outside and any(is_open.values()):
-            yield f"{each} before {closing.value}", f"put {closing.value} before it"
-        elif each.op is Op.STEP and not outside and not all(is_open.values()):
-            yield f"{each} without {opening.value} of every stage", f"put {opening.value} before it"
+        elif each.op in inside:
+            concerned = is_open if each.stage is None else is_open.keys() & {each.stage}
+            if not all(is_open[stage] for stage in concerned):
+                yield f"{each} outside {opening.value} and {closing.value}", f"put {opening.value} before it"
     for stage, still in is_open.items():
         if still:
             yield f"{opening.value} {stage} without {closing.value} {stage}", f"add {closing.value} {stage}"
