@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from sixfold.base.errors import ProgramError
 from sixfold.program import (
+    PASSES,
     RECEIVES,
     SENDS,
     WEIGHT_PARTS,
@@ -29,8 +30,7 @@ from sixfold.simulate.costs import Costs, StageCosts
 from sixfold.simulate.timeline import LANES, Event, Timeline
 
 _LANE_OF = {
-    **dict.fromkeys(SENDS, "send"),
-    **dict.fromkeys(RECEIVES, "receive"),
+    **{op: op.value for op in (*SENDS, *RECEIVES)},
     Op.GATHER: "gather",
     Op.PUBLISH: "gather",
     Op.REDUCE: "reduce",
@@ -55,11 +55,12 @@ _SECONDS: dict[Op, Callable[[StageCosts], float]] = {
 def simulate(programs: tuple[Program, ...], costs: Costs) -> Timeline:
     """Play the programs of all ranks of a pipeline on a clock.
 
-    A transfer occupies the sender's send lane and the receiver's receive lane for the same time. A window's
-    first pass waits for its whole gather. A reduction starts when the first of the stage's units is
-    complete and ends no earlier than its last unit can be reduced. `step` starts when all ranks are at it
-    and have no reduction under way. Sent data and what the collectives need in between are not counted as
-    memory; a received activation is from the start of its transfer.
+    A transfer occupies its lane on both ranks for the same time, one for each kind of transfer; where things
+    overlap, a receive is posted one pass ahead of its place. A window's first pass waits for its
+    whole gather. A reduction starts when the first of the stage's units is complete and ends no earlier
+    than its last unit can be reduced. `step` starts when all ranks are at it and have no reduction
+    under way. Sent data and what the collectives need in between are not counted as memory; a received
+    activation or gradient is from the start of its transfer.
 
     Args:
         costs: of as many stages as the programs have.
@@ -92,6 +93,8 @@ class _Clock:
     stops: dict[Instruction, float] = field(default_factory=dict)
     lanes: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
     issued: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    posted: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    """When the last pass started, and with it what is posted a pass ahead."""
     ready: dict[tuple[int, int | None], float] = field(default_factory=lambda: defaultdict(float))
     """When a stage's last gather, shift, publish or step ended: what it serves waits for it."""
     opened: dict[tuple[int, int | None], float] = field(default_factory=dict)
@@ -139,6 +142,8 @@ class _Clock:
         self.stops.update(dict.fromkeys(results(instruction), event.stop))
         if lane == LANES[0]:
             self.issued[rank] = event.stop
+        if instruction.op in PASSES:
+            self.posted[rank] = start
         return event
 
     def _transfer(self, rank: int, send: Instruction) -> None:
@@ -149,7 +154,8 @@ class _Clock:
         other = self.wiring.ranks[receive.stage]
         start = max(
             *(self.stops[each] for each in self.wiring.needs(send)),
-            *(self.issued[each] for each in (rank, other)),
+            self.issued[rank],
+            (self.posted if self.costs.overlap else self.issued)[other],
             self.lanes[rank, self._lane(send)],
             self.lanes[other, self._lane(receive)],
         )

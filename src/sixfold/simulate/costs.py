@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from sixfold.base.errors import ProgramError
 
@@ -80,11 +79,6 @@ class Costs:
             raise ProgramError(
                 "bandwidth=0", rule="bytes arrive in the end", fix="give the bytes sent in a second"
             )
-
-    @classmethod
-    def even(cls, num_stages: int, stage: StageCosts | None = None, **whole: Any) -> Costs:
-        """Equal stages; `whole` are the arguments of `Costs` but `stages`."""
-        return cls(stages=(stage or StageCosts(),) * num_stages, **whole)
 
     def transfer(self, stage: int) -> float:
         """Seconds for the output of `stage` to the next one, or for its gradient back."""

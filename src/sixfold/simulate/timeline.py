@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sixfold.base.units import bytes_text
-from sixfold.program import INPUT_PARTS, PASSES, Instruction, Op
+from sixfold.program import INPUT_PARTS, PASSES, RECEIVES, SENDS, Instruction, Op
 
-LANES = ("compute", "send", "receive", "gather", "reduce", "shift")
+LANES = ("compute", *(op.value for op in (*SENDS, *RECEIVES)), "gather", "reduce", "shift")
 """What a rank does at the same time, where it can."""
 
 
