@@ -14,11 +14,13 @@ from sixfold.base.errors import ProgramError
 from sixfold.program import SCHEDULES, Instruction, Op, Program, accumulation, evaluation, stages_of, training
 from sixfold.simulate import LANES, Costs, Event, StageCosts, Timeline, chrome_trace, html_page, simulate
 
+SECONDS = StageCosts()
+"""A second for each pass and each part, everything else at once and for nothing."""
 ANY_VIRTUAL = ("interleaved", "breadth-first")
 
 
 def timed(
-    schedule: str, num_ranks: int, num_micro: int, stage: StageCosts = StageCosts(), num_virtual=None, **whole
+    schedule: str, num_ranks: int, num_micro: int, stage: StageCosts = SECONDS, num_virtual=None, **whole
 ) -> Timeline:
     programs = training(schedule, num_ranks, num_micro, num_virtual)
     num_stages = sum(map(len, stages_of(schedule, num_ranks, num_virtual)))

@@ -13,7 +13,7 @@ from html import escape
 from sixfold.program import INPUT_PARTS, PASSES, Instruction, Op
 from sixfold.simulate.timeline import LANES, Event, Timeline
 
-_WIDTH, _LEFT, _ROW, _GAP = 1200, 170, 22, 8
+_WIDTH, _LEFT, _ROW, _GAP = 1200, 240, 22, 8
 """Pixels: of the drawing, of its captions, of a lane, between ranks."""
 
 
