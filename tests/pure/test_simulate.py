@@ -270,8 +270,9 @@ def test_the_page_draws_every_pass_and_loads_nothing() -> None:
     assert "a & b" in told
     assert "rank 0 measured <1> compute" in told
     assert "backward 1.2: 8 s to 10 s, 2 s" in told
-    widths = {each["class"]: float(each["width"] or 0) for each in page.boxes}
-    assert widths["backward"] == pytest.approx(2 * widths["forward"], rel=1e-3)
+    widths: dict[str | None, float] = {each["fill"]: float(each["width"] or 0) for each in page.boxes}
+    narrow, wide = widths.values()
+    assert wide == pytest.approx(2 * narrow, rel=1e-3)
     assert not Page(html_page({"empty": Timeline(())})).boxes
 
 

@@ -68,16 +68,14 @@ def html_page(timelines: Mapping[str, Timeline], title: str = "Timeline") -> str
                 events = [each for each in events if each.stop > each.start]
                 if events:
                     caption = escape(f"rank {rank} {name} {lane}")
-                    drawn.append(f'<text class="lane" x="4" y="{y + _ROW - 7}">{caption}</text>')
+                    drawn.append(f'<text fill="#555" x="4" y="{y + _ROW - 7}">{caption}</text>')
                     drawn += [_box(each, y, scale) for each in events]
                     y += _ROW
         y += _GAP
     facts = "".join(
         f"<h2>{escape(name)}</h2><pre>{escape(str(timeline))}</pre>" for name, timeline in timelines.items()
     )
-    return _PAGE.format(
-        title=escape(title), width=_WIDTH, height=y, drawing="\n".join(drawn), facts=facts, style=_STYLE
-    )
+    return _PAGE.format(title=escape(title), width=_WIDTH, height=y, drawing="\n".join(drawn), facts=facts)
 
 
 def _box(event: Event, y: int, scale: float) -> str:
@@ -86,7 +84,8 @@ def _box(event: Event, y: int, scale: float) -> str:
     told = f"{instruction}: {event.start:.6g} s to {event.stop:.6g} s, {event.stop - event.start:.6g} s"
     box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW - 3}"'
     label = f'<text x="{x + 3:.2f}" y="{y + _ROW - 8}">{_label(instruction)}</text>' if width > 14 else ""
-    return f'<g><title>{escape(told)}</title><rect class="{instruction.op.value}" {box}/>{label}</g>'
+    fill = _FILLS.get(instruction.op, "#bbb")
+    return f'<g><title>{escape(told)}</title><rect fill="{fill}" {box}/>{label}</g>'
 
 
 def _label(instruction: Instruction) -> str:
@@ -94,17 +93,18 @@ def _label(instruction: Instruction) -> str:
     return "" if number is None else str(number)
 
 
-_HUES = {Op.FORWARD: 210, **dict.fromkeys(INPUT_PARTS, 30), Op.BACKWARD_WEIGHT: 120, Op.STEP: 0}
-_STYLE = "\n".join(
-    [
-        "body { font: 14px sans-serif; } text { font: 11px sans-serif; pointer-events: none; }",
-        "rect { fill: #bbb; stroke: #fff; stroke-width: 0.5; } text.lane { fill: #555; }",
-        *(f"rect.{op.value} {{ fill: hsl({hue} 70% 70%); }}" for op, hue in _HUES.items()),
-    ]
-)
+_FILLS = {
+    Op.FORWARD: "#8fbce8",
+    **dict.fromkeys(INPUT_PARTS, "#f0b673"),
+    Op.BACKWARD_WEIGHT: "#93d693",
+    Op.STEP: "#e88f8f",
+}
+"""All else is grey."""
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-{style}
+body {{ font: 14px sans-serif; }}
+text {{ font: 11px sans-serif; pointer-events: none; }}
+rect {{ stroke: #fff; stroke-width: 0.5; }}
 </style></head><body><h1>{title}</h1>
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%">
 {drawing}
