@@ -238,6 +238,7 @@ def settings_of(draw: st.DrawFn) -> dict[str, object]:
         "num_ranks": draw(st.integers(1, 6)),
         "num_micro": num_micro,
         "num_virtual": draw(st.sampled_from(virtuals(schedule))),
+        "num_served": draw(st.sampled_from([0, 0, 1, 3])),
         "num_reduces": draw(st.sampled_from([1, 2, num_micro or 1])),
         "longest_window": draw(st.sampled_from([0, 1, 2, None])),
         "ahead": draw(st.integers(0, 2)),
@@ -252,11 +253,18 @@ def test_generated_programs_pass_and_round_trip(arguments: dict) -> None:
     programs = training(**arguments)
     check(programs)
     assert tuple(Program.parse(str(program)) for program in programs) == programs
-    windows = {key: arguments[key] for key in ("longest_window", "ahead")}
+    windows = {key: arguments[key] for key in ("num_served", "longest_window", "ahead")}
     forwards = evaluation(*list(arguments.values())[:4], **windows)
     check(forwards)
     ops = {each.op for program in forwards for each in program.instructions}
-    assert ops <= {Op.FORWARD, Op.GATHER, Op.DROP, Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION}
+    assert ops <= {
+        Op.FORWARD,
+        Op.SERVE_FORWARD,
+        Op.GATHER,
+        Op.DROP,
+        Op.SEND_ACTIVATION,
+        Op.RECEIVE_ACTIVATION,
+    }
 
 
 SMALL = [
@@ -323,6 +331,24 @@ def is_accepted(programs: Programs) -> bool:
     except ProgramError:
         return False
     return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(settings_of())
+def test_ranks_with_fewer_micro_batches_gather_and_reduce_in_the_same_order(arguments: dict) -> None:
+    def collectives(num_micro: int, num_served: int) -> list[list[Instruction]]:
+        programs = training(**{**arguments, "num_micro": num_micro, "num_served": num_served})
+        return [[each for each in program.instructions if each.micro is None] for program in programs]
+
+    total = arguments["num_micro"] + arguments["num_served"]
+    assert collectives(arguments["num_micro"], arguments["num_served"]) == collectives(total, 0)
+
+
+def test_what_is_served_is_not_sent() -> None:
+    assert str(training("zero-bubble-h1", 2, 1, num_served=1)[1]) == (
+        "receive-activation 1.0 | forward 1.0 | backward-input 1.0 | send-gradient 1.0 | serve-forward 1.1 | "
+        "serve-backward 1.1 | backward-weight 1.0 | reduce 1 | step | publish 1"
+    )
 
 
 def test_one_stage_is_the_accumulation_step() -> None:

@@ -10,6 +10,7 @@ from sixfold.program.instructions import (
     PASSES,
     RECEIVES,
     SENDS,
+    SERVES,
     WEIGHT_PARTS,
     Instruction,
     Op,
@@ -22,6 +23,7 @@ from sixfold.program.lowering import (
     add_update,
     add_windows,
     only_forwards,
+    serve_rest,
 )
 from sixfold.program.order import Wiring, global_order, results
 from sixfold.program.peaks import Peak, peaks
@@ -42,6 +44,7 @@ __all__ = [
     "RECEIVES",
     "SCHEDULES",
     "SENDS",
+    "SERVES",
     "WEIGHT_PARTS",
     "Instruction",
     "Op",
@@ -63,6 +66,7 @@ __all__ = [
     "peaks",
     "rehearsal",
     "results",
+    "serve_rest",
     "stages_of",
     "training",
 ]

@@ -14,6 +14,7 @@ from sixfold.base.errors import ProgramError
 from sixfold.program.instructions import (
     INPUT_PARTS,
     PASSES,
+    SERVES,
     WEIGHT_PARTS,
     Instruction,
     Op,
@@ -33,9 +34,9 @@ def check(programs: Program | tuple[Program, ...]) -> None:
         programs: those of all ranks of a pipeline, in order; one alone is a pipeline of one rank.
 
     Together: stages are numbered from 0, each on one rank, and each runs every micro-batch, numbered from
-    0, forward, and backward either whole or in its two parts (or all forward only). What passes
-    between ranks is sent and received once, in one order on both, and all ranks reach their end even if
-    every send blocks until its receive.
+    0, forward, and backward either whole or in its two parts (or all forward only), or serves both. What
+    passes between ranks is sent and received once, in one order on both, and all ranks reach their end
+    even if every send blocks until its receive.
 
     Each: no pass, transfer, step or publish stands twice. A program with `step` makes an update, and then all
     do: every forward has its backward before it; every stage opens a reduction window, with at most one
@@ -61,7 +62,7 @@ def _problems(programs: tuple[Program, ...]) -> Iterator[tuple[str, str]]:
     for program in programs:
         yield from _update_problems(program)
         yield from _reduction_problems(program)
-        yield from _window_problems(program, Op.GATHER, Op.DROP, PASSES)
+        yield from _window_problems(program, Op.GATHER, Op.DROP, (*PASSES, *SERVES))
         inside = (Op.GATHER, Op.DROP, Op.STEP, Op.PUBLISH)
         yield from _window_problems(program, Op.SHIFT_IN, Op.SHIFT_OUT, inside)
     for _ in global_order(wiring):
@@ -89,7 +90,7 @@ def _balance_problems(wiring: Wiring) -> Iterator[tuple[str, str]]:
                 yield f"{each} stands {number} times", "keep one of them"
     given = {each for program in wiring.programs for each in program.instructions}
     num_micro = 1 + max((each.micro for each in given if each.micro is not None), default=-1)
-    learns = any(each.op in (*INPUT_PARTS, Op.BACKWARD_WEIGHT) for each in given)
+    learns = any(each.op in (*INPUT_PARTS, Op.BACKWARD_WEIGHT, Op.SERVE_BACKWARD) for each in given)
     learns |= Instruction(Op.STEP) in given
     for stage in wiring.ranks:
         for micro in range(num_micro):
@@ -104,6 +105,8 @@ def _balance_problems(wiring: Wiring) -> Iterator[tuple[str, str]]:
 def _expected(
     wiring: Wiring, stage: int, micro: int, learns: bool, given: set[Instruction]
 ) -> set[Instruction]:
+    if any(Instruction(op, stage, micro) in given for op in SERVES):
+        return {Instruction(op, stage, micro) for op in (SERVES if learns else SERVES[:1])}
     ops = [Op.FORWARD]
     before, after = (
         near in wiring.ranks and not wiring.is_local(stage, near) for near in (stage - 1, stage + 1)

@@ -25,6 +25,10 @@ class Op(Enum):
     whose part cannot be put off. What the other weights need is queued."""
     BACKWARD_WEIGHT = "backward-weight"
     """The rest of that backward, from the queue: gradients of the weights that were put off."""
+    SERVE_FORWARD = "serve-forward"
+    """Take part in the forward that other ranks run on a micro-batch this rank does not have."""
+    SERVE_BACKWARD = "serve-backward"
+    """The same for its backward."""
     SEND_ACTIVATION = "send-activation"
     """Start to send the stage's output to the next stage."""
     RECEIVE_ACTIVATION = "receive-activation"
@@ -58,6 +62,8 @@ WEIGHT_PARTS = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
 """What completes the gradients of a stage's weights for a micro-batch."""
 PASSES = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 """What computes on a micro-batch."""
+SERVES = (Op.SERVE_FORWARD, Op.SERVE_BACKWARD)
+"""What stands in for a pass of a micro-batch that this rank does not have."""
 
 _PARTNERS = {
     Op.SEND_ACTIVATION: (Op.RECEIVE_ACTIVATION, 1),
@@ -70,7 +76,7 @@ _PARTNERS = {
 SENDS = (Op.SEND_ACTIVATION, Op.SEND_GRADIENT)
 RECEIVES = (Op.RECEIVE_ACTIVATION, Op.RECEIVE_GRADIENT)
 
-FIELDS = {op: 2 if op in (*PASSES, *SENDS, *RECEIVES) else 0 if op is Op.STEP else 1 for op in Op}
+FIELDS = {op: 2 if op in (*PASSES, *SERVES, *SENDS, *RECEIVES) else 0 if op is Op.STEP else 1 for op in Op}
 """How many numbers follow the word: stage and micro-batch, stage alone, or none."""
 
 

@@ -149,6 +149,27 @@ def add_shifts(program: Program, stages: Iterable[int]) -> Program:
     return _woven(program, before, after)
 
 
+def serve_rest(program: Program, num_own: int) -> Program:
+    """Have only the first micro-batches, and take part in what other ranks do with the rest.
+
+    Each pass becomes its service; weight parts that were put off and transfers of the rest go, and what opens
+    and closes windows stays, so that ranks with other numbers of micro-batches gather and reduce in one
+    order.
+
+    Args:
+        num_own: micro-batches of this rank.
+    """
+    served: list[Instruction] = []
+    for each in program.instructions:
+        if each.micro is None or each.micro < num_own:
+            served.append(each)
+        elif each.op is Op.FORWARD:
+            served.append(Instruction(Op.SERVE_FORWARD, each.stage, each.micro))
+        elif each.op in INPUT_PARTS:
+            served.append(Instruction(Op.SERVE_BACKWARD, each.stage, each.micro))
+    return Program(tuple(served))
+
+
 def _woven(
     program: Program, before: dict[int, list[Instruction]], after: dict[int, list[Instruction]]
 ) -> Program:

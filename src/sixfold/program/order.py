@@ -57,6 +57,8 @@ class Wiring:
                 )
             case Instruction(Op.BACKWARD_WEIGHT | Op.SEND_GRADIENT, int(stage), int(micro)):
                 return (Instruction(Op.BACKWARD_INPUT, stage, micro),)
+            case Instruction(Op.SERVE_BACKWARD, int(stage), int(micro)):
+                return (Instruction(Op.SERVE_FORWARD, stage, micro),)
             case Instruction(Op.SEND_ACTIVATION, int(stage), int(micro)):
                 return (Instruction(Op.FORWARD, stage, micro),)
         return ()

@@ -22,6 +22,7 @@ from sixfold.program.lowering import (
     add_update,
     add_windows,
     only_forwards,
+    serve_rest,
 )
 
 
@@ -209,6 +210,7 @@ def training(
     num_micro: int,
     num_virtual: int | None = None,
     *,
+    num_served: int = 0,
     num_reduces: int = 1,
     longest_window: int | None = 0,
     ahead: int = 0,
@@ -223,6 +225,7 @@ def training(
         num_micro: micro-batches of this update; 0 is legal (an empty share still takes part in the
             reduction and the update).
         num_virtual: stages on each rank; None: the schedule's own number, else 1.
+        num_served: further micro-batches that only other data ranks have and these ranks take part in.
         num_reduces: reduction windows of each stage, equally many on every data rank: 1 where gradients
             are whole, the longest share's number of micro-batches where they are cut.
         longest_window: passes for which gathered parameters are kept at most; 0 where they are whole, None
@@ -235,10 +238,9 @@ def training(
         One program for each rank, in order.
     """
     placed = stages_of(schedule, num_ranks, num_virtual)
+    connected = add_transfers(passes(schedule, num_ranks, num_micro + num_served, num_virtual))
     programs = []
-    for program, stages in zip(
-        add_transfers(passes(schedule, num_ranks, num_micro, num_virtual)), placed, strict=True
-    ):
+    for program, stages in zip(connected, placed, strict=True):
         if longest_window != 0:
             program = add_windows(program, longest_window, ahead)
         program = add_reductions(program, stages, num_reduces)
@@ -246,7 +248,7 @@ def training(
             program = add_update(program, stages)
         if shifts:
             program = add_shifts(program, stages)
-        programs.append(program)
+        programs.append(serve_rest(program, num_micro))
     return tuple(programs)
 
 
@@ -257,35 +259,40 @@ def evaluation(
     num_micro: int,
     num_virtual: int | None = None,
     *,
+    num_served: int = 0,
     longest_window: int | None = 0,
     ahead: int = 0,
 ) -> tuple[Program, ...]:
     """The forwards alone, on every rank of the pipeline that `training` uses; arguments as there."""
-    forwards = tuple(only_forwards(each) for each in passes(schedule, num_ranks, num_micro, num_virtual))
-    programs = add_transfers(forwards)
+    total = num_micro + num_served
+    programs = add_transfers(
+        tuple(only_forwards(each) for each in passes(schedule, num_ranks, total, num_virtual))
+    )
     if longest_window != 0:
         programs = tuple(add_windows(each, longest_window, ahead) for each in programs)
-    return programs
+    return tuple(serve_rest(each, num_micro) for each in programs)
 
 
-def accumulation(num_micro: int, num_reduces: int = 1) -> Program:
+def accumulation(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> Program:
     """Gradient accumulation: `training` on a pipeline of one stage.
 
     Args:
         num_micro: micro-batches of this rank in this update.
         num_reduces: reduction windows, equally many on every rank.
+        num_served: further micro-batches that only other ranks have and this one takes part in.
 
     A window opens before each of the last backwards, so that communication runs under it; windows that
     this rank has no backward for come last.
     """
-    return training("1f1b", 1, num_micro, num_reduces=num_reduces)[0]
+    return training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces)[0]
 
 
-def forward_only(num_micro: int) -> Program:
+def forward_only(num_micro: int, num_served: int = 0) -> Program:
     """Evaluation: the forwards of one stage and nothing else."""
-    return evaluation("1f1b", 1, num_micro)[0]
+    return evaluation("1f1b", 1, num_micro, num_served=num_served)[0]
 
 
-def rehearsal(num_micro: int, num_reduces: int = 1) -> Program:
+def rehearsal(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> Program:
     """`accumulation` without its update: computes and communicates, and leaves the state as it was."""
-    return training("1f1b", 1, num_micro, num_reduces=num_reduces, updates=False)[0]
+    programs = training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces, updates=False)
+    return programs[0]
