@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from textwrap import shorten
 
 from sixfold.base.errors import ProgramError
 from sixfold.program.instructions import (
@@ -47,9 +48,12 @@ def check(programs: Program | tuple[Program, ...]) -> None:
     """
     together = (programs,) if isinstance(programs, Program) else programs
     for problem, fix in _problems(together):
-        shown = "\n".join(f"rank {rank}: {each}" for rank, each in enumerate(together))
+        shown = "\n".join(
+            f"rank {rank}: {shorten(str(each), 400, placeholder=' ...')}"
+            for rank, each in enumerate(together)
+        )
         raise ProgramError(
-            f"{problem} in:\n{shown}" if len(together) > 1 else f"{problem} in: {together[0]}",
+            f"{problem} in:\n{shown}",
             rule="a step is balanced and in order",
             fix=fix,
         )
