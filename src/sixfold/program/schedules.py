@@ -68,19 +68,15 @@ def _breadth_first(rank: int, num_ranks: int, stages: Sequence[int], num_micro: 
     return Order(forwards, forwards[::-1], num_warm=len(forwards))
 
 
-def _one_by_one(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
-    same = [stages[0]] * num_micro
-    return Order(same, same, num_warm=num_ranks - rank - 1)
+def _in_turn(depth: int, *, splits: bool) -> Callable[[int, int, Sequence[int], int], Order]:
+    """One stage on each rank, and `depth` forwards more at the start than the rank behind has."""
 
+    def order(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
+        same = list(stages) * num_micro
+        queued = depth * rank
+        return Order(same, same, depth * (num_ranks - rank - 1), queued if splits else None, queued)
 
-def _half_split(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
-    same = [stages[0]] * num_micro
-    return Order(same, same, num_ranks - rank - 1, queued=rank, queued_at_end=rank)
-
-
-def _full_split(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
-    same = [stages[0]] * num_micro
-    return Order(same, same, 2 * (num_ranks - rank - 1), queued=2 * rank, queued_at_end=2 * rank)
+    return order
 
 
 def _interleaved(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
@@ -95,12 +91,11 @@ def _interleaved(rank: int, num_ranks: int, stages: Sequence[int], num_micro: in
 
 def _zigzag(rank: int, num_ranks: int, stages: Sequence[int], num_micro: int) -> Order:
     down, up = stages
-    warm = _at_most(num_micro, [down] * (2 * (num_ranks - rank) - 1) + [up, down] * rank)
-    num_warm = sum(stage is not None for stage in warm)
+    # Until the first micro-batch is back, then both stages in turn.
+    warm = [down] * (2 * (num_ranks - rank) - 1) + [up, down] * rank
     turns = [up] * (num_ranks - rank) + [down, up] * num_micro
-    forwards = [stage for stage in warm if stage is not None]
-    forwards_in_turn = _at_most(num_micro, [*forwards, *turns])
-    return Order(forwards_in_turn, _at_most(num_micro, turns), num_warm, queued=0, queued_at_end=2 * rank)
+    forwards, backwards = _at_most(num_micro, warm + turns), _at_most(num_micro, turns)
+    return Order(forwards, backwards, len(warm), queued=0, queued_at_end=2 * rank)
 
 
 def _at_most(num: int, stages: Iterable[int]) -> list[int | None]:
@@ -119,11 +114,11 @@ def _both_ways(rank: int, num_ranks: int, num_virtual: int) -> tuple[int, ...]:
 
 SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": Schedule(_breadth_first, num_virtual=1),
-    "1f1b": Schedule(_one_by_one, num_virtual=1),
+    "1f1b": Schedule(_in_turn(1, splits=False), num_virtual=1),
     "interleaved": Schedule(_interleaved),
     "breadth-first": Schedule(_breadth_first),
-    "zero-bubble-h1": Schedule(_half_split, num_virtual=1),
-    "zero-bubble-h2": Schedule(_full_split, num_virtual=1),
+    "zero-bubble-h1": Schedule(_in_turn(1, splits=True), num_virtual=1),
+    "zero-bubble-h2": Schedule(_in_turn(2, splits=True), num_virtual=1),
     "zero-bubble-v": Schedule(_zigzag, num_virtual=2, place=_both_ways),
 }
 """By name; `docs/schedules.md` draws each one and names its source."""

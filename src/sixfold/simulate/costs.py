@@ -77,7 +77,9 @@ class Costs:
         _refuse_negative(self)
         if not self.bandwidth:
             raise ProgramError(
-                "bandwidth=0", rule="bytes arrive in the end", fix="give the bytes sent in a second"
+                f"bandwidth={self.bandwidth}",
+                rule="bytes arrive in the end",
+                fix="give the bytes sent in a second",
             )
 
     def transfer(self, stage: int) -> float:
