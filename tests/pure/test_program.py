@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sixfold.base.errors import ProgramError
 from sixfold.program import Instruction, Op, Program, accumulation, check, forward_only, rehearsal
 
-NUMBERS = dict.fromkeys(Op, 2) | {Op.REDUCE: 1, Op.PUBLISH: 1, Op.STEP: 0}
+OF_A_STAGE = (Op.REDUCE, Op.PUBLISH, Op.GATHER, Op.DROP, Op.SHIFT_IN, Op.SHIFT_OUT)
+NUMBERS = dict.fromkeys(Op, 2) | dict.fromkeys(OF_A_STAGE, 1) | {Op.STEP: 0}
 
 
 @st.composite

@@ -111,6 +111,12 @@ class Player:
         """Perform one instruction of the step under way; the first one starts a step."""
         if self._step is None:
             self._step = _Step(scale=1.0)
+        if instruction.op not in self._perform:
+            raise ProgramError(
+                f"{instruction} cannot be played yet",
+                rule="a program of one stage, whole on its rank, is played",
+                fix="play sixfold.program.accumulation or forward_only; sixfold.simulate times the others",
+            )
         self._perform[instruction.op](self._step, instruction)
 
     def backward(self, micro: int, share: Share, *, retain_graph: bool) -> None:

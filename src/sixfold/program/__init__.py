@@ -1,10 +1,72 @@
-"""The step as data: instructions, schedules that write them, checks that read them.
+"""The step as data: instructions, schedules that write them, passes that lower them, checks that read them.
 
-Played by `pipeline`, priced by `plan`; knows no tensors, no devices and no ranks' contents.
+Played by `pipeline`, timed by `simulate`, priced by `plan`; knows no tensors, no devices and no ranks'
+contents.
 """
 
 from sixfold.program.check import check
-from sixfold.program.instructions import Instruction, Op, Program
-from sixfold.program.schedules import accumulation, forward_only, rehearsal
+from sixfold.program.instructions import (
+    INPUT_PARTS,
+    PASSES,
+    RECEIVES,
+    SENDS,
+    SERVES,
+    WEIGHT_PARTS,
+    Instruction,
+    Op,
+    Program,
+)
+from sixfold.program.lowering import (
+    add_reductions,
+    add_shifts,
+    add_transfers,
+    add_update,
+    add_windows,
+    only_forwards,
+    serve_rest,
+)
+from sixfold.program.order import Wiring, global_order, results
+from sixfold.program.peaks import Peak, peaks
+from sixfold.program.schedules import (
+    SCHEDULES,
+    accumulation,
+    evaluation,
+    forward_only,
+    passes,
+    rehearsal,
+    stages_of,
+    training,
+)
 
-__all__ = ["Instruction", "Op", "Program", "accumulation", "check", "forward_only", "rehearsal"]
+__all__ = [
+    "INPUT_PARTS",
+    "PASSES",
+    "RECEIVES",
+    "SCHEDULES",
+    "SENDS",
+    "SERVES",
+    "WEIGHT_PARTS",
+    "Instruction",
+    "Op",
+    "Peak",
+    "Program",
+    "Wiring",
+    "accumulation",
+    "add_reductions",
+    "add_shifts",
+    "add_transfers",
+    "add_update",
+    "add_windows",
+    "check",
+    "evaluation",
+    "forward_only",
+    "global_order",
+    "only_forwards",
+    "passes",
+    "peaks",
+    "rehearsal",
+    "results",
+    "serve_rest",
+    "stages_of",
+    "training",
+]

@@ -1,0 +1,20 @@
+"""Programs on a clock: what a schedule costs before anything runs, and how time looks as a picture.
+
+Called by the planner, commands and reports; plays instructions on numbers alone and sends nothing.
+"""
+
+from sixfold.simulate.clock import simulate
+from sixfold.simulate.costs import Costs, StageCosts
+from sixfold.simulate.export import chrome_trace, html_page
+from sixfold.simulate.timeline import LANES, Event, Timeline
+
+__all__ = [
+    "LANES",
+    "Costs",
+    "Event",
+    "StageCosts",
+    "Timeline",
+    "chrome_trace",
+    "html_page",
+    "simulate",
+]

@@ -1,0 +1,119 @@
+"""A timeline: which instruction ran on which rank from when to when, and what follows from that.
+
+Made by the simulator, or from times that were measured; read by the exports. It says nothing about
+why an instruction began when it did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sixfold.base.units import bytes_text
+from sixfold.program import INPUT_PARTS, PASSES, RECEIVES, SENDS, Instruction, Op
+
+LANES = ("compute", *(op.value for op in (*SENDS, *RECEIVES)), "gather", "reduce", "shift")
+"""What a rank does at the same time, where it can."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One instruction on the clock.
+
+    Args:
+        rank: of the pipeline.
+        lane: one of `LANES`.
+        instruction: what ran.
+        start: seconds since the start of the step.
+        stop: likewise.
+    """
+
+    rank: int
+    lane: str
+    instruction: Instruction
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step on all ranks of a pipeline.
+
+    Args:
+        events: in the order in which they were recorded.
+        peak_bytes: the most that each rank held at once; empty where nobody counted.
+    """
+
+    events: tuple[Event, ...]
+    peak_bytes: tuple[int, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on which something ran."""
+        return 1 + max((event.rank for event in self.events), default=-1)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds until everything was done."""
+        return max((event.stop for event in self.events), default=0.0)
+
+    def passes(self, rank: int) -> list[Event]:
+        """What a rank computed on micro-batches, in order of time."""
+        mine = (event for event in self.events if event.rank == rank and event.instruction.op in PASSES)
+        return sorted(mine, key=lambda event: event.start)
+
+    def busy(self, rank: int) -> float:
+        """Seconds in passes."""
+        return sum(event.stop - event.start for event in self.passes(rank))
+
+    def span(self, rank: int) -> float:
+        """Seconds from a rank's first pass to the end of its last."""
+        mine = self.passes(rank)
+        return max(event.stop for event in mine) - mine[0].start if mine else 0.0
+
+    def idle(self, rank: int) -> float:
+        """Seconds of the makespan in which a rank was in no pass."""
+        return self.makespan - self.busy(rank)
+
+    @property
+    def ideal(self) -> float:
+        """Seconds that the busiest rank computes: less is impossible."""
+        return max(map(self.busy, range(self.num_ranks)), default=0.0)
+
+    @property
+    def bubble(self) -> float:
+        """Seconds by which the longest span exceeds the ideal.
+
+        Each rank counts from its own first pass, as the papers on schedules without bubble do: what follows
+        may begin on every rank as soon as that one is done. Where all ranks meet in `step`,
+        `makespan - ideal` is what is lost.
+        """
+        return max(map(self.span, range(self.num_ranks)), default=0.0) - self.ideal
+
+    def __str__(self) -> str:
+        lines = [f"makespan {self.makespan:.6g} s, ideal {self.ideal:.6g} s, bubble {self.bubble:.6g} s"]
+        for rank in range(self.num_ranks):
+            memory = f", peak {bytes_text(self.peak_bytes[rank])}" if self.peak_bytes else ""
+            lines.append(f"rank {rank}: busy {self.busy(rank):.6g} s, idle {self.idle(rank):.6g} s{memory}")
+        return "\n".join(lines)
+
+    def drawing(self, tick: float = 1.0) -> str:
+        """Passes as text, a line for each rank and a character for each `tick` seconds.
+
+        A forward is drawn as the last digit of its micro-batch, a backward or its input part as a small
+        letter (a is micro-batch 0), a weight part as a capital one, and nothing to do as a dot.
+        """
+        return "\n".join(f"rank {rank}  {self._line(rank, tick)}" for rank in range(self.num_ranks))
+
+    def _line(self, rank: int, tick: float) -> str:
+        drawn = ["."] * round(self.makespan / tick)
+        for event in self.passes(rank):
+            first, last = round(event.start / tick), round(event.stop / tick)
+            drawn[first:last] = [_sign(event.instruction)] * (last - first)
+        return "".join(drawn)
+
+
+def _sign(instruction: Instruction) -> str:
+    micro = instruction.micro or 0
+    if instruction.op is Op.FORWARD:
+        return str(micro % 10)
+    return chr(ord("a" if instruction.op in INPUT_PARTS else "A") + micro % 26)

@@ -1,0 +1,22 @@
+"""The player by itself: what it cannot play it says, before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sixfold.base.errors import ProgramError
+from sixfold.pipeline.player import Player
+from sixfold.program import training
+
+NOTHING: Any = None
+
+
+def test_instructions_of_pipelines_are_refused_by_name() -> None:
+    player = Player(NOTHING, NOTHING, NOTHING, clip_norm=None)
+    for instruction in set(training("zero-bubble-h1", 2, 1, longest_window=1, shifts=True)[1].instructions):
+        if instruction.op.value in ("forward", "reduce", "step", "publish"):
+            continue
+        with pytest.raises(ProgramError, match=f"{instruction} cannot be played yet"):
+            player.perform(instruction)
