@@ -105,6 +105,8 @@ class Player:
                 self._step.result = self._start_totals(self._step)()
             return self._step.result
         finally:
+            if self._step.accumulates:
+                self._state.end()
             self._step = outer
 
     def perform(self, instruction: Instruction) -> None:
@@ -129,6 +131,9 @@ class Player:
         if self._state.reduces_with_backward:
             self._state.open_reduce()
         self._backward(self._step, Instruction(Op.BACKWARD, 0, micro), retain_graph=retain_graph)
+        if self._state.reduces_with_backward:
+            # To its end here, where all ranks are: who has no further backward goes on to something else.
+            self._state.finish_reduce()
 
     def update(self, counts: Counts, *, has_means: bool) -> StepResult:
         """Perform the end of a written-out step: `reduce 0 | step | publish 0`, less the reduction where
@@ -151,6 +156,7 @@ class Player:
         finally:
             # An update that was refused is over too: the next one starts anew.
             self._step = None
+            self._state.end()
 
     @property
     def is_idle(self) -> bool:

@@ -13,62 +13,29 @@ later block first, so nothing of it is left by then.
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from zlib import crc32
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sixfold.base.errors import MeshError, StateError
-from sixfold.mesh import Mesh, Pending
+from sixfold.mesh import Mesh
+from sixfold.state.passes import (
+    BACKWARD,
+    EVALUATION,
+    FORWARD,
+    PASSES,
+    Order,
+    Pass,
+    forward_kind,
+    settle,
+    tensors_in,
+)
 from sixfold.state.unit import Unit
 
-EVALUATION, FORWARD, BACKWARD = "forward without gradients", "forward", "backward"
-PASSES = (EVALUATION, FORWARD, BACKWARD)
-"""Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
-
 _NOTHING = -1
-
-
-@dataclass(frozen=True)
-class _Order:
-    """How units follow each other in one kind of pass.
-
-    Args:
-        units: each once.
-        repeated: those that were wanted again after they had been dropped.
-    """
-
-    units: Sequence[Unit]
-    repeated: frozenset[Unit]
-
-
-@dataclass
-class _Pass:
-    """A pass under way.
-
-    Args:
-        order: None in the first pass of a kind.
-        todo: what is still to be gathered, where that is known, from `place` on.
-        kept: what is whole after it, on every rank.
-        stays: units that are not dropped before its end.
-        found: what was gathered, where the order is found out now.
-        behind: what a backward pass has reached on this rank.
-    """
-
-    kind: str
-    order: _Order | None
-    todo: list[Unit]
-    kept: frozenset[Unit]
-    stays: set[Unit]
-    place: int = 0
-    under_way: dict[Unit, Pending] = field(default_factory=dict)
-    found: list[Unit] = field(default_factory=list)
-    behind: set[Unit] = field(default_factory=set)
 
 
 class Gathering:
@@ -77,6 +44,8 @@ class Gathering:
     Args:
         units: those whose parameters are cut, in module order; with none it does nothing.
         serve: called in place of a pass that this rank has no part in, with its kind.
+        leave: called with each unit that no rank uses any more in a backward pass; at the same place
+            among the gathers on every rank.
         prefetch_bytes: bound on what is gathered ahead; None for always one unit.
     """
 
@@ -86,11 +55,13 @@ class Gathering:
         units: Sequence[Unit],
         mesh: Mesh,
         serve: Callable[[str], None],
+        leave: Callable[[Unit], None],
         prefetch_bytes: int | None,
     ) -> None:
         self._units = units
         self._mesh = mesh
         self._serve = serve
+        self._leave = leave
         self._prefetch_bytes = prefetch_bytes
         self._staying = [unit for unit in units if not unit.plan.blocks]
         self._users: dict[str, list[Unit]] = {}
@@ -98,9 +69,11 @@ class Gathering:
             for block in unit.plan.blocks:
                 self._users.setdefault(block, []).append(unit)
         self._present: set[Unit] = set()
-        self._orders: dict[str, _Order] = {}
+        self._orders: dict[str, Order] = {}
         self._reached: set[Unit] = set()
-        self._pass: _Pass | None = None
+        self._unreached: set[Unit] = set()
+        self._holding: set[Unit] = set()
+        self._pass: Pass | None = None
         self._is_explicit = False
         self._is_free = True
         self._is_held = False
@@ -213,12 +186,20 @@ class Gathering:
 
     def _start(self, kind: str) -> None:
         order = self._orders.get(kind)
+        if order is None:
+            self._drop_all_but(self._staying)  # the order is found out from its beginning
         kept = {EVALUATION: self._present, FORWARD: {*self._staying, *self._tail()}, BACKWARD: set[Unit]()}[
             kind
         ]
-        repeated = order.repeated if order else frozenset[Unit]()
-        todo = [unit for unit in order.units if unit not in self._present] if order else []
-        self._pass = _Pass(kind, order, todo, frozenset(kept), {*kept, *repeated, *self._staying})
+        units, lasting = (order.units, order.lasting) if order else ((), frozenset(self._staying))
+        self._pass = Pass(
+            kind,
+            order,
+            todo=[unit for unit in units if unit not in self._present],
+            kept=frozenset(kept),
+            stays={*kept, *lasting, *self._holding},
+            leaving=[unit for unit in units if unit not in lasting] if kind == BACKWARD else [],
+        )
         self._running.clear()
 
     def _tail(self) -> list[Unit]:
@@ -254,20 +235,24 @@ class Gathering:
         self._present.discard(unit)
         unit.drop()
 
-    def _settled(self, found_in: _Pass) -> _Order:
-        """The order for later passes: what was found, then what only some way through the model needs."""
-        times = Counter(found_in.found)
-        # In backward a block can be needed only where its outputs were part of the graph on some rank.
-        reached = self._mesh.total(*(float(unit in self._reached) for unit in self._units))
-        rest = [
-            unit
-            for unit, count in zip(self._units, reached, strict=True)
-            if unit.plan.blocks and (count or found_in.kind != BACKWARD)
-        ]
-        if found_in.kind == BACKWARD:
-            rest.reverse()
-        units = tuple(dict.fromkeys((*self._staying, *times, *rest)))
-        return _Order(units, frozenset(unit for unit, count in times.items() if count > 1))
+    def _expected(self, kind: str) -> list[Unit]:
+        """The order in which a pass will probably want units: that of forward, or of the module."""
+        order = self._orders.get(FORWARD)
+        units = [unit for unit in (order.units if order else self._units) if unit.plan.blocks]
+        return [*self._staying, *(reversed(units) if kind == BACKWARD else units)]
+
+    def _settled(self, found_in: Pass) -> Order:
+        """The order for later passes; every rank takes part."""
+        reached, left_out, holders = (
+            {unit for unit, count in zip(self._units, counts, strict=True) if count}
+            for counts in (
+                self._mesh.total(*(float(unit in noted) for unit in self._units))
+                for noted in (self._reached, self._unreached, self._holding)
+            )
+        )
+        # Backward needs no block that has run, and whose outputs were never part of the graph.
+        idle = left_out - reached if found_in.kind == BACKWARD else set[Unit]()
+        return settle(found_in.found, self._expected(found_in.kind), idle, holders)
 
     # Units.
 
@@ -291,26 +276,29 @@ class Gathering:
         if self._pass is not None:
             self._look_ahead(self._pass)
 
-    def _negotiate(self, current: _Pass, wanted: Unit | None) -> None:
+    def _negotiate(self, current: Pass, wanted: Unit | None) -> None:
         """Gather what any rank wants until this one has what it wants, or nobody wants anything."""
-        mine = self._units.index(wanted) if wanted is not None else _NOTHING
+        expected = self._expected(current.kind)
+        mine = expected.index(wanted) if wanted is not None else _NOTHING
         while True:
             everyones = [int(row[0]) for row in self._mesh.everyones(mine)]
             chosen = min((place for place in everyones if place != _NOTHING), default=None)
             if chosen is None:
                 return
-            unit = self._units[chosen]
+            unit = expected[chosen]
             current.found.append(unit)
             self._complete(current, unit, keep=unit is wanted)
             if unit is wanted:
                 return
 
-    def _advance(self, current: _Pass, wanted: Unit | None) -> None:
+    def _advance(self, current: Pass, wanted: Unit | None) -> None:
         """Gather what comes next until this rank has what it wants, or to the end of the pass."""
         while current.place < len(current.todo):
             unit = current.todo[current.place]
             current.place += 1
+            self._leave_all_before(current, unit)
             self._complete(current, unit, keep=unit is wanted)
+            self._look_ahead(current)
             if unit is wanted:
                 return
         if wanted is not None:
@@ -322,7 +310,17 @@ class Gathering:
                 fix="set layout.zero = 2, or name a part that holds these blocks in layout.blocks",
             )
 
-    def _complete(self, current: _Pass, unit: Unit, *, keep: bool) -> None:
+    def _leave_all_before(self, current: Pass, unit: Unit) -> None:
+        """Backward has come to `unit`: it is through with the blocks before."""
+        if unit not in current.leaving:
+            return
+        while not set(current.leaving[0].plan.blocks) & set(unit.plan.blocks):
+            left = current.leaving.pop(0)
+            self._leave(left)
+            if left in self._present and left not in current.stays:
+                self._drop(left)
+
+    def _complete(self, current: Pass, unit: Unit, *, keep: bool) -> None:
         was_present = unit in self._present
         pending = current.under_way.pop(unit, None) or unit.gather()
         pending.wait()
@@ -331,7 +329,7 @@ class Gathering:
         if not keep and not was_present and unit not in current.stays:
             self._drop(unit)
 
-    def _look_ahead(self, current: _Pass) -> None:
+    def _look_ahead(self, current: Pass) -> None:
         """Start to gather what comes next."""
         ahead = 0
         for unit in current.todo[current.place :]:
@@ -347,7 +345,7 @@ class Gathering:
     def _root_begins(self, module: nn.Module, args: object) -> None:
         self._depth += 1
         if self._depth == 1 and not self._is_explicit and not self._is_held:
-            self.open(FORWARD if torch.is_grad_enabled() else EVALUATION)
+            self.open(forward_kind())
 
     def _root_ends(self, module: nn.Module, args: object, output: object) -> None:
         self._depth -= 1
@@ -360,6 +358,7 @@ class Gathering:
     def _block_begins(self, name: str) -> None:
         if self._running and self._pass is not None:  # a block inside a block: the outer one goes on after it
             self._pass.stays.update(self._users[self._running[-1]])
+            self._holding.update(self._users[self._running[-1]])
         self._running.append(name)
         if self._pass is not None and self._pass.kind == BACKWARD:
             self._backward_reaches(name)
@@ -370,10 +369,11 @@ class Gathering:
         if self._running:
             self._running.pop()
         current = self._pass
-        for tensor in tensors_in(output):
-            if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(lambda grad: self._backward_reaches(name))  # type: ignore[no-untyped-call]
-                self._reached.update(self._users[name])
+        in_graph = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn]
+        for tensor in in_graph:
+            tensor.register_hook(lambda grad: self._backward_reaches(name))  # type: ignore[no-untyped-call]
+        if current is not None and current.kind == FORWARD:
+            (self._reached if in_graph else self._unreached).update(self._users[name])
         if current is None or current.kind == BACKWARD:
             return  # recompute: the block's backward follows
         for unit in self._users[name]:
@@ -393,19 +393,3 @@ class Gathering:
                 self._drop(unit)
         current.behind.update(users)
         self._need(users)
-
-
-def tensors_in(output: object) -> Iterator[torch.Tensor]:
-    """All tensors of a module's output: a tensor, a mapping, a sequence, or an object with fields."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
-    elif hasattr(output, "__dict__"):
-        for value in vars(output).values():
-            if isinstance(value, torch.Tensor | tuple | list | Mapping):
-                yield from tensors_in(value)

@@ -19,7 +19,8 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
 from sixfold.parallel import DTYPES
 from sixfold.plan import Plan, Slot
-from sixfold.state.gathering import BACKWARD, FORWARD, Gathering
+from sixfold.state.gathering import Gathering
+from sixfold.state.passes import BACKWARD, forward_kind
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
 
@@ -44,11 +45,13 @@ class ModelState:
             if self.residency.parameters:
                 unit.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
-        self._window = ReduceWindow(self.trained)
+        self._window = ReduceWindow(self.trained, by_arrival=not self.residency.parameters)
         self._is_reduced = False
-        self._has_served = False
+        self._is_begun = False
         cut = self.units if self.residency.parameters else []
-        self._gathering = Gathering(module, cut, mesh, self._serve_asked, prefetch_bytes)
+        self._gathering = Gathering(
+            module, cut, mesh, self._serve_asked, self._window.hand_over, prefetch_bytes
+        )
 
     # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
 
@@ -67,30 +70,36 @@ class ModelState:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
         return self._gathering.by_program()
 
-    def backward(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def backward(self) -> Iterator[None]:
         """Inside, the one backward pass that this rank makes now."""
-        return self._gathering.backward()
+        with self._gathering.backward():
+            yield
+        self._flush_pass()
 
     def serve_forward(self) -> None:
         """Take part in the others' forward."""
-        self._gathering.serve(FORWARD)
+        self._gathering.serve(forward_kind())
 
     def serve_backward(self) -> None:
         """Take part in the others' backward and, in an open window, in its reductions."""
-        # All at once and first: others wait for these before they gather on.
-        self._window.flush()
         self._gathering.serve(BACKWARD)
+        self._flush_pass()
+
+    def _flush_pass(self) -> None:
+        if self.residency.parameters:
+            self._window.flush()
 
     def _serve_asked(self, kind: str) -> None:
         if kind != BACKWARD:
             self._gathering.serve(kind)
             return
-        if not self._has_served:
-            self.begin()
-            self._has_served = True
+        self.begin()
         if self.reduces_with_backward:
             self.open_reduce()
         self.serve_backward()
+        if self.reduces_with_backward:
+            self.finish_reduce()
 
     @property
     def reduces_with_backward(self) -> bool:
@@ -143,9 +152,9 @@ class ModelState:
                 buffer.copy_(copy)
 
     def begin(self) -> None:
-        """Start accumulating gradients for the next update; gradients of the last one go."""
-        if self._has_served:  # begun already, for others
-            self._has_served = False
+        """Start accumulating gradients for the next update; gradients of the last one go. Until `end` a
+        further call does nothing: a rank may have served others before its own first backward."""
+        if self._is_begun:
             return
         self._window.abandon()
         self._is_reduced = False
@@ -155,6 +164,11 @@ class ModelState:
             unit.absorb_noted_edits()
         for unit in self.trained:
             unit.drop_grads()
+        self._is_begun = True
+
+    def end(self) -> None:
+        """The update is over, or given up."""
+        self._is_begun = False
 
     def _check_module(self) -> None:
         known = {id(parameter) for unit in self.units for parameter in unit.parameters}

@@ -1,7 +1,8 @@
-"""The reduction window: sums gradients over ranks in a fixed order while backward runs.
+"""The reduction window: sums gradients over ranks in one order on every rank, while backward runs.
 
-Opened and closed by `ModelState`. It watches gradients arrive and hands complete units to their own
-reduction; it never looks at numbers.
+Opened and closed by `ModelState`. Where parameters are whole it watches gradients arrive and reduces
+complete units, last unit first; where they are cut, units are handed over as backward leaves them, at the
+same place among the gathers on every rank. It never looks at numbers.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ arrived."""
 
 
 class ReduceWindow:
-    """Reduces units in fixed order while backward runs.
+    """Reduces units while backward runs.
 
-    A unit is complete when each of its parameters has received its gradient since the window was
-    opened; parameters that receive none are counted in by `close`.
+    Args:
+        units: in module order.
+        by_arrival: reduce a unit as soon as each of its parameters has received its gradient since the
+            window was opened, and all units behind it are on their way; else when it is handed over.
+            Parameters that receive none are counted in by `flush`.
     """
 
-    def __init__(self, units: list[Unit]) -> None:
-        self._order = list(reversed(units))
+    def __init__(self, units: list[Unit], *, by_arrival: bool) -> None:
+        self._units = list(reversed(units))
+        self._by_arrival = by_arrival
+        self._left: list[Unit] = []
+        self._under_way: list[Unit] = []
         self._missing: dict[Unit, int] = {}
-        self._next = 0
-        self._finished = 0
         self._open = False
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))  # type: ignore[no-untyped-call]
@@ -38,57 +43,61 @@ class ReduceWindow:
         ]
 
     def open(self) -> None:
-        self._missing = {unit: len(unit.parameters) for unit in self._order}
-        self._next = self._finished = 0
+        self._missing = {unit: len(unit.parameters) for unit in self._units}
+        self._left, self._under_way = list(self._units), []
         self._open = True
 
     def abandon(self) -> None:
         """Forget a window that an error left open."""
         self._open = False
 
+    def hand_over(self, unit: Unit) -> None:
+        """Backward has left `unit`, on every rank; without an open window nothing happens."""
+        if self._open and unit in self._left:
+            self._start(unit)
+
     def flush(self) -> None:
-        while self._open and self._next < len(self._order):
-            self._start()
+        while self._open and self._left:
+            self._start(self._left[0])
 
     def close(self) -> None:
         if not self._open:
             return
         self.flush()
-        while self._finished < len(self._order):
-            self._finish()
+        while self._under_way:
+            self._under_way.pop(0).finish_reduce()
         self._open = False
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _start(self) -> None:
-        unit = self._order[self._next]
+    def _start(self, unit: Unit) -> None:
+        self._left.remove(unit)
         unit.home_grads()
         unit.start_reduce()
-        self._next += 1
-        if unit.residency.gradients and self._next - self._finished > MOST_UNDER_WAY:
-            self._finish()
-
-    def _finish(self) -> None:
-        self._order[self._finished].finish_reduce()
-        self._finished += 1
+        self._under_way.append(unit)
+        if unit.residency.gradients and len(self._under_way) > MOST_UNDER_WAY:
+            self._under_way.pop(0).finish_reduce()
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
+            if self._open and (self._missing[unit] == 0 or unit not in self._left):
+                raise StateError(
+                    f"{unit.plan.slots[index].name} received a gradient after its unit was handed to the "
+                    "reduction",
+                    rule="one backward pass gives each parameter its gradient once"
+                    + ("" if self._by_arrival else ", while the block that holds it runs backward"),
+                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
+                    "(engine.backward), which reduces in step()"
+                    if self._by_arrival
+                    else "name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
+                )
             unit.home_grad(index)
             if not self._open:
                 return
             self._missing[unit] -= 1
-            if self._missing[unit] < 0:
-                raise StateError(
-                    f"a parameter of shape {tuple(parameter.shape)} received a second gradient after its "
-                    "unit was handed to the reduction",
-                    rule="one backward pass gives each parameter its gradient once",
-                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                    "(engine.backward), which reduces in step()",
-                )
-            while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
-                self._start()
+            while self._by_arrival and self._left and self._missing[self._left[0]] == 0:
+                self._start(self._left[0])
 
         return arrived
