@@ -27,7 +27,7 @@ def test_data_parallel_prints_its_table(tmp_path: Path) -> None:
 
 
 def test_the_dispatcher_costs_little(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "dispatcher.py"), "--json", "--model", "s"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "dispatcher.py"), "--json", "--model", "tiny"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

@@ -52,17 +52,17 @@ def line_of(text: str) -> int:
     [
         (
             "skip",
-            "sixfold: hang: rank 2 skipped all-reduce #{} (3.9 KiB, {}); ranks 0, 1 waited",
+            "rank 2 skipped all-reduce #{} (3.9 KiB, {}); ranks 0, 1 waited",
             "ones(1000)",
         ),
         (
             "sleep",
-            "sixfold: hang: rank 0 is slow and has not come to all-reduce #{} (8 B, {}); rank",
+            "rank 0 is slow and has not come to all-reduce #{} (8 B, {}); rank",
             "barrier",
         ),
         (
             "leave",
-            "sixfold: hang: rank 1 ended before all-reduce #{} (8 B, {}); ranks 0, 2 waited",
+            "rank 1 ended before all-reduce #{} (8 B, {}); ranks 0, 2 waited",
             "barrier",
         ),
     ],

@@ -108,6 +108,9 @@ def test_memory_of_every_kind_is_counted() -> None:
     stages = (StageCosts(output_bytes=7), StageCosts(3, 3, 3, activation_bytes=20))
     first, last = simulate(training("1f1b", 2, 2), Costs(stages)).peak_bytes
     assert (first, last) == (7, 27)
+    # What is on its way is there already.
+    slow = Costs((StageCosts(output_bytes=7), StageCosts()), bandwidth=7.0)
+    assert simulate(evaluation("1f1b", 2, 1), slow).peak_bytes == (0, 7)
 
 
 def test_transfers_take_time_on_both_ranks() -> None:
