@@ -102,6 +102,9 @@ class LayoutConfig(Section):
     """Ranks along the context axis."""
     expert: Positive = 1
     """Ranks along the expert axis."""
+    transport: Literal["host", "network"] | None = None
+    """How ranks of one host exchange: "host" through memory that they share, refused where that cannot
+    be, "network" through a process group. Unset: shared memory where it is possible, between CPUs."""
 
 
 class PrecisionConfig(Section):

@@ -23,7 +23,7 @@ from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import materialize, module_facts
 from sixfold.pipeline import LossForm
-from sixfold.plan import decide, decide_learning_rate
+from sixfold.plan import decide, decide_learning_rate, exchange_memory
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
 from sixfold.state.optimizer import OptimizerLike
 
@@ -75,6 +75,8 @@ def initialize(
         rank=_rank(placement),
         address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
         timeout_s=asked.launch.timeout_s,
+        transport=asked.layout.transport,
+        exchange_bytes=exchange_memory(draft),
     )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)

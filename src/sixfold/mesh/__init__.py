@@ -4,8 +4,9 @@ Formed once by the engine and passed down; never global.
 """
 
 from sixfold.mesh.group import Group, Pending
+from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
-__all__ = ["Group", "Mesh", "Pending", "Scratch", "Streams", "key_of"]
+__all__ = ["Group", "Host", "HostGroup", "Mesh", "Pending", "Scratch", "Streams", "key_of"]

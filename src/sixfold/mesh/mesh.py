@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 
@@ -23,6 +23,7 @@ import torch.distributed.nn.functional
 
 from sixfold.base.errors import MeshError
 from sixfold.mesh.group import Group, Pending
+from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import Spread
@@ -37,16 +38,26 @@ class Mesh:
         rank: this process, 0 to world_size - 1.
         device: where this rank keeps its tensors.
         owns_group: whether the process group was started here and ends with `close`.
+        host: the ranks with which this one shares memory; None where all exchange over the network.
     """
 
     geometry: Geometry
     rank: int
     device: torch.device
     owns_group: bool = False
+    host: Host | None = None
 
     @classmethod
     def form(
-        cls, geometry: Geometry, device: torch.device, *, rank: int, address: str | None, timeout_s: float
+        cls,
+        geometry: Geometry,
+        device: torch.device,
+        *,
+        rank: int,
+        address: str | None,
+        timeout_s: float,
+        transport: str | None = None,
+        exchange_bytes: int = 0,
     ) -> Mesh:
         """Join all ranks; a default process group that already exists is used as it is.
 
@@ -54,9 +65,16 @@ class Mesh:
             rank: this process.
             address: "host:port" where rank 0 listens; None for a process of its own.
             timeout_s: how long a collective waits for other ranks.
+            transport: "host" for shared memory within a host, "network", or None for what is possible.
+            exchange_bytes: what this rank's exchanges take at most.
+
+        Raises:
+            PlanError: shared memory was asked for and cannot be had.
         """
-        if geometry.world_size == 1 or dist.is_initialized():
+        if geometry.world_size == 1:
             return cls(geometry, rank, device)
+        if dist.is_initialized():
+            return cls(geometry, rank, device)._sharing(transport, exchange_bytes, timeout_s)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}",
@@ -67,7 +85,7 @@ class Mesh:
         mesh = cls(geometry, rank, device, owns_group=True)
         # A process that leaves its group standing is aborted by gloo on its way out.
         atexit.register(mesh.close)
-        return mesh
+        return mesh._sharing(transport, exchange_bytes, timeout_s)
 
     @property
     def world_size(self) -> int:
@@ -88,7 +106,15 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
+        if isinstance(self._everyone, HostGroup):
+            return self._everyone.all_reduce(tensor)
         return Pending([dist.all_reduce(tensor, async_op=True)])
+
+    @property
+    def exchangeable(self) -> Scratch:
+        """Buffers that exchanges send from without a copy, for gradients; what a sum was sent from is
+        written again after `reclaim`."""
+        return self.host.scratch if self.host else self.scratch
 
     @cached_property
     def scratch(self) -> Scratch:
@@ -98,12 +124,16 @@ class Mesh:
     @cached_property
     def shard(self) -> Group:
         """The neighbours over which model state is cut; every rank asks for it first at the same point."""
-        return self._group_of(lambda place: place // self.geometry.shard)
+        return self._group_of(lambda place: place // self.geometry.shard, 1)
 
     @cached_property
     def copies(self) -> Group:
         """The ranks that hold the same slices, one of each shard group."""
-        return self._group_of(lambda place: place % self.geometry.shard)
+        return self._group_of(lambda place: place % self.geometry.shard, 2)
+
+    @cached_property
+    def _everyone(self) -> Group:
+        return self._group_of(lambda place: 0, 0)
 
     def sum_up(self, partial: torch.Tensor, after: Spread) -> Pending:
         """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place."""
@@ -214,18 +244,40 @@ class Mesh:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _group_of(self, key: Callable[[int], int]) -> Group:
-        """The data ranks whose place among them has the same key as this rank's."""
-        data = [
-            rank
-            for rank in range(self.world_size)
-            if all(
-                self.geometry.coordinate(rank, axis) == self.geometry.coordinate(self.rank, axis)
-                for axis, _ in self.geometry.degrees
-                if axis != "data"
-            )
-        ]
+    def _sharing(self, transport: str | None, exchange_bytes: int, timeout_s: float) -> Mesh:
+        """The same mesh with shared memory, where that is asked for or possible. A collective."""
+        neighbours: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.geometry.coordinate(rank, "data")
+            key = (*self._others_of(rank), place // self.geometry.shard)
+            neighbours.setdefault(key, []).append(rank)
+        host = Host.form(
+            transport,
+            self.rank,
+            self.device,
+            self.texts,
+            needed=exchange_bytes,
+            neighbours=list(neighbours.values()),
+            timeout_s=timeout_s,
+        )
+        return replace(self, host=host)
+
+    def _others_of(self, rank: int) -> tuple[int, ...]:
+        """Where a rank stands along all axes but data."""
+        axes = (axis for axis, _ in self.geometry.degrees if axis != "data")
+        return tuple(self.geometry.coordinate(rank, axis) for axis in axes)
+
+    def _group_of(self, key: Callable[[int], int], number: int) -> Group:
+        """The data ranks whose place among them has the same key as this rank's.
+
+        Args:
+            number: tells the groups of a rank apart; the same on every member.
+        """
+        here = self._others_of(self.rank)
+        data = [rank for rank in range(self.world_size) if self._others_of(rank) == here]
         mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
+        if shared := self.host and self.host.group(mine, number):
+            return shared
         is_native = len(mine) > 1 and self.device.type == "cuda"
         return Group(mine, self.rank, self.scratch, self._native(mine) if is_native else None)
 

@@ -59,6 +59,20 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
     return Memory(parameters, gradients, master, optimizer)
 
 
+def exchange_memory(plan: Plan) -> int:
+    """Bytes that a rank's exchanges take at most: its gradients on their way and, where updated parameters
+    are sent, its slices of them."""
+    total = 0
+    for unit in plan.units:
+        types = plan.precision_of(unit)
+        if unit.trainable and types is not None:
+            kinds = {types.grad, types.reduce}
+            total += unit.numel * sum(ITEM_BYTES[kind] for kind in kinds)
+            if plan.residency.optimizer and not plan.residency.parameters:
+                total += unit.numel // unit.num_slices * ITEM_BYTES[types.compute]
+    return total
+
+
 OTHER_ITEM_BYTES = {
     name: size
     for size, names in {

@@ -8,6 +8,7 @@ this rank. It issues collectives only through the mesh and never looks at a loss
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -245,20 +246,29 @@ class _ReduceWindow:
         self._next += 1
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
+        # A hook hangs on its parameter where the garbage collector cannot follow: held firmly, a unit would
+        # never be freed.
+        window, home = weakref.ref(self), weakref.ref(unit)
+
         def arrived(parameter: nn.Parameter) -> None:
-            unit.home_grad(index)
-            if not self._open:
-                return
-            self._missing[unit] -= 1
-            if self._missing[unit] < 0:
-                raise StateError(
-                    f"a parameter of shape {tuple(parameter.shape)} received a second gradient after its "
-                    "unit was handed to the reduction",
-                    rule="one backward pass gives each parameter its gradient once",
-                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                    "(engine.backward), which reduces in step()",
-                )
-            while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
-                self._start()
+            here, its = window(), home()
+            if here is not None and its is not None:
+                here._arrived(its, index, parameter)
 
         return arrived
+
+    def _arrived(self, unit: Unit, index: int, parameter: nn.Parameter) -> None:
+        unit.home_grad(index)
+        if not self._open:
+            return
+        self._missing[unit] -= 1
+        if self._missing[unit] < 0:
+            raise StateError(
+                f"a parameter of shape {tuple(parameter.shape)} received a second gradient after its "
+                "unit was handed to the reduction",
+                rule="one backward pass gives each parameter its gradient once",
+                fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
+                "(engine.backward), which reduces in step()",
+            )
+        while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
+            self._start()
