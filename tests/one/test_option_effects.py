@@ -25,7 +25,7 @@ from sixfold.config import Resolved, describe, load
 from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
 from sixfold.launch import current_session
-from sixfold.mesh import Mesh
+from sixfold.mesh import Host, Mesh
 from sixfold.monitor.journal import read_records
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
 from sixfold.train import loop
@@ -350,8 +350,26 @@ def timeout_s(bench: Lab) -> None:
     bench.monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: asked.update(options))
     config = bench.resolved({"launch.timeout_s": 12.5}).config
     geometry = decide_geometry(config.layout, 2)
+    bench.monkeypatch.setattr(Host, "form", lambda *_, **__: None)
     Mesh.form(geometry, torch.device("cpu"), rank=0, address="localhost:1", timeout_s=config.launch.timeout_s)
     assert asked["timeout"].total_seconds() == 12.5
+
+
+def transport(bench: Lab) -> None:
+    """Two ranks of one host, both told by this process: shared, not shared, or refused where they cannot."""
+
+    def form(asked: str | None, device: str = "cpu") -> Host | None:
+        config = bench.resolved({"layout.transport": asked}).config
+        options: dict[str, Any] = {"needed": 0, "neighbours": [[0, 1]], "timeout_s": 1.0}
+        place = torch.device(device)
+        return Host.form(config.layout.transport, 0, place, lambda text: [text, text], **options)
+
+    assert form(None) is not None
+    assert form("host") is not None
+    assert form("network") is None
+    assert form(None, "meta") is None
+    with pytest.raises(PlanError, match=r'layout\.transport = "host": rank 0 computes on meta'):
+        form("host", "meta")
 
 
 SPECIAL: dict[str, Callable[[Lab], None]] = {
@@ -364,6 +382,7 @@ SPECIAL: dict[str, Callable[[Lab], None]] = {
     "train.sample_tokens": sample_tokens,
     "monitor.peak_tflops": peak_tflops,
     "launch.timeout_s": timeout_s,
+    "layout.transport": transport,
 }
 
 

@@ -42,6 +42,7 @@ FULL: dict[str, dict[str, object]] = {
         "pipe": 3,
         "context": 1,
         "expert": 2,
+        "transport": "host",
     },
     "precision": {
         "compute": "bf16",
@@ -73,14 +74,15 @@ FULL: dict[str, dict[str, object]] = {
 
 OPTIONAL = {
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
-    "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "precision.compute",
+    "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard",
+    "layout.transport", "precision.compute",
     "precision.storage", "precision.grad", "precision.reduce", "precision.master", "optimizer.betas",
     "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.eval_every",
     "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
 }  # fmt: skip
 
 WORDS = {
-    "model.batch_stats", "optimizer.name", "lr_schedule.name",
+    "model.batch_stats", "layout.transport", "optimizer.name", "lr_schedule.name",
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "ranks": (1, 2, 3, 4),
     "zero": (0, 1, 2),
     "groups": (1, 2),
+    "transport": ("host", "network"),
     "accumulation": (1, 3),
     "shares": ("even", "uneven", "empty"),
     "optimizer": ("adamw", "sgd", "adagrad"),
@@ -35,7 +36,8 @@ def legal(case: Case) -> bool:
     grouped_by_config = case["given"] == "config" and case["num_groups"] > 1
     shared_by_one = case["ranks"] == 1 and case["shares"] != "even"
     cut_in_groups = case["groups"] > 1 and (case["zero"] == 0 or case["ranks"] % case["groups"] > 0)
-    return not grouped_by_config and not shared_by_one and not cut_in_groups
+    carried_by_none = case["ranks"] == 1 and case["transport"] != "host"
+    return not (grouped_by_config or shared_by_one or cut_in_groups or carried_by_none)
 
 
 CASES = covering(FACTORS, legal)
@@ -96,7 +98,8 @@ def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float]
     task = plain.TASKS[case["model"]]
     model = task.build().to(dtype)
     kind, settings = plain.OPTIMIZERS[case["optimizer"]]
-    config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {"zero": case["zero"]}}
+    config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {}}
+    config["layout"] |= {"zero": case["zero"], "transport": case["transport"]}
     if case["zero"]:
         config["layout"]["shard"] = case["ranks"] // case["groups"]
     if case["clip_norm"] is not None:

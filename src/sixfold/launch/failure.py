@@ -36,6 +36,7 @@ _BROKEN_LINK = re.compile(
     r"gloo.*(closed by peer|reset by peer|broken pipe|timed out waiting|pair closure|connectFullMesh failed)"
     r"|ncclRemoteError|remote process exited|communicator was aborted|watchdog caught collective"
     r"|connection was likely closed|failed to recv, got 0 bytes|recvVector failed|sendBytes failed"
+    r"|while this rank waited for its part of exchange|offers .* where this rank has"
     r"|wait timeout after \d+ms|waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )

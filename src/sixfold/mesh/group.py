@@ -8,6 +8,7 @@ one rank sends nothing and runs the same lines. It never decides what to exchang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,18 @@ from sixfold.mesh.scratch import Scratch
 _REDUCE_TAG, _GATHER_TAG = 1, 2
 
 
+class Carried(Protocol):
+    """What a transport hands out for something under way, as torch.distributed's Work."""
+
+    def wait(self) -> object:
+        """Block until the tensor may be used."""
+
+
 class Pending:
     """An exchange under way; `wait` returns when its tensor may be used."""
 
     def __init__(
-        self, works: Sequence[dist.Work | None] = (), finish: Callable[[], None] | None = None
+        self, works: Sequence[Carried | None] = (), finish: Callable[[], None] | None = None
     ) -> None:
         self._works = works
         self._finish = finish

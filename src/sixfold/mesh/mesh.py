@@ -106,8 +106,8 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        if isinstance(self._everyone, HostGroup):
-            return self._everyone.all_reduce(tensor)
+        if isinstance(self._data_group, HostGroup):
+            return self._data_group.all_reduce(tensor)
         return Pending([dist.all_reduce(tensor, async_op=True)])
 
     @property
@@ -132,7 +132,7 @@ class Mesh:
         return self._group_of(lambda place: place % self.geometry.shard, 2)
 
     @cached_property
-    def _everyone(self) -> Group:
+    def _data_group(self) -> Group:
         return self._group_of(lambda place: 0, 0)
 
     def sum_up(self, partial: torch.Tensor, after: Spread) -> Pending:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sixfold.base.errors import MeshError
+from sixfold.base.errors import LinkError
 from sixfold.mesh.group import Group, Pending
 from sixfold.mesh.host.memory import PeerMemory
 from sixfold.mesh.host.scratch import SharedScratch
@@ -71,6 +71,23 @@ class _Offer:
 _Read = Callable[[list[_Offer]], None]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One exchange of a group, as torch.distributed's Work."""
+
+    group: HostGroup
+    number: int
+    hold: bool
+
+    def wait(self) -> None:
+        """Block until the tensor may be used."""
+        (self.group.await_readers if self.hold else self.group.finish)(self.number)
+
+    def is_completed(self) -> bool:
+        """Whether that is so already; reads nothing."""
+        return self.group.is_finished(self.number, by_all=self.hold)
+
+
 class HostGroup(Group):
     """Ranks that exchange slices through shared memory.
 
@@ -114,6 +131,16 @@ class HostGroup(Group):
 
         Where `whole` was taken from shared memory, `reclaim` tells when it may be written again.
         """
+        return Pending([self._start_sum(whole)])
+
+    def all_gather(self, whole: torch.Tensor) -> Pending:
+        """Start to fill `whole` with everyone's slice; this member's lies in its place already.
+
+        In `common` memory nothing has to be copied: it is whole when all have come here.
+        """
+        return Pending([self._start_gather(whole)])
+
+    def _start_sum(self, whole: torch.Tensor) -> _Work:
         mine, offered = self.slice_of(whole, self.place), whole
         if not self._shared.holds(whole):
             offered = self._shared.take(whole.numel(), whole.dtype).copy_(whole)
@@ -124,16 +151,12 @@ class HostGroup(Group):
             if offered is not whole:
                 self._shared.give(offered)
 
-        return self._pending(self._issue("sum", offered, add))
+        return self._issue("sum", offered, add)
 
-    def all_gather(self, whole: torch.Tensor) -> Pending:
-        """Start to fill `whole` with everyone's slice; this member's lies in its place already.
-
-        In `common` memory nothing has to be copied: it is whole when all have come here.
-        """
+    def _start_gather(self, whole: torch.Tensor) -> _Work:
         mine = self.slice_of(whole, self.place)
         if self._is_common(whole):
-            return self._pending(self._issue("common slices", None, lambda offers: None))
+            return self._issue("common slices", None, lambda offers: None)
         in_place = self._shared.holds(whole)
         offered = mine if in_place else self._shared.take(mine.numel(), mine.dtype).copy_(mine)
 
@@ -144,9 +167,8 @@ class HostGroup(Group):
             if not in_place:
                 self._shared.give(offered)
 
-        number = self._issue("slices", offered, fill)
         # What others read where it lies is not handed back before they have.
-        return Pending(finish=lambda: self._await_readers(number)) if in_place else self._pending(number)
+        return self._issue("slices", offered, fill, hold=in_place)
 
     def common(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that all members map: [numel] zeros, the same bytes for everyone. A collective.
@@ -163,48 +185,53 @@ class HostGroup(Group):
                 first.tensor(numel, dtype)  # checks that all mean the same
                 found.append(first.member.peer.memory.writable(first.offset, numel, dtype))
 
-        number = self._issue("common memory", made, open_it)
-        self._await_readers(number)
+        self._issue("common memory", made, open_it).wait()
         self._common += found
         return found[0]
 
     def meet(self) -> None:
         """Return when all members have come here."""
-        self._finish(self._issue("meeting", None, lambda offers: None))
+        self._issue("meeting", None, lambda offers: None).wait()
 
-    def _issue(self, kind: str, offered: torch.Tensor | None, read: _Read) -> int:
-        """Offer a tensor under the next number, which is returned; `read` is called when all have."""
+    def _issue(self, kind: str, offered: torch.Tensor | None, read: _Read, *, hold: bool = False) -> _Work:
+        """Offer a tensor under the next number; `read` is called when all have.
+
+        Args:
+            kind: what the exchange is, the same on all members.
+            hold: whether it is over only when all others have read, too.
+        """
         number = self._offered
         if number >= NUM_OFFERS:
-            self._await_readers(number - NUM_OFFERS)
+            self.await_readers(number - NUM_OFFERS)
         code = zlib.crc32(kind.encode())
         offset, num_bytes = 0, 0
         if offered is not None and offered.numel():
             offset, num_bytes = self._shared.memory.offset_of(offered) or 0, offered.nbytes
-            self._shared.note(offered, self, lambda: self._await_readers(number))
+            self._shared.note(offered, self, lambda: self.await_readers(number))
         self._row.write_offer(number, code, offset, num_bytes)
         self._under_way.append((code, read))
         self._offered = number + 1
         self._row.raise_to(OFFERED, self._offered)
         while self._done < self._offered and all(one.row[OFFERED] > self._done for one in self._members):
             self._read_next()
-        return number
+        return _Work(self, number, hold)
 
-    def _pending(self, number: int) -> Pending:
-        return Pending(finish=lambda: self._finish(number))
-
-    def _finish(self, number: int) -> None:
+    def finish(self, number: int) -> None:
         """Wait until this member has read all that was offered for exchange `number` and all before it."""
         while self._done <= number:
             for one in self._members:
                 wait_beyond(one.row, OFFERED, self._done, one.peer.process, self._timeout_s)
             self._read_next()
 
-    def _await_readers(self, number: int) -> None:
+    def await_readers(self, number: int) -> None:
         """Wait until all members have."""
-        self._finish(number)
+        self.finish(number)
         for one in self._members:
             wait_beyond(one.row, DONE, number, one.peer.process, self._timeout_s)
+
+    def is_finished(self, number: int, *, by_all: bool) -> bool:
+        """Whether this member, or all of them, have read what was offered for an exchange."""
+        return self._done > number and (not by_all or all(one.row[DONE] > number for one in self._members))
 
     def _read_next(self) -> None:
         code, read = self._under_way[0]
@@ -223,9 +250,9 @@ class HostGroup(Group):
         return any(each.data_ptr() == whole.data_ptr() for each in self._common)
 
 
-def _disagreement(member: _Member, theirs: str, mine: str) -> MeshError:
+def _disagreement(member: _Member, theirs: str, mine: str) -> LinkError:
     rank = member.peer.process.rank
-    return MeshError(
+    return LinkError(
         f"rank {rank} offers {theirs} where this rank has {mine}",
         rule="every rank takes part in every exchange, in the same order",
         fix="call train_step, step, save and gathered equally often on every rank",

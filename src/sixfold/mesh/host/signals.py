@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from sixfold.base.errors import MeshError
+from sixfold.base.errors import LinkError
 from sixfold.base.units import duration_text
 
 # Why plain stores are enough. An aligned 8-byte store is one instruction, and x86-64 makes the stores of a
@@ -119,7 +119,7 @@ def wait_beyond(row: Row, counter: int, number: int, owner: Process, limit_s: fl
         limit_s: how long to wait.
 
     Raises:
-        MeshError: it has ended without raising it, or has not raised it in time.
+        LinkError: it has ended without raising it, or has not raised it in time.
     """
     for _ in range(_NUM_YIELDS):
         if row[counter] > number:
@@ -136,9 +136,9 @@ def wait_beyond(row: Row, counter: int, number: int, owner: Process, limit_s: fl
             raise _absence(owner.rank, number, waited if not has_ended else None)
 
 
-def _absence(rank: int, number: int, waited_s: float | None) -> MeshError:
+def _absence(rank: int, number: int, waited_s: float | None) -> LinkError:
     how = "ended" if waited_s is None else f"did not come within {duration_text(waited_s)}"
-    return MeshError(
+    return LinkError(
         f"rank {rank} {how} while this rank waited for its part of exchange {number}",
         rule="every rank takes part in every exchange, in the same order",
         fix=f"see why rank {rank} "
