@@ -1,7 +1,8 @@
-"""The benchmark command still runs, from start to table; its figures are not judged here."""
+"""The benchmark commands still run, from start to table; its figures are not judged here."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,20 @@ def test_data_parallel_prints_its_table(tmp_path: Path) -> None:
         cells = [line.split("|")[2:6] for line in lines if line.startswith(f"| {row}")]
         assert len(cells) == 1, f"{row} in\n{done.stdout}"
         assert all(float(cell) > 0 for cell in cells[0][:3]), cells
+
+
+def test_exchange_prints_every_exchange_of_both_transports(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "exchange.py"),
+        "--rounds",
+        "1",
+        "--mb",
+        "1",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    medians = json.loads(done.stdout)
+    assert len(medians) == 2 * (3 * 2 + 1)
+    assert all(float(value) > 0 for value in medians.values())

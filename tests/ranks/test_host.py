@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sixfold
 import sixfold.mesh.host.host as host_module
-from sixfold.base.errors import LinkError, PlanError
+from sixfold.base.errors import LinkError, MeshError, PlanError
 from sixfold.mesh import Group, HostGroup, Mesh
 from sixfold.plan import Geometry
 from sixfold.testing import Pool, RankFailure
@@ -229,6 +229,14 @@ def not_allowed(*_: object) -> None:
 
 
 @pytest.mark.ranks(2)
+def test_memory_that_is_not_there_is_refused_before_it_is_touched() -> None:
+    mesh = form("host")
+    with pytest.raises(MeshError, match=r"4096\.0 GiB more of shared memory beside .*: .* are free"):
+        mesh.exchangeable.take(2**40, torch.float32)
+    assert mesh.exchangeable.take(2**10, torch.float32).eq(0).all()
+
+
+@pytest.mark.ranks(2)
 def test_shared_memory_is_the_choice_where_nobody_chose() -> None:
     assert form(None).host is not None
     assert form("network").host is None
@@ -238,7 +246,7 @@ def test_shared_memory_is_the_choice_where_nobody_chose() -> None:
 
 
 def lost(folder: Path, how: str) -> None:
-    mesh = form("host", timeout_s=1.0)
+    mesh = form("host")
     group = shared_group(mesh)
     whole = mesh.exchangeable.take(1 << 20, torch.float32).fill_(1)
     group.all_reduce(whole).wait()
@@ -246,11 +254,14 @@ def lost(folder: Path, how: str) -> None:
         pending = group.reduce_scatter(whole)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3)
+        while not (folder / "told").exists():
+            time.sleep(0.01)
         pending.wait()
         return
     group.reduce_scatter(whole).wait()  # what was offered before the end is still there
     assert group.slice_of(whole, 0).eq(4).all()
+    if how == "late":
+        group._timeout_s = 0.5
     began = time.monotonic()
     with pytest.raises(LinkError) as caught:
         group.all_gather(whole).wait()
@@ -258,7 +269,7 @@ def lost(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("killed", "rank 1 ended"), ("late", "rank 1 did not come within 1.")]
+    ("how", "words"), [("killed", "rank 1 ended"), ("late", "rank 1 did not come within 0.")]
 )
 def test_a_lost_rank_is_named_in_time_and_leaves_nothing(
     how: str, words: str, tmp_path: Path, rank_pool: Pool
@@ -271,7 +282,7 @@ def test_a_lost_rank_is_named_in_time_and_leaves_nothing(
         rank_pool.run(lost, tmp_path, how, ranks=2, fresh=True)
     seconds, told = (tmp_path / "told").read_text().split("\n", 1)
     assert told.startswith(words)
-    assert float(seconds) < 2.0
+    assert float(seconds) < 5.0
     assert set(Path("/dev/shm").iterdir()) == before
 
 

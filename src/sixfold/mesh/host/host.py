@@ -13,7 +13,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 MAX_GROUPS = 8
 """Groups that one rank can be in."""
-_ADDRESS_SPACE = 2**45
-"""Bytes of address space for the memory of all ranks of a host together."""
+_ADDRESS_SPACE = 2**46
+"""Bytes that a process sets aside for the memory of all ranks of its host, taken to be one a core."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Facts:
     @classmethod
     def read(cls, text: str) -> Facts:
         """From JSON."""
-        return cls(**{field.name: json.loads(text)[field.name] for field in fields(cls)})
+        return cls(**json.loads(text))
 
 
 def objection(everyones: Sequence[Facts], neighbours: Sequence[Sequence[int]]) -> str | None:

@@ -44,9 +44,9 @@ class OwnMemory:
             MeshError: memory of that size is not free.
         """
         size = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        free, limit = free_bytes()
         offset = self._reserved
-        if size > free or offset + size > len(self.map):
+        free, limit = min(free_bytes(), (len(self.map) - offset, "of the address space set aside"))
+        if size > free:
             raise self._refusal(size, f"{bytes_text(free)} are free {limit}")
         try:
             os.posix_fallocate(self.handle, offset, size)
