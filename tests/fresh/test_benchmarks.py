@@ -27,15 +27,8 @@ def test_data_parallel_prints_its_table(tmp_path: Path) -> None:
 
 
 def test_exchange_prints_every_exchange_of_both_transports(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "exchange.py"),
-        "--rounds",
-        "1",
-        "--mb",
-        "1",
-        "--json",
-    ]
+    file = ROOT / "benchmarks" / "exchange.py"
+    command = [sys.executable, str(file), "--rounds", "1", "--mb", "1", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     medians = json.loads(done.stdout)

@@ -106,7 +106,7 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        if isinstance(self._data_group, HostGroup):
+        if self.host and isinstance(self._data_group, HostGroup):
             return self._data_group.all_reduce(tensor)
         return Pending([dist.all_reduce(tensor, async_op=True)])
 

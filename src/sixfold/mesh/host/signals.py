@@ -20,9 +20,10 @@ from sixfold.base.errors import LinkError
 from sixfold.base.units import duration_text
 
 # Why plain stores are enough. An aligned 8-byte store is one instruction, and x86-64 makes the stores of a
-# core visible in their order and never moves a load before an older load: who sees a counter grown sees the
-# numbers that were written before it. Other processors need a barrier between numbers and counter on both
-# sides (the system call membarrier, say), so `Host` refuses them.
+# core visible in their order (libraries end streaming stores with a fence of their own) and never moves a
+# load before an older load: who sees a counter grown sees the numbers that were written before it. Other
+# processors need a barrier between numbers and counter on both sides (the system call membarrier, say), so
+# `Host` refuses them.
 _FUTEX, _WAIT, _WAKE = 202, 0, 1  # system call and operations, Linux x86-64
 _EVERYBODY = 2**31 - 1
 _NUM_YIELDS = 100
