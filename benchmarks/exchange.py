@@ -69,8 +69,8 @@ def work(options: dict[str, Any]) -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     geometry = Geometry((("data", ranks),), ranks)
     meshes = {
-        transport: Mesh.form(
-            geometry, torch.device("cpu"), rank=rank, address=None, timeout_s=60.0, transport=transport
+        transport: Mesh(geometry, rank, torch.device("cpu")).sharing(
+            transport, exchange_bytes=0, timeout_s=60.0
         )
         for transport in (HOST, NETWORK)
     }

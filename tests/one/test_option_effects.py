@@ -350,7 +350,6 @@ def timeout_s(bench: Lab) -> None:
     bench.monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: asked.update(options))
     config = bench.resolved({"launch.timeout_s": 12.5}).config
     geometry = decide_geometry(config.layout, 2)
-    bench.monkeypatch.setattr(Host, "form", lambda *_, **__: None)
     Mesh.form(geometry, torch.device("cpu"), rank=0, address="localhost:1", timeout_s=config.launch.timeout_s)
     assert asked["timeout"].total_seconds() == 12.5
 

@@ -28,18 +28,13 @@ from tests.ranks import plain
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
-def form(transport: str | None, shard: int | None = None, timeout_s: float = 15.0, **more: Any) -> Mesh:
+def form(
+    transport: str | None, shard: int | None = None, timeout_s: float = 15.0, exchange_bytes: int = 0
+) -> Mesh:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     geometry = Geometry((("pipe", 1), ("data", ranks), ("context", 1), ("tensor", 1)), shard or ranks)
-    return Mesh.form(
-        geometry,
-        torch.device("cpu"),
-        rank=dist.get_rank() if ranks > 1 else 0,
-        address=None,
-        timeout_s=timeout_s,
-        transport=transport,
-        **more,
-    )
+    mesh = Mesh(geometry, dist.get_rank() if ranks > 1 else 0, torch.device("cpu"))
+    return mesh.sharing(transport, exchange_bytes=exchange_bytes, timeout_s=timeout_s)
 
 
 def shared_group(mesh: Mesh) -> HostGroup:

@@ -75,8 +75,9 @@ def initialize(
         rank=_rank(placement),
         address=f"{placement.master_addr}:{placement.master_port}" if placement else None,
         timeout_s=asked.launch.timeout_s,
-        transport=asked.layout.transport,
-        exchange_bytes=exchange_memory(draft),
+    )
+    mesh = mesh.sharing(
+        asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=asked.launch.timeout_s
     )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)

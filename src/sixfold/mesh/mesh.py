@@ -49,15 +49,7 @@ class Mesh:
 
     @classmethod
     def form(
-        cls,
-        geometry: Geometry,
-        device: torch.device,
-        *,
-        rank: int,
-        address: str | None,
-        timeout_s: float,
-        transport: str | None = None,
-        exchange_bytes: int = 0,
+        cls, geometry: Geometry, device: torch.device, *, rank: int, address: str | None, timeout_s: float
     ) -> Mesh:
         """Join all ranks; a default process group that already exists is used as it is.
 
@@ -65,16 +57,9 @@ class Mesh:
             rank: this process.
             address: "host:port" where rank 0 listens; None for a process of its own.
             timeout_s: how long a collective waits for other ranks.
-            transport: "host" for shared memory within a host, "network", or None for what is possible.
-            exchange_bytes: what this rank's exchanges take at most.
-
-        Raises:
-            PlanError: shared memory was asked for and cannot be had.
         """
-        if geometry.world_size == 1:
+        if geometry.world_size == 1 or dist.is_initialized():
             return cls(geometry, rank, device)
-        if dist.is_initialized():
-            return cls(geometry, rank, device)._sharing(transport, exchange_bytes, timeout_s)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}",
@@ -85,7 +70,36 @@ class Mesh:
         mesh = cls(geometry, rank, device, owns_group=True)
         # A process that leaves its group standing is aborted by gloo on its way out.
         atexit.register(mesh.close)
-        return mesh._sharing(transport, exchange_bytes, timeout_s)
+        return mesh
+
+    def sharing(self, transport: str | None, *, exchange_bytes: int, timeout_s: float) -> Mesh:
+        """The same mesh with memory shared between ranks of a host, where that is possible. A collective.
+
+        Args:
+            transport: "host" to demand it, "network" to do without, None for what is possible.
+            exchange_bytes: what this rank's exchanges take at most.
+            timeout_s: how long one rank waits for another.
+
+        Raises:
+            PlanError: it is demanded and cannot be had; on every rank.
+        """
+        if self.world_size == 1:
+            return self
+        neighbours: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.geometry.coordinate(rank, "data")
+            key = (*self._others_of(rank), place // self.geometry.shard)
+            neighbours.setdefault(key, []).append(rank)
+        host = Host.form(
+            transport,
+            self.rank,
+            self.device,
+            self.texts,
+            needed=exchange_bytes,
+            neighbours=list(neighbours.values()),
+            timeout_s=timeout_s,
+        )
+        return replace(self, host=host)
 
     @property
     def world_size(self) -> int:
@@ -243,24 +257,6 @@ class Mesh:
         """End the process group if it was started here."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
-
-    def _sharing(self, transport: str | None, exchange_bytes: int, timeout_s: float) -> Mesh:
-        """The same mesh with shared memory, where that is asked for or possible. A collective."""
-        neighbours: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            place = self.geometry.coordinate(rank, "data")
-            key = (*self._others_of(rank), place // self.geometry.shard)
-            neighbours.setdefault(key, []).append(rank)
-        host = Host.form(
-            transport,
-            self.rank,
-            self.device,
-            self.texts,
-            needed=exchange_bytes,
-            neighbours=list(neighbours.values()),
-            timeout_s=timeout_s,
-        )
-        return replace(self, host=host)
 
     def _others_of(self, rank: int) -> tuple[int, ...]:
         """Where a rank stands along all axes but data."""
