@@ -105,6 +105,45 @@ def test_exchanges_may_be_waited_for_in_any_order() -> None:
     assert wholes[3].tolist() == [30.0 + place for place in range(4) for _ in range(16)]
 
 
+@pytest.mark.ranks(3)
+def test_sums_and_gathers_need_no_order_between_them() -> None:
+    """As on the network: a rank that serves others may sum before it gathers where they do it after."""
+    group = shared_group(form("host"))
+    summed, gathered = torch.full((6,), 1.0), torch.full((6,), float(group.place))
+    if group.place:
+        pending = [group.all_gather(gathered), group.reduce_scatter(summed)]
+    else:
+        pending = [group.reduce_scatter(summed), group.all_gather(gathered)]
+    for each in pending:
+        each.wait()
+    assert group.slice_of(summed, group.place).eq(3).all()
+    assert gathered.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.ranks(2)
+def test_a_buffer_that_others_still_read_is_not_handed_out() -> None:
+    mesh = form("host")
+    group, memory = shared_group(mesh), mesh.exchangeable
+    first = memory.take(64, torch.float32).fill_(mesh.rank + 1)
+    if mesh.rank == 0:
+        dist.barrier()  # rank 1 comes first, so it does not read on the way
+    pending = group.reduce_scatter(first)
+    if mesh.rank == 0:
+        pending.wait()
+        memory.give(first)
+        second = memory.take(64, torch.float32)  # at once, though rank 1 has not read yet
+        assert second.data_ptr() != first.data_ptr()
+        second.fill_(100)
+        dist.barrier()
+        memory.reclaim(first)
+        assert memory.take(64, torch.float32).data_ptr() == first.data_ptr()
+    else:
+        dist.barrier()
+        dist.barrier()
+        pending.wait()
+        assert group.slice_of(first, 1).eq(3).all()
+
+
 @pytest.mark.ranks(2, 3)
 def test_delays_and_reuse_never_mix_numbers() -> None:
     """Ranks are late at random and use buffers again at once, each in an order of its own."""
@@ -149,7 +188,7 @@ def test_delays_and_reuse_never_mix_numbers() -> None:
 
 @pytest.mark.ranks(2, 4)
 def test_more_exchanges_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sixfold.mesh.host.group.NUM_OFFERS", 3)
+    monkeypatch.setattr("sixfold.mesh.host.lane.NUM_OFFERS", 3)
     monkeypatch.setattr("sixfold.mesh.host.signals.NUM_OFFERS", 3)
     group = shared_group(form("host"))
     wholes = [torch.full((8,), float(step)) for step in range(20)]
@@ -256,7 +295,7 @@ def lost(folder: Path, how: str) -> None:
     group.reduce_scatter(whole).wait()  # what was offered before the end is still there
     assert group.slice_of(whole, 0).eq(4).all()
     if how == "late":
-        group._timeout_s = 0.5
+        group._gathers._timeout_s = 0.5
     began = time.monotonic()
     with pytest.raises(LinkError) as caught:
         group.all_gather(whole).wait()
@@ -289,7 +328,7 @@ def test_ranks_that_do_different_things_are_told() -> None:
         group.reduce_scatter(whole).wait()
     group = shared_group(form("host"))
     with pytest.raises(LinkError, match="another kind"):
-        (group.reduce_scatter if group.place else group.all_gather)(whole).wait()
+        (group.meet if group.place else group.all_gather(whole).wait)()
 
 
 @pytest.mark.ranks(2)

@@ -20,7 +20,8 @@ import torch
 
 from sixfold.base.errors import PlanError
 from sixfold.base.units import bytes_text
-from sixfold.mesh.host.group import HostGroup, Peer
+from sixfold.mesh.host.group import NUM_LANES, HostGroup
+from sixfold.mesh.host.lane import Peer
 from sixfold.mesh.host.limits import free_bytes, total_bytes
 from sixfold.mesh.host.memory import OwnMemory, PeerMemory
 from sixfold.mesh.host.scratch import SharedScratch
@@ -189,15 +190,13 @@ class Host:
         if len(ranks) < 2 or not set(ranks) <= set(self.ranks):
             return None
         peers = [self._peers[rank] for rank in ranks if rank != self._rank]
-        offset = number * ROW_BYTES
-        return HostGroup(
-            ranks,
-            self._rank,
-            self.scratch,
-            Row(self._memory.map, self._memory.address, offset),
-            [(peer, Row(peer.memory.map, peer.memory.address, offset)) for peer in peers],
-            self._timeout_s,
-        )
+        first = number * NUM_LANES
+
+        def rows(memory: OwnMemory | PeerMemory) -> list[Row]:
+            return [Row(memory.map, memory.address, (first + lane) * ROW_BYTES) for lane in range(NUM_LANES)]
+
+        others = [(peer, rows(peer.memory)) for peer in peers]
+        return HostGroup(ranks, self._rank, self.scratch, rows(self._memory), others, self._timeout_s)
 
 
 def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | None, str]:
@@ -209,7 +208,9 @@ def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | No
     try:
         length = min(total_bytes(), _ADDRESS_SPACE // (os.cpu_count() or 1))
         memory = OwnMemory(length)
-        memory.reserve(MAX_GROUPS * ROW_BYTES)  # first of all, so that it begins at 0 in everyone's
+        memory.reserve(
+            MAX_GROUPS * NUM_LANES * ROW_BYTES
+        )  # first of all, so that it begins at 0 in everyone's
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
         return None, f"the system refuses it: {error.strerror}"

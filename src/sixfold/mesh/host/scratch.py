@@ -7,12 +7,22 @@ It never frees: what was reserved stays for the next exchange.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from sixfold.mesh.host.memory import OwnMemory
 from sixfold.mesh.scratch import Scratch
+
+
+class Readers(Protocol):
+    """Those who read what this rank offers, in a numbered sequence."""
+
+    def await_readers(self, number: int) -> None:
+        """Return when all have read what was offered under a number."""
+
+    def is_finished(self, number: int, *, by_all: bool) -> bool:
+        """Whether they have."""
 
 
 class SharedScratch(Scratch):
@@ -26,37 +36,38 @@ class SharedScratch(Scratch):
         super().__init__(torch.device("cpu"))
         self.memory = memory
         self._starts: list[int] = []  # of all buffers, ascending
-        self._readers: dict[int, dict[object, Callable[[], None]]] = {}
+        self._readers: dict[int, dict[Readers, int]] = {}
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor [numel] that nobody reads; waits where others still do.
+        """A tensor [numel] that nobody reads; it never waits until others have read one.
 
         Raises:
             MeshError: there is no memory for it.
         """
         free = self._free[numel, dtype]
-        if free:
-            tensor = free.pop(0)  # the one that others have had the longest time to read
-            self.reclaim(tensor)
-            return tensor
+        for index, tensor in enumerate(free):
+            readers = self._readers.get(self._start_of(tensor), {})
+            if all(each.is_finished(number, by_all=True) for each, number in readers.items()):
+                return free.pop(index)
         self._starts.append(self.memory.reserve(numel * dtype.itemsize))
         return self.memory.tensor(self._starts[-1], numel, dtype)
 
     def reclaim(self, tensor: torch.Tensor) -> None:
         """Return when no other rank reads `tensor`, so that it may be written."""
-        if tensor.numel():
-            for wait in self._readers.pop(self._start_of(tensor), {}).values():
-                wait()
+        for each, number in self._readers.pop(self._start_of(tensor), {}).items():
+            each.await_readers(number)
 
-    def note(self, tensor: torch.Tensor, reader: object, wait: Callable[[], None]) -> None:
-        """Remember that others read from `tensor` until `wait` returns; of one reader only the last time."""
-        self._readers.setdefault(self._start_of(tensor), {})[reader] = wait
+    def note(self, tensor: torch.Tensor, readers: Readers, number: int) -> None:
+        """Remember who reads `tensor`, and under which number; of each the last time only."""
+        self._readers.setdefault(self._start_of(tensor), {})[readers] = number
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether others can read `tensor` where it lies."""
         return self.memory.offset_of(tensor) is not None
 
     def _start_of(self, tensor: torch.Tensor) -> int:
+        if not tensor.numel():
+            return -1  # nothing to read
         offset = self.memory.offset_of(tensor)
         assert offset is not None, "only what lies in shared memory is read by others"
         return self._starts[bisect_right(self._starts, offset) - 1]
