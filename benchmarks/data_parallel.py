@@ -1,7 +1,7 @@
 """Sixfold against torch's DistributedDataParallel: the same model, ranks and batches, in one command.
 
     python benchmarks/data_parallel.py [--ranks 2] [--rounds 30] [--model s|m] [--compute fp32|bf16]
-                                       [--clip 1.0] [--json]
+                                       [--clip 1.0] [--zero 0|1|2] [--transport host|network] [--json]
 
 Steps: one set of ranks (gloo, one compute thread each) holds both contestants and gives them turns of
 a few updates, first one then the other, the next round the other way round; a barrier stands around
@@ -66,6 +66,8 @@ class Setup:
         steps: updates in one turn.
         starts: pairs of fresh starts.
         clip: bound on the gradient norm for both, None for neither.
+        zero: Sixfold's residency preset.
+        transport: Sixfold's transport, None for its own choice.
     """
 
     ranks: int
@@ -75,6 +77,8 @@ class Setup:
     model: str
     compute: str
     clip: float | None
+    zero: int = 0
+    transport: str | None = None
 
 
 # In the ranks: torch is imported here only, so that its import counts in the time to the first step.
@@ -96,6 +100,7 @@ def sixfold_step(setup: Setup) -> Step:
     import sixfold
 
     config = {
+        "layout": {"zero": setup.zero, **({"transport": setup.transport} if setup.transport else {})},
         "precision": {"compute": setup.compute},
         "optimizer": {"name": "adamw", "lr": LR, **({"clip_norm": setup.clip} if setup.clip else {})},
     }
@@ -346,7 +351,8 @@ def table(figures: dict[str, Any]) -> str:
     setup = Setup(**figures["setup"])
     first, last = figures["losses"]
     lines = [
-        f"model {setup.model}, {setup.compute}, {setup.ranks} ranks, clip {setup.clip}: "
+        f"model {setup.model}, {setup.compute}, {setup.ranks} ranks, clip {setup.clip}, zero {setup.zero}, "
+        f"transport {setup.transport or 'chosen'}: "
         f"{setup.rounds} rounds of {setup.steps} + {setup.steps} steps, {setup.starts} pairs of starts",
         f"losses {first:.5f} -> {last:.5f}, largest relative difference {figures['difference']:.1e}",
         "",
@@ -380,6 +386,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("s", "m"), default="s")
     parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--clip", type=float, help="clip the gradient norm to this in both; default: neither")
+    parser.add_argument("--zero", type=int, default=0, help="Sixfold's layout.zero")
+    parser.add_argument("--transport", choices=("host", "network"), help="Sixfold's layout.transport")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and one start: does it run?")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -401,6 +409,8 @@ def main() -> None:
         model="tiny" if args.smoke else args.model,
         compute=args.compute,
         clip=args.clip,
+        zero=args.zero,
+        transport=args.transport,
     )
     figures = measure(setup)
     print(json.dumps(figures) if args.json else table(figures))

@@ -33,3 +33,13 @@ def test_the_dispatcher_costs_little(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     assert 0 < figures["zero 0: share_percent"] < 1.0, figures
     assert 0 < figures["zero 2: share_percent"] < 1.0, figures
+
+
+def test_exchange_prints_every_exchange_of_both_transports(tmp_path: Path) -> None:
+    file = ROOT / "benchmarks" / "exchange.py"
+    command = [sys.executable, str(file), "--rounds", "1", "--mb", "1", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    medians = json.loads(done.stdout)
+    assert len(medians) == 2 * (3 * 2 + 1)
+    assert all(float(value) > 0 for value in medians.values())

@@ -28,6 +28,7 @@ from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
 from sixfold.engine import watch
 from sixfold.launch import current_session
+from sixfold.mesh import Host
 from sixfold.monitor.journal import read_records
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
@@ -446,6 +447,23 @@ def save_timeout_s(bench: Lab) -> None:
     assert max(told.values()) == told["backend"] < before["backend"]
 
 
+def transport(bench: Lab) -> None:
+    """Two ranks of one host, both told by this process: shared, not shared, or refused where they cannot."""
+
+    def form(asked: str | None, device: str = "cpu") -> Host | None:
+        config = bench.resolved({"layout.transport": asked}).config
+        options: dict[str, Any] = {"needed": 0, "neighbours": [[0, 1]], "timeout_s": 1.0}
+        place = torch.device(device)
+        return Host.form(config.layout.transport, 0, place, lambda text: [text, text], **options)
+
+    assert form(None) is not None
+    assert form("host") is not None
+    assert form("network") is None
+    assert form(None, "meta") is None
+    with pytest.raises(PlanError, match=r'layout\.transport = "host": rank 0 computes on meta'):
+        form("host", "meta")
+
+
 SPECIAL: dict[str, Callable[[Lab], None]] = {
     "model.batch_stats": batch_stats,
     "data.path": path,
@@ -458,6 +476,7 @@ SPECIAL: dict[str, Callable[[Lab], None]] = {
     "launch.timeout_s": timeout_s,
     "launch.start_timeout_s": start_timeout_s,
     "launch.save_timeout_s": save_timeout_s,
+    "layout.transport": transport,
 }
 
 

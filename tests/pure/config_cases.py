@@ -49,6 +49,7 @@ FULL: dict[str, dict[str, object]] = {
         "expert": 2,
         "recompute": "selective",
         "compile": "inductor",
+        "transport": "host",
     },
     "precision": {
         "compute": "bf16",
@@ -88,14 +89,14 @@ OPTIONAL = {
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "layout.recompute",
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
-    "layout.compile",
+    "layout.compile", "layout.transport",
     "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
     "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps",
     "train.eval_every", "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
 }  # fmt: skip
 
 WORDS = {
-    "model.batch_stats", "layout.recompute", "optimizer.name", "lr_schedule.name",
+    "model.batch_stats", "layout.recompute", "layout.transport", "optimizer.name", "lr_schedule.name",
     *(f"layout.{kind}" for kind in ("parameters", "gradients", "optimizer")),
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sixfold.base.errors import CheckpointError, ConfigError, MeshError, PlanError
+from sixfold.base.errors import CheckpointError, ConfigError, LinkError, MeshError, PlanError
 from sixfold.launch import failure as failures
 from sixfold.launch.failure import Failure, causal, from_exception, from_exit, is_victim, render
 from sixfold.launch.job import Job, StopRequests, _Rank
@@ -32,6 +32,12 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [1
 )
 def test_a_broken_link_makes_a_victim(text: str) -> None:
     assert is_victim(RuntimeError(text))
+
+
+def test_a_rank_that_waits_in_shared_memory_for_a_lost_one_is_a_victim() -> None:
+    words = {"rule": "every rank takes part", "fix": "look at rank 1"}
+    assert is_victim(LinkError("rank 1 ended while this rank waited for its part of exchange 7", **words))
+    assert is_victim(LinkError("rank 1 offers 64 bytes where this rank has 128", **words))
 
 
 def test_a_victim_is_known_through_what_it_was_turned_into() -> None:

@@ -21,7 +21,7 @@ from tests.ranks import plain
 STEPS = 5
 
 
-def start(name: str, layout: dict[str, int], optimizer: str = "adamw", num_groups: int = 2) -> Engine:
+def start(name: str, layout: dict[str, Any], optimizer: str = "adamw", num_groups: int = 2) -> Engine:
     task = plain.TASKS[name]
     model = task.build().double()
     kind, settings = plain.OPTIMIZERS[optimizer]
@@ -42,10 +42,10 @@ def train(engine: Engine, name: str, steps: int, shares: str = "uneven") -> None
 
 ROUTES = [
     # layout and ranks that save, layout and ranks that go on
-    ({"zero": 0}, 2, {"zero": 2}, 3),
+    ({"zero": 0}, 2, {"zero": 2, "transport": "network"}, 3),
     ({"zero": 2}, 3, {"zero": 0}, 1),
-    ({"zero": 1}, 4, {"zero": 2, "shard": 2}, 4),
-    ({"zero": 2, "shard": 2}, 4, {"zero": 1}, 2),
+    ({"zero": 1, "transport": "network"}, 4, {"zero": 2, "shard": 2}, 4),
+    ({"zero": 2, "shard": 2, "transport": "network"}, 4, {"zero": 1}, 2),
     ({"zero": 0}, 1, {"zero": 1, "shard": 1}, 2),
 ]
 
@@ -53,9 +53,9 @@ ROUTES = [
 @pytest.mark.parametrize(("optimizer", "name"), [("adamw", "decoder"), ("adagrad", "recommender")])
 @pytest.mark.parametrize(("before", "ranks", "after", "other_ranks"), ROUTES)
 def test_a_run_goes_on_in_another_residency_and_world(
-    before: dict[str, int],
+    before: dict[str, Any],
     ranks: int,
-    after: dict[str, int],
+    after: dict[str, Any],
     other_ranks: int,
     optimizer: str,
     name: str,
@@ -66,13 +66,13 @@ def test_a_run_goes_on_in_another_residency_and_world(
     rank_pool.run(second_part, name, after, optimizer, tmp_path / "saved", ranks=other_ranks, timeout_s=60)
 
 
-def first_part(name: str, layout: dict[str, int], optimizer: str, folder: Path) -> None:
+def first_part(name: str, layout: dict[str, Any], optimizer: str, folder: Path) -> None:
     engine = start(name, layout, optimizer)
     train(engine, name, 3)
     engine.save(folder)
 
 
-def second_part(name: str, layout: dict[str, int], optimizer: str, folder: Path) -> None:
+def second_part(name: str, layout: dict[str, Any], optimizer: str, folder: Path) -> None:
     engine = start(name, layout, optimizer)
     engine.load(folder)
     assert engine.num_steps == 3
@@ -85,7 +85,7 @@ def second_part(name: str, layout: dict[str, int], optimizer: str, folder: Path)
 def test_groups_may_keep_different_state(tmp_path: Path) -> None:
     """Momentum in one group alone: ranks whose slice lies in the other have no such key."""
 
-    def engine(layout: dict[str, int]) -> Engine:
+    def engine(layout: dict[str, Any]) -> Engine:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 1)).double()
         first, second = list(model[0].parameters()), list(model[2].parameters())
@@ -200,15 +200,19 @@ class Odd(nn.Module):
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("zero", PRESETS)
-def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int) -> None:
+@pytest.mark.parametrize(("zero", "transport"), [*((zero, "host") for zero in PRESETS), (2, "network")])
+def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int, transport: str) -> None:
     x = torch.arange(84, dtype=torch.float64).view(12, 7).cos()
     first = torch.arange(12) == 0
     reference = Odd()
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.05)
     engine = sixfold.initialize(
         Odd(),
-        config={"layout": {"zero": zero}, "optimizer": {"lr": 0.05}, "batch": {"micro": 3}},
+        config={
+            "layout": {"zero": zero, "transport": transport},
+            "optimizer": {"lr": 0.05},
+            "batch": {"micro": 3},
+        },
         loss_fn=lambda output, batch: output.square().mean(),
     )
     mine = plain.cuts(12, engine.data_ranks, "even", 0)[engine.data_rank]
@@ -244,8 +248,8 @@ def test_an_optimizer_that_is_not_elementwise_is_refused_on_slices(zero: int) ->
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("zero", PRESETS)
-def test_every_lost_reduction_shows(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("zero", "transport"), [(0, "host"), (0, "network"), (1, "network"), (2, "host")])
+def test_every_lost_reduction_shows(zero: int, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_units, "__defaults__", (4096,))
     reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
     real, calls = Mesh.sum_up, 0
@@ -260,7 +264,7 @@ def test_every_lost_reduction_shows(zero: int, monkeypatch: pytest.MonkeyPatch) 
             return real(mesh, partial, after) if calls - 1 != lost else Pending()
 
         monkeypatch.setattr(Mesh, "sum_up", sum_up)
-        engine = start("decoder", {"zero": zero}, "sgd", 1)
+        engine = start("decoder", {"zero": zero, "transport": transport}, "sgd", 1)
         train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
         return plain.farthest(engine.full_state_dict(), reference)
 

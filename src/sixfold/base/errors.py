@@ -63,6 +63,10 @@ class MeshError(SixfoldError):
     """Ranks disagree, or a process group cannot be formed."""
 
 
+class LinkError(MeshError, RuntimeError):
+    """Another rank has ended, did not come or did something else: it only says that the link to it broke."""
+
+
 class ModelError(SixfoldError):
     """A module cannot be trained the way it was handed over."""
 

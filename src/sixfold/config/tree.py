@@ -120,6 +120,9 @@ class LayoutConfig(Section):
     "selective" all but matrix products with weights and fused attention. Unset: nothing."""
     compile: str | None = None
     """Backend of `torch.compile` for each repeated block, for example "inductor". Unset: not compiled."""
+    transport: Literal["host", "network"] | None = None
+    """How ranks of one host exchange: "host" through memory that they share, refused where that cannot
+    be, "network" through a process group. Unset: shared memory where it is possible, between CPUs."""
 
 
 class PrecisionConfig(Section):

@@ -26,12 +26,12 @@ from sixfold.engine.admission import (
 )
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
-from sixfold.engine.watch import meet, watch
+from sixfold.engine.watch import meet, patience_of, watch
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Streams
 from sixfold.parallel import block_names, change_forwards, materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
-from sixfold.plan import decide, decide_learning_rate
+from sixfold.plan import decide, decide_learning_rate, exchange_memory
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
 from sixfold.state.optimizer import OptimizerLike
 
@@ -84,6 +84,9 @@ def initialize(
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
+    mesh = mesh.sharing(
+        asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=patience_of(asked.launch)
+    )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)

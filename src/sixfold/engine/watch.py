@@ -39,6 +39,11 @@ def timeouts_of(asked: LaunchConfig) -> dict[str, float]:
     }
 
 
+def patience_of(asked: LaunchConfig) -> float:
+    """Seconds that a transport waits for another rank: longer than the watcher, which can name it."""
+    return max(timeouts_of(asked).values()) + _BACKEND_LATER_S
+
+
 def meet(
     geometry: Geometry, device: torch.device, rank: int, address: str | None, asked: LaunchConfig
 ) -> Mesh:
@@ -49,7 +54,7 @@ def meet(
         rank=rank,
         address=address,
         meet_s=asked.start_timeout_s,
-        timeout_s=max(timeouts_of(asked).values()) + _BACKEND_LATER_S,
+        timeout_s=patience_of(asked),
     )
 
 

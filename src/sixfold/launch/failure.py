@@ -27,6 +27,7 @@ _BROKEN_LINK = re.compile(
     r"|ncclRemoteError|remote process exited|communicator was aborted|watchdog caught collective"
     r"|connection was likely closed|failed to recv, got 0 bytes|recvVector failed|sendBytes failed"
     r"|Received data size doesn't match expected size"
+    r"|while this rank waited for its part of exchange|offers .* where this rank has"
     r"|wait timeout after \d+ms|waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )

@@ -5,8 +5,20 @@ Formed once by the engine and passed down; never global.
 
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
+from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
-__all__ = ["Carried", "Dispatcher", "Group", "Mesh", "Pending", "Scratch", "Streams", "key_of"]
+__all__ = [
+    "Carried",
+    "Dispatcher",
+    "Group",
+    "Host",
+    "HostGroup",
+    "Mesh",
+    "Pending",
+    "Scratch",
+    "Streams",
+    "key_of",
+]

@@ -10,7 +10,7 @@ import atexit
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 
@@ -27,6 +27,7 @@ from sixfold.base.errors import MeshError
 from sixfold.base.ring import ranks_text
 from sixfold.mesh.dispatch import Dispatcher, Pending
 from sixfold.mesh.group import Group
+from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import Spread
@@ -41,12 +42,16 @@ class Mesh:
         rank: this process, 0 to world_size - 1.
         device: where this rank keeps its tensors.
         owns_group: whether the process group was started here and ends with `close`.
+        host: the ranks with which this one shares memory; None where all exchange over the network.
+        dispatcher: what every exchange of this rank goes through.
     """
 
     geometry: Geometry
     rank: int
     device: torch.device
     owns_group: bool = False
+    host: Host | None = None
+    dispatcher: Dispatcher = field(default_factory=Dispatcher)
 
     @classmethod
     def form(
@@ -84,6 +89,35 @@ class Mesh:
         atexit.register(mesh.close)
         return mesh
 
+    def sharing(self, transport: str | None, *, exchange_bytes: int, timeout_s: float) -> Mesh:
+        """The same mesh with memory shared between ranks of a host, where that is possible. A collective.
+
+        Args:
+            transport: "host" to demand it, "network" to do without, None for what is possible.
+            exchange_bytes: what this rank's exchanges take at most.
+            timeout_s: how long one rank waits for another.
+
+        Raises:
+            PlanError: it is demanded and cannot be had; on every rank.
+        """
+        if self.world_size == 1:
+            return self
+        neighbours: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.geometry.coordinate(rank, "data")
+            key = (*self._others_of(rank), place // self.geometry.shard)
+            neighbours.setdefault(key, []).append(rank)
+        host = Host.form(
+            transport,
+            self.rank,
+            self.device,
+            self.texts,
+            needed=exchange_bytes,
+            neighbours=list(neighbours.values()),
+            timeout_s=timeout_s,
+        )
+        return replace(self, host=host)
+
     @property
     def world_size(self) -> int:
         """Ranks in all."""
@@ -103,14 +137,11 @@ class Mesh:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
+        if self.host and isinstance(self._data_group, HostGroup):
+            return self._data_group.all_reduce(tensor)
         return self.dispatcher.start(
             "all-reduce", self._everyone, tensor, lambda: [dist.all_reduce(tensor, async_op=True)]
         )
-
-    @cached_property
-    def dispatcher(self) -> Dispatcher:
-        """What every exchange of this rank goes through."""
-        return Dispatcher()
 
     @cached_property
     def _everyone(self) -> str:
@@ -125,6 +156,12 @@ class Mesh:
         """
         return self.dispatcher.phase(name)
 
+    @property
+    def exchangeable(self) -> Scratch:
+        """Buffers that exchanges send from without a copy, for gradients; what a sum was sent from is
+        written again after `reclaim`."""
+        return self.host.scratch if self.host else self.scratch
+
     @cached_property
     def scratch(self) -> Scratch:
         """Buffers for the time of one exchange."""
@@ -133,12 +170,16 @@ class Mesh:
     @cached_property
     def shard(self) -> Group:
         """The neighbours over which model state is cut; every rank asks for it first at the same point."""
-        return self._group_of(lambda place: place // self.geometry.shard)
+        return self._group_of(lambda place: place // self.geometry.shard, 1)
 
     @cached_property
     def copies(self) -> Group:
         """The ranks that hold the same slices, one of each shard group."""
-        return self._group_of(lambda place: place % self.geometry.shard)
+        return self._group_of(lambda place: place % self.geometry.shard, 2)
+
+    @cached_property
+    def _data_group(self) -> Group:
+        return self._group_of(lambda place: 0, 0)
 
     def place_in(self, spread: Spread) -> int:
         """Which of the equal parts of something cut over `spread` is this rank's."""
@@ -283,21 +324,25 @@ class Mesh:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
+    def _others_of(self, rank: int) -> tuple[int, ...]:
+        """Where a rank stands along all axes but data."""
+        axes = (axis for axis, _ in self.geometry.degrees if axis != "data")
+        return tuple(self.geometry.coordinate(rank, axis) for axis in axes)
+
     def _group_along(self, axis: str) -> Group:
         return self.shard if axis == "shard" else self.copies
 
-    def _group_of(self, key: Callable[[int], int]) -> Group:
-        """The data ranks whose place among them has the same key as this rank's."""
-        data = [
-            rank
-            for rank in range(self.world_size)
-            if all(
-                self.geometry.coordinate(rank, axis) == self.geometry.coordinate(self.rank, axis)
-                for axis, _ in self.geometry.degrees
-                if axis != "data"
-            )
-        ]
+    def _group_of(self, key: Callable[[int], int], number: int) -> Group:
+        """The data ranks whose place among them has the same key as this rank's.
+
+        Args:
+            number: tells the groups of a rank apart; the same on every member.
+        """
+        here = self._others_of(self.rank)
+        data = [rank for rank in range(self.world_size) if self._others_of(rank) == here]
         mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
+        if shared := self.host and self.host.group(mine, number, self.dispatcher):
+            return shared
         is_native = len(mine) > 1 and self.device.type == "cuda"
         native = self._native(mine) if is_native else None
         return Group(mine, self.rank, self.scratch, native, self.dispatcher)

@@ -27,3 +27,6 @@ class Scratch:
     def give(self, tensor: torch.Tensor) -> None:
         """Return what `take` gave."""
         self._free[tensor.numel(), tensor.dtype].append(tensor)
+
+    def reclaim(self, tensor: torch.Tensor) -> None:
+        """Return when no other rank reads `tensor`, so that it may be written: at once, in plain memory."""

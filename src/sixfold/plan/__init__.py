@@ -7,7 +7,7 @@ allocates, starts or plays anything.
 from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
-from sixfold.plan.memory import Memory, persistent_memory
+from sixfold.plan.memory import Memory, exchange_memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import PrecisionPlan, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
@@ -33,5 +33,6 @@ __all__ = [
     "decide_learning_rate",
     "decide_precision",
     "decide_residency",
+    "exchange_memory",
     "persistent_memory",
 ]

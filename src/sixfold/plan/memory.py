@@ -64,6 +64,21 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
     return Memory(parameters, gradients, master, optimizer)
 
 
+def exchange_memory(plan: Plan) -> int:
+    """Bytes that a rank's exchanges take at most: its gradients on their way, and its slices of parameters
+    that others gather."""
+    row, total = plan.residency, 0
+    for unit in plan.units:
+        types = plan.precision_of(unit)
+        if unit.trainable and types is not None:
+            total += unit.numel * sum(ITEM_BYTES[kind] for kind in {types.grad, types.reduce})
+        gathered_from = row.parameters or (row.optimizer if unit.trainable else ())
+        if gathered_from:
+            item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
+            total += unit.numel // plan.geometry.num_parts(gathered_from) * item_bytes
+    return total
+
+
 OTHER_ITEM_BYTES = {
     name: size
     for size, names in {

@@ -90,7 +90,7 @@ class Unit:
         if self.residency.gradients:
             self.grads = self._zeros(self.held.numel(), grad)
         else:
-            self._local = self._zeros(self.plan.numel, grad)
+            self._local = self._mesh.exchangeable.take(self.plan.numel, grad).zero_()
             self._local_views = self.views_of(self._local)
             self.grads = self._local[self.own]
 
@@ -241,6 +241,8 @@ class Unit:
         if self._sent is not None and self.residency.gradients:
             # An error left it on its way: memory that others may still write into is not used again.
             self._sent, self._local, self._local_views = None, None, []
+        elif self._local is not None:
+            self._mesh.exchangeable.reclaim(self._local)
         self._release()
 
     def _release(self) -> None:
@@ -250,7 +252,7 @@ class Unit:
             parameter.grad = None
         self._mask()
         if self.residency.gradients and self._local is not None:
-            self._mesh.scratch.give(self._local)
+            self._mesh.exchangeable.give(self._local)
             self._local, self._local_views = None, []
 
     def home_grad(self, index: int) -> None:
@@ -261,7 +263,7 @@ class Unit:
         """
         if self._local is None:
             assert self.grads is not None, "frozen units have no gradients"
-            self._local = self._mesh.scratch.take(self.plan.numel, self.grads.dtype)
+            self._local = self._mesh.exchangeable.take(self.plan.numel, self.grads.dtype)
             self._local_views = self.views_of(self._local)
             for start, stop in self.plan.gaps():
                 self._local[start:stop] = 0
@@ -290,7 +292,9 @@ class Unit:
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
         # One rank has nobody to send to, but the rounding must be that of every other layout.
-        self._sent = self._local if reduce == self._local.dtype else self._local.to(reduce)
+        self._sent = self._local
+        if reduce != self._local.dtype:
+            self._sent = self._mesh.exchangeable.take(self.plan.numel, reduce).copy_(self._local)
         self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
 
     def finish_reduce(self) -> None:
@@ -308,6 +312,8 @@ class Unit:
             elif mine.data_ptr() != self.grads.data_ptr():
                 self.grads.copy_(mine)
             self._has_sum = bool(self.residency.gradients)
+            if arrived is not self._local:
+                self._mesh.exchangeable.give(arrived)
             if self.spread:
                 self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has

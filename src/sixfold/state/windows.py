@@ -7,6 +7,7 @@ same place among the gathers on every rank. It never looks at numbers.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 from torch import nn
@@ -81,23 +82,32 @@ class ReduceWindow:
             self._under_way.pop(0).finish_reduce()
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
+        # A hook hangs on its parameter where the garbage collector cannot follow: held firmly, a unit would
+        # never be freed.
+        window, home = weakref.ref(self), weakref.ref(unit)
+
         def arrived(parameter: nn.Parameter) -> None:
-            if self._open and (self._missing[unit] == 0 or unit not in self._left):
-                raise StateError(
-                    f"{unit.plan.slots[index].name} received a gradient after its unit was handed to the "
-                    "reduction",
-                    rule="one backward pass gives each parameter its gradient once"
-                    + ("" if self._by_arrival else ", while the block that holds it runs backward"),
-                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                    "(engine.backward), which reduces in step()"
-                    if self._by_arrival
-                    else "name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
-                )
-            unit.home_grad(index)
-            if not self._open:
-                return
-            self._missing[unit] -= 1
-            while self._by_arrival and self._left and self._missing[self._left[0]] == 0:
-                self._start(self._left[0])
+            here, its = window(), home()
+            if here is not None and its is not None:
+                here._arrived(its, index)
 
         return arrived
+
+    def _arrived(self, unit: Unit, index: int) -> None:
+        if self._open and (self._missing[unit] == 0 or unit not in self._left):
+            raise StateError(
+                f"{unit.plan.slots[index].name} received a gradient after its unit was handed to the "
+                "reduction",
+                rule="one backward pass gives each parameter its gradient once"
+                + ("" if self._by_arrival else ", while the block that holds it runs backward"),
+                fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
+                "(engine.backward), which reduces in step()"
+                if self._by_arrival
+                else "name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
+            )
+        unit.home_grad(index)
+        if not self._open:
+            return
+        self._missing[unit] -= 1
+        while self._by_arrival and self._left and self._missing[self._left[0]] == 0:
+            self._start(self._left[0])

@@ -18,6 +18,7 @@ _VICTIM_WORDS = (
     "Broken pipe",
     "Socket closed",
     "Timed out waiting",
+    "while this rank waited for its part",
     "Application timeout caused pair closure",
 )
 _LOG_LINES = 30

@@ -1,0 +1,132 @@
+"""Ranks of one host that exchange slices by reading each other's memory.
+
+Made by `Host` and used by the mesh like any `Group`. A member *offers* a tensor, goes on, and later reads
+what the others offered straight out of their buffers. Sums and gathers are each issued in one order on all
+members (`lane.py` says why); between the two there is none, as on the network. Sums are taken in the order
+of `Group`, so both give the same bits. A member never writes into another's buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sixfold.mesh.dispatch import Carried, Dispatcher
+from sixfold.mesh.group import Group
+from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
+from sixfold.mesh.host.scratch import SharedScratch
+from sixfold.mesh.host.signals import Row
+
+NUM_LANES = 2
+
+
+class HostGroup(Group):
+    """Ranks that exchange slices through shared memory.
+
+    Args:
+        ranks: its members in order.
+        rank: this process, one of them.
+        scratch: this rank's shared memory.
+        rows: this rank's counters in this group, one row a lane.
+        members: the others, in order, each with its rows.
+        timeout_s: how long to wait for one of them.
+        dispatcher: what its exchanges go through.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        scratch: SharedScratch,
+        rows: Sequence[Row],
+        members: Sequence[tuple[Peer, Sequence[Row]]],
+        timeout_s: float,
+        dispatcher: Dispatcher,
+    ) -> None:
+        super().__init__(ranks, rank, scratch, None, dispatcher)
+        self._shared = scratch
+        others = list(zip(self._others(), members, strict=True))
+        self._sum_lane, self._gather_lane = (
+            Lane(
+                scratch,
+                rows[lane],
+                [Member(place, peer, theirs[lane]) for (place, _), (peer, theirs) in others],
+                timeout_s,
+            )
+            for lane in range(NUM_LANES)
+        )
+        self._common: list[torch.Tensor] = []
+
+    def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
+        """The part of `whole` that belongs to a member; of any size, the last members' may be shorter."""
+        size = -(-whole.numel() // len(self))
+        return whole[place * size : (place + 1) * size]
+
+    # How the exchanges of `Group` are carried here. Where a sum was sent from shared memory, `reclaim` tells
+    # when it may be written again; in `common` memory a gather has nothing to copy.
+
+    def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return []  # read where it lies
+
+    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> list[Carried]:
+        return [self._start_sum(whole)]
+
+    def _gather(self, whole: torch.Tensor) -> list[Carried]:
+        return [self._start_gather(whole)]
+
+    def _start_sum(self, whole: torch.Tensor) -> Work:
+        mine, offered = self.slice_of(whole, self.place), whole
+        if not self._shared.holds(whole):
+            offered = self._shared.take(whole.numel(), whole.dtype).copy_(whole)
+
+        def add(offers: list[Offer]) -> None:
+            for offer in offers:
+                mine.add_(self.slice_of(offer.tensor(whole.numel(), whole.dtype), self.place))
+            if offered is not whole:
+                self._shared.give(offered)
+
+        return self._sum_lane.issue("sum", offered, add)
+
+    def _start_gather(self, whole: torch.Tensor) -> Work:
+        mine = self.slice_of(whole, self.place)
+        if self._is_common(whole):
+            return self._gather_lane.issue("common slices", None, lambda offers: None)
+        in_place = self._shared.holds(whole)
+        offered = mine if in_place else self._shared.take(mine.numel(), mine.dtype).copy_(mine)
+
+        def fill(offers: list[Offer]) -> None:
+            for offer in offers:
+                theirs = self.slice_of(whole, offer.member.place)
+                theirs.copy_(offer.tensor(theirs.numel(), theirs.dtype))
+            if not in_place:
+                self._shared.give(offered)
+
+        # What others read where it lies is not handed back before they have.
+        return self._gather_lane.issue("slices", offered, fill, hold=in_place)
+
+    def common(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory that all members map: [numel] zeros, the same bytes for everyone. A collective.
+
+        Each member may write its own slice; `all_gather` of the whole tells that all have, and `meet`,
+        after the last reading, that they may be written again. It lies in the first member's memory.
+        """
+        made = self._shared.take(numel, dtype).zero_() if self.place == 0 else None
+        found: list[torch.Tensor] = [] if made is None else [made]
+
+        def open_it(offers: list[Offer]) -> None:
+            first = offers[0]
+            if self.place > 0:
+                first.tensor(numel, dtype)  # checks that all mean the same
+                found.append(first.member.peer.memory.writable(first.offset, numel, dtype))
+
+        self._gather_lane.issue("common memory", made, open_it).wait()
+        self._common += found
+        return found[0]
+
+    def meet(self) -> None:
+        """Return when all members have come here."""
+        self._gather_lane.issue("meeting", None, lambda offers: None).wait()
+
+    def _is_common(self, whole: torch.Tensor) -> bool:
+        return any(each.data_ptr() == whole.data_ptr() for each in self._common)
