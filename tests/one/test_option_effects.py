@@ -188,6 +188,18 @@ def launcher(name: str) -> Observable:
     return lambda bench, changes: bench.launched(changes)[name]
 
 
+FP16 = {"precision.compute": "fp16"}
+
+
+def loss_scales(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine, scales = bench.engine(changes), []
+    for _ in range(2):
+        engine.train_step({"tokens": tokens()})
+        assert engine.last is not None
+        scales.append(engine.last.loss_scale)
+    return scales
+
+
 # Rows of the first kind: (other settings of the row, the option's value, what differs).
 
 DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
@@ -213,6 +225,9 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "precision.grad": ({}, "bf16", learned),
     "precision.reduce": ({}, "bf16", learned),
     "precision.master": ({"precision.compute": "bf16"}, "bf16", learned),
+    "precision.loss_scale": (FP16, 0.125, loss_scales),
+    "precision.initial_scale": (FP16, 2.0**6, loss_scales),
+    "precision.growth_steps": ({**FP16, "precision.initial_scale": 8.0}, 1, loss_scales),
     "optimizer.name": ({}, "adagrad", learned),
     "optimizer.lr": ({}, 1e-4, learned),
     "optimizer.betas": ({}, [0.5, 0.9], learned),

@@ -15,6 +15,7 @@ from sixfold.config import Config, load
 from sixfold.plan import (
     BatchPlan,
     LearningRate,
+    LossScaling,
     ParameterFacts,
     cut_units,
     decide,
@@ -208,6 +209,20 @@ FACTS = [
 def test_number_types_follow_one_rule(asked: dict[str, str], own: str, types: tuple[str, ...]) -> None:
     plan = decide_precision(config(precision=asked).precision, own)
     assert (plan.compute, plan.storage, plan.grad, plan.reduce, plan.master) == types
+
+
+def test_losses_are_scaled_where_a_gradient_is_in_fp16() -> None:
+    for asked in ({"compute": "fp16"}, {"grad": "fp16"}, {"reduce": "fp16"}):
+        plan = decide(config(precision=asked), FACTS, world_size=1)
+        assert plan.loss_scaling == LossScaling(65536.0, growth_steps=2000)
+        assert "from 65536, doubled after 2000 finite updates" in str(plan)
+    own = [ParameterFacts("weight", (2, 2), "fp16", True), ParameterFacts("base", (2, 2), "fp32", False)]
+    asked = config(precision={"loss_scale": 8.0})
+    assert decide(asked, own, world_size=1).loss_scaling == LossScaling(8.0)
+    frozen = [ParameterFacts("weight", (2, 2), "fp32", True), ParameterFacts("base", (2, 2), "fp16", False)]
+    assert decide(config(), frozen, world_size=1).loss_scaling == LossScaling()
+    with pytest.raises(PlanError, match="loss_scale = 8 for a model without fp16"):
+        decide(asked, frozen, world_size=1)
 
 
 def test_a_plan_prints_what_is_decided() -> None:

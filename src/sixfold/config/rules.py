@@ -22,7 +22,7 @@ PARTNERS = {
 """Two ways to say one thing: at most one of them is set."""
 
 _OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "adagrad": ("eps",)}
-_BITS = {"fp64": 64, "fp32": 32, "bf16": 16}
+_BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,35 @@ def _master(master: str | None, compute: str | None) -> Verdict:
         "the weights that the optimizer updates are not narrower than those of forward and backward",
         f'leave precision.master unset, or set it to "{compute}"',
     )
+
+
+def _belongs_to_fp16(key: str) -> None:
+    @_rule(f"precision.{key}", "precision.compute", "precision.grad", "precision.reduce")
+    def check(value: float | None, compute: str | None, grad: str | None, reduce: str | None) -> Verdict:
+        # Unset, compute may be fp16 by the model's own type; the plan knows.
+        if value is None or compute is None or "fp16" in (compute, grad, reduce):
+            return None
+        return (
+            f"losses are scaled under fp16 alone; under {compute} precision.{key} would do nothing",
+            f'leave precision.{key} unset, or set precision.compute = "fp16"',
+        )
+
+
+def _scale_is_found(key: str) -> None:
+    @_rule(f"precision.{key}", "precision.loss_scale")
+    def check(value: float | None, fixed: float | None) -> Verdict:
+        if value is None or fixed is None:
+            return None
+        return (
+            f"a loss scale is fixed (precision.loss_scale) or found while training (precision.{key})",
+            "leave precision.loss_scale unset",
+        )
+
+
+for _key in ("loss_scale", "initial_scale", "growth_steps"):
+    _belongs_to_fp16(_key)
+for _key in ("initial_scale", "growth_steps"):
+    _scale_is_found(_key)
 
 
 @_rule("layout.shard", "layout.zero")

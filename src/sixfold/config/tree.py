@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DType = Literal["fp64", "fp32", "bf16"]
+DType = Literal["fp64", "fp32", "bf16", "fp16"]
+WideDType = Literal["fp64", "fp32", "bf16"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -116,8 +117,14 @@ class PrecisionConfig(Section):
     """Type in which gradients accumulate. Unset: fp32, or fp64 under fp64."""
     reduce: DType | None = None
     """Type in which gradients cross ranks. Unset: the type of grad."""
-    master: DType | None = None
+    master: WideDType | None = None
     """Type of the weights the optimizer updates. Unset: fp32, or fp64 under fp64."""
+    loss_scale: Annotated[float, Field(gt=0.0)] | None = None
+    """Fixed factor on the loss under fp16, taken off the gradients again. Unset: found while training."""
+    initial_scale: Annotated[float, Field(ge=1.0)] | None = None
+    """Where the loss scale that is found while training starts. Unset: 65536."""
+    growth_steps: Positive | None = None
+    """Finite updates in a row after which that loss scale is doubled. Unset: 2000."""
 
 
 class OptimizerConfig(Section):

@@ -25,6 +25,7 @@ from sixfold.pipeline import (
     Batch,
     Counts,
     LossForm,
+    LossScaler,
     Player,
     Share,
     StepResult,
@@ -49,7 +50,9 @@ class Engine:
         state: the units behind the module's parameters.
         bound: the optimizer over them.
         learning_rate: the schedule; replace it by `ending_at` when the number of steps is settled later.
-        num_steps: updates done.
+        num_steps: updates done, each from one global batch.
+        num_skipped: those of them that changed nothing, because gradients overflowed in fp16. The learning
+            rate's schedule counts the others.
         num_samples: samples consumed over all ranks, from which the data order goes on.
         last: what the latest update came to; None before the first.
     """
@@ -77,13 +80,17 @@ class Engine:
         self._persistence = persistence
         self.learning_rate = learning_rate
         self.num_steps = 0
+        self.num_skipped = 0
         self.num_samples = 0
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._is_closed = False
         self._streams = streams
         self._loss_form = loss_form
-        self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
+        self._scaler = LossScaler(plan.loss_scaling)
+        self._player = Player(
+            state, bound, mesh, clip_norm=resolved.config.optimizer.clip_norm, scaler=self._scaler
+        )
         self._written_out = WrittenOut(self._player)
         compute = resolved.config.precision.compute
         self._cast = DTYPES[compute] if compute is not None else None
@@ -296,6 +303,8 @@ class Engine:
         counters = {
             "step": self.num_steps,
             "samples": self.num_samples,
+            "skipped": self.num_skipped,
+            "loss_scale": self._scaler.state(),
             "seed": self.resolved.config.seed,
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
@@ -311,6 +320,8 @@ class Engine:
         self._refuse_mixing("load")
         counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
+        self.num_skipped = int(counters.get("skipped", 0))
+        self._scaler.load(counters.get("loss_scale"))
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
@@ -325,10 +336,11 @@ class Engine:
     def _start_update(self) -> None:
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
-            self.bound.set_lr(self.learning_rate.factor(self.num_steps))
+            self.bound.set_lr(self.learning_rate.factor(self.num_steps - self.num_skipped))
 
     def _count_update(self, result: StepResult) -> None:
         self.num_steps += 1
+        self.num_skipped += result.skipped
         self.num_samples += result.samples
         self._last_weight = result.weight
 

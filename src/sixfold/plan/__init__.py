@@ -9,7 +9,7 @@ from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
 from sixfold.plan.memory import Memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
-from sixfold.plan.precision import PrecisionPlan, decide_precision
+from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
 
@@ -18,6 +18,7 @@ __all__ = [
     "BatchPlan",
     "Geometry",
     "LearningRate",
+    "LossScaling",
     "Memory",
     "ParameterFacts",
     "Plan",
@@ -31,6 +32,7 @@ __all__ = [
     "decide_batch",
     "decide_geometry",
     "decide_learning_rate",
+    "decide_loss_scaling",
     "decide_precision",
     "decide_residency",
     "persistent_memory",

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sixfold.base.errors import PlanError
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Config
 from sixfold.plan.geometry import Geometry, decide_geometry
-from sixfold.plan.precision import ITEM_BYTES, PrecisionPlan, decide_precision
+from sixfold.plan.precision import (
+    ITEM_BYTES,
+    LossScaling,
+    PrecisionPlan,
+    decide_loss_scaling,
+    decide_precision,
+)
 from sixfold.plan.residency import Residency, decide_residency
 from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
 
@@ -26,12 +31,14 @@ class Plan:
         residency: where each kind of state lives.
         precision: number types, one entry per working type that occurs among floating parameters.
         units: what travels together, in module order.
+        loss_scaling: the factor on the loss under fp16.
     """
 
     geometry: Geometry
     residency: Residency
     precision: tuple[PrecisionPlan, ...]
     units: tuple[UnitPlan, ...]
+    loss_scaling: LossScaling = field(default_factory=LossScaling)
 
     def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
         """The number types of `unit`; None where its numbers are not floating."""
@@ -42,6 +49,7 @@ class Plan:
         frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
         working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
         groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
+        scaling = self.loss_scaling
         return "\n".join(
             (
                 f"ranks       {self.geometry.world_size}: {self.geometry}",
@@ -49,6 +57,7 @@ class Plan:
                 f"{bytes_text(working)} in {len(self.units)} unit(s)",
                 f"residency   {self.residency}{groups}",
                 *(f"precision   {types}" for types in self.precision),
+                *([f"loss scale  {scaling}"] if scaling != LossScaling() else []),
             )
         )
 
@@ -62,13 +71,6 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
     Raises:
         PlanError: the layout cannot be carried out with `world_size` ranks.
     """
-    halves = [facts.name for facts in parameters if facts.dtype == "fp16" and facts.trainable]
-    if halves and config.precision.compute is None:
-        raise PlanError(
-            f"{len(halves)} trainable parameter(s) in fp16, first {halves[0]}, and precision.compute unset",
-            rule="training in fp16 needs loss scaling, which this version does not have",
-            fix='set precision.compute = "bf16" or "fp32"',
-        )
     floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
     types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
     working = [
@@ -82,6 +84,7 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
         )
         for facts in parameters
     ]
+    trained = {facts.dtype for facts in floating if facts.trainable}
     geometry, residency = decide_geometry(config.layout, world_size), decide_residency(config.layout)
     num_slices = geometry.shard if residency.is_cut else 1
     num_copies = geometry.degree("data") // geometry.shard if residency.is_cut else 1
@@ -90,4 +93,5 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
         residency=residency,
         precision=tuple(dict.fromkeys(types.values())),
         units=cut_units(working, num_slices=num_slices, num_copies=num_copies),
+        loss_scaling=decide_loss_scaling(config.precision, [types[dtype] for dtype in trained]),
     )

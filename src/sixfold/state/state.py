@@ -7,6 +7,7 @@ this rank. It issues collectives only through the mesh and never looks at a loss
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -125,21 +126,35 @@ class ModelState:
             square = self.mesh.total(square)[0] / len(self.mesh.copies)
         return math.sqrt(square)
 
-    def non_finite(self, grad_norm: float) -> ModelError:
-        """The error for a gradient that is not finite, naming the first parameter it is found in."""
-        sick = {
+    def non_finite(self, grad_norm: float, loss_scale: float, step: int | None) -> ModelError:
+        """The error for a gradient that is not finite. A collective.
+
+        It names the first such parameter in module order, and the ranks whose own gradients of that
+        parameter's unit were not finite before the sum.
+        """
+        sick = [
             slot.name
             for unit in self.trained
             for slot in unit.plan.slots
             if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
-        }
-        everyones = {name for text in self.mesh.texts(" ".join(sick)) for name in text.split()}
-        names = [slot.name for _, slot in self.slots() if slot.name in everyones]
+        ]
+        mine = [bool(unit.local_sum.isfinite()) for unit in self.trained]
+        rows = [json.loads(text) for text in self.mesh.texts(json.dumps([sick, mine]))]
+        everyones = {name for names, _ in rows for name in names}
+        found = [(slot.name, unit) for unit, slot in self.slots() if slot.name in everyones]
+        first = "none (the sum of squares overflowed)"
+        if found:
+            name, place = found[0][0], self.trained.index(found[0][1])
+            ranks = [str(rank) for rank, (_, is_finite) in enumerate(rows) if not is_finite[place]]
+            whose = f"on rank(s) {', '.join(ranks)} before the sum" if ranks else "in the sum over ranks"
+            first = f"{name} ({whose})"
+        scaled = f", the loss scale {loss_scale:g}" if loss_scale != 1.0 else ""
         return ModelError(
-            f"the gradient norm is {grad_norm}; {len(names)} parameter(s) are not finite, first: "
-            f"{names[0] if names else 'none (the sum of squares overflowed)'}",
+            f"the gradient norm of update {step} is {grad_norm}{scaled}; {len(found)} parameter(s) are not "
+            f"finite, first: {first}",
             rule="an update is made from finite gradients only",
-            fix="lower optimizer.lr, set optimizer.clip_norm, or compute in a wider type",
+            fix="look at that rank's batch; lower optimizer.lr, set optimizer.clip_norm, or compute in a "
+            "wider type" + (" or with a smaller precision.loss_scale" if scaled else ""),
         )
 
     def scale_grads(self, factor: float) -> None:

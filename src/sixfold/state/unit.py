@@ -58,6 +58,8 @@ class Unit:
         """Reduced gradients: [own] in the grad type; None for frozen units."""
         self.grad_square = torch.zeros((), dtype=torch.float64)
         """Sum of squares of `grads`, a 0-d fp64 tensor."""
+        self.local_sum = torch.zeros(())
+        """Sum of this rank's own gradients; not finite where one of them is not."""
         self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
         self._local_views: list[torch.Tensor] = []
         self._has_sum = False
@@ -159,6 +161,7 @@ class Unit:
         old one. That moves fewer bytes than zeroing and adding.
         """
         self._has_sum = False
+        self.local_sum = torch.zeros((), device=self._mesh.device)
         if self._sent is not None and self.residency.gradients:
             # An error left it on its way: memory that others may still write into is not used again.
             self._sent, self._local, self._local_views = None, None, []
@@ -206,6 +209,8 @@ class Unit:
         assert self._local is not None, "gradients are brought home first"
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
+        # Once they are summed over ranks, nothing else tells whose gradients were not finite.
+        self.local_sum = self.local_sum + self._local.sum(dtype=_wide(self._local.dtype))
         # One rank has nobody to send to, but the rounding must be that of every other layout.
         self._sent = self._local if reduce == self._local.dtype else self._local.to(reduce)
         self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
@@ -229,8 +234,8 @@ class Unit:
                 self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
-        wide = torch.promote_types(self.grads.dtype, torch.float32)
-        self.grad_square = torch.linalg.vector_norm(self.grads, dtype=wide).double().square()
+        norm = torch.linalg.vector_norm(self.grads, dtype=_wide(self.grads.dtype))
+        self.grad_square = norm.double().square()
 
     def publish(self) -> Pending:
         """Start to bring the updated master into the working parameters."""
@@ -252,3 +257,7 @@ class Unit:
             edited = self.working[self.own]
             kept = edited == self.master.to(edited.dtype)
             self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
