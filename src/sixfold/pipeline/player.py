@@ -16,6 +16,7 @@ import torch
 from sixfold.base.errors import ModelError, ProgramError
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
+from sixfold.pipeline.clipping import clip_factors
 from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.program import Instruction, Op, Program
@@ -31,6 +32,7 @@ class StepResult:
         weight: what it is a mean over: samples, or targets where the loss says so.
         samples: in the global batch.
         grad_norm: 2-norm of the gradient of that mean, before clipping; None without an update.
+        group_norms: the same of each parameter group, in the optimizer's order.
         loss_scale: the factor on losses in backward, taken off the gradients again.
         skipped: whether the update was left out, on every rank, because gradients overflowed in fp16.
     """
@@ -39,6 +41,7 @@ class StepResult:
     weight: float
     samples: int
     grad_norm: float | None = None
+    group_norms: tuple[float, ...] = ()
     loss_scale: float = 1.0
     skipped: bool = False
 
@@ -64,7 +67,7 @@ class Player:
     Args:
         state: whose verbs are called.
         optimizer: what `step` runs.
-        clip_norm: bound on the global gradient norm, None for none.
+        clip_norm: bound on the gradient norm of all groups that have none of their own; None for no bound.
         scaler: the factor on losses under fp16.
     """
 
@@ -194,18 +197,18 @@ class Player:
                 "global batches; check the labels (-100 is left out)",
             )
         factor = step.scale / (totals.weight * self._scaler.scale)
-        grad_norm = self._state.grad_norm() * abs(factor)
-        step.result = replace(totals, grad_norm=grad_norm, loss_scale=self._scaler.scale)
+        own_bounds = self._optimizer.clip_norms
+        norms = tuple(norm * abs(factor) for norm in self._state.grad_norms(len(own_bounds)))
+        grad_norm = math.hypot(*norms)
+        step.result = replace(totals, grad_norm=grad_norm, group_norms=norms, loss_scale=self._scaler.scale)
         if not math.isfinite(grad_norm):
             if not self._scaler.back_off():
                 raise self._state.non_finite(grad_norm, step.result.loss_scale, current_session().step)
             step.result = replace(step.result, skipped=True)
             return
         self._scaler.passed()
-        if self._clip_norm is not None:
-            # torch's own formula, so that a clipped run equals torch's.
-            factor *= min(1.0, self._clip_norm / (grad_norm + 1e-6))
-        self._state.scale_grads(factor)
+        clips = clip_factors(norms, own_bounds, self._clip_norm)
+        self._state.scale_grads([factor * clip for clip in clips])
         self._optimizer.step()
 
     def _accumulate(self, step: _Step) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,13 @@ def make_optimizer(optimizer: OptimizerLike, module: nn.Module) -> Optimizer:
             f"{type(made).__name__} already has state for {len(made.state)} tensor(s)",
             rule="the optimizer is handed over before its first step",
             fix="call sixfold.initialize before optimizer.step(), and engine.load to bring state back",
+        )
+    bounds = [group["clip_norm"] for group in made.param_groups if group.get("clip_norm") is not None]
+    if not all(isinstance(bound, int | float) and 0 < bound < math.inf for bound in bounds):
+        raise ConfigError(
+            f"parameter groups with clip_norm = {', '.join(map(repr, bounds))}",
+            rule="a group's own clip_norm is a positive number, the bound on the norm of its gradients",
+            fix="for example {'params': ..., 'clip_norm': 0.5}, or leave it out for optimizer.clip_norm",
         )
     strangers = len(held - set(names))
     missing = [names[parameter] for parameter in parameters if parameter not in held]
@@ -177,6 +185,11 @@ class BoundOptimizer:
         """Set every group's learning rate to `factor` of its peak."""
         for group, base in zip(self.inner.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+
+    @property
+    def clip_norms(self) -> list[float | None]:
+        """Each group's own bound on its gradient norm; None where the global one holds."""
+        return [group.get("clip_norm") for group in self.inner.param_groups]
 
     @property
     def lr(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -118,13 +118,16 @@ class ModelState:
         """Flush, and wait for all of it."""
         self._window.close()
 
-    def grad_norm(self) -> float:
-        """The 2-norm of all reduced gradients, the same on every rank."""
-        square = sum(float(unit.grad_square) for unit in self.trained)
+    def grad_norms(self, num_groups: int) -> list[float]:
+        """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
+        squares = [0.0] * num_groups
+        for unit in self.trained:
+            for (group, _), square in zip(unit.segments, unit.grad_squares.tolist(), strict=True):
+                squares[group] += square
         if self.residency.optimizer:
             # Every rank has the squares of its slices, and each slice is held by `copies` ranks.
-            square = self.mesh.total(square)[0] / len(self.mesh.copies)
-        return math.sqrt(square)
+            squares = [square / len(self.mesh.copies) for square in self.mesh.total(*squares)]
+        return [math.sqrt(square) for square in squares]
 
     def non_finite(self, grad_norm: float, loss_scale: float, step: int | None) -> ModelError:
         """The error for a gradient that is not finite. A collective.
@@ -157,12 +160,12 @@ class ModelState:
             "wider type" + (" or with a smaller precision.loss_scale" if scaled else ""),
         )
 
-    def scale_grads(self, factor: float) -> None:
-        """Multiply all reduced gradients."""
-        if factor != 1.0:
-            for unit in self.trained:
-                if unit.grads is not None:
-                    unit.grads.mul_(factor)
+    def scale_grads(self, factors: Sequence[float]) -> None:
+        """Multiply all reduced gradients, those of each optimizer group by its own factor."""
+        for unit in self.trained:
+            for group, part in unit.segments:
+                if factors[group] != 1.0 and unit.grads is not None:
+                    unit.grads[part].mul_(factors[group])
 
     def publish(self) -> None:
         """Bring the updated state into the working parameters."""

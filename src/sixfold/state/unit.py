@@ -56,8 +56,14 @@ class Unit:
         """What the optimizer updates: [own] in the master type."""
         self.grads: torch.Tensor | None = None
         """Reduced gradients: [own] in the grad type; None for frozen units."""
-        self.grad_square = torch.zeros((), dtype=torch.float64)
-        """Sum of squares of `grads`, a 0-d fp64 tensor."""
+        self.segments = [
+            (group, slice(max(begin, start) - start, min(end, stop) - start))
+            for group, begin, end in plan.segments()
+            if max(begin, start) < min(end, stop)
+        ]
+        """Each optimizer group's part of `grads`, where this rank has one."""
+        self.grad_squares = torch.zeros(len(self.segments), dtype=torch.float64)
+        """Sum of squares of each segment of `grads`, in fp64."""
         self.local_sum = torch.zeros(())
         """Sum of this rank's own gradients; not finite where one of them is not."""
         self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
@@ -216,7 +222,7 @@ class Unit:
         self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
 
     def finish_reduce(self) -> None:
-        """Wait for the sum; afterwards `grads` and `grad_square` hold it.
+        """Wait for the sum; afterwards `grads` and `grad_squares` hold it.
 
         Where gradients are cut, sums of one update add up and this rank's own gradients go.
         """
@@ -234,8 +240,10 @@ class Unit:
                 self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
-        norm = torch.linalg.vector_norm(self.grads, dtype=_wide(self.grads.dtype))
-        self.grad_square = norm.double().square()
+        wide = _wide(self.grads.dtype)
+        norms = [torch.linalg.vector_norm(self.grads[part], dtype=wide) for _, part in self.segments]
+        if norms:
+            self.grad_squares = torch.stack(norms).double().square()
 
     def publish(self) -> Pending:
         """Start to bring the updated master into the working parameters."""
