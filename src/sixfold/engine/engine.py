@@ -99,8 +99,8 @@ class Engine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer, the user's own object."""
-        return self.bound.inner
+        """The torch optimizer, the user's own object; the first where several were handed over."""
+        return self.bound.inners[0]
 
     @property
     def data_rank(self) -> int:

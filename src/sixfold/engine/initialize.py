@@ -24,8 +24,15 @@ from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import materialize, module_facts
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
-from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
-from sixfold.state.optimizer import OptimizerLike
+from sixfold.state import (
+    ModelState,
+    bind,
+    build_optimizer,
+    elementwise_groups,
+    make_optimizers,
+    refuse_two_definitions,
+)
+from sixfold.state.making import OptimizerLike
 
 LossFn = Callable[[Any, Any], Any]
 ConfigLike = str | Path | Mapping[str, Any] | Config | Resolved | None
@@ -45,8 +52,8 @@ def initialize(
         model: any module, the same on every rank. With weights it keeps them (rank 0's); on the meta
             device it is initialised by its own rules, the same for every layout.
         config: a TOML, YAML or JSON file, a dictionary, or a Config.
-        optimizer: a torch optimizer over the model's parameters, a factory that receives them, or
-            None for the one that `config` names.
+        optimizer: a torch optimizer over the model's parameters, or several, each over its own; a
+            factory that receives the parameters and returns such; None for the one that `config` names.
         loss_fn: `loss_fn(output, batch)` returning a loss or a pair (sum, weight); None when the
             model returns its loss.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
@@ -84,8 +91,11 @@ def initialize(
         materialize(model, streams)
     else:
         model.to(place)
-    made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
-    facts = module_facts(model, [group["params"] for group in made.param_groups])
+    made = make_optimizers(optimizer or build_optimizer(asked.optimizer), model)
+    groups = [group["params"] for each in made for group in each.param_groups]
+    on_slices = [flag for each in made for flag in elementwise_groups(each)]
+    whole = [group for group, flag in enumerate(on_slices) if not flag]
+    facts = module_facts(model, groups, whole_groups=whole)
     plan = decide(asked, facts.parameters, mesh.world_size)
     state = ModelState(model, plan, mesh)
     state.share_buffers(model.buffers())

@@ -97,7 +97,7 @@ class Persistence:
         return saved.state
 
     def _check_optimizer(self, saved: Saved, folder: Path) -> None:
-        kind = type(self.bound.inner).__name__
+        kind = self.bound.kind
         trained = {slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable}
         held = set(saved.optimizer_names)
         # A whole group may have no state (SGD without momentum beside SGD with it).
@@ -128,7 +128,7 @@ class Persistence:
             optimizer=optimizer,
             state={
                 **counters,
-                "optimizer": {"kind": type(self.bound.inner).__name__, "groups": self.bound.settings()},
+                "optimizer": {"kind": self.bound.kind, "groups": self.bound.settings()},
             },
             extra_files=self._model_card(),
         )

@@ -6,7 +6,7 @@ The plan decides from these; nothing is changed and no tensor's content is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +46,17 @@ class ModuleFacts:
     on_meta: bool
 
 
-def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = ()) -> ModuleFacts:
+def module_facts(
+    module: nn.Module,
+    groups: Iterable[Iterable[nn.Parameter]] = (),
+    *,
+    whole_groups: Sequence[int] = (),
+) -> ModuleFacts:
     """Read the facts of `module`.
 
     Args:
-        groups: the optimizer's parameter groups, when there is one already.
+        groups: the optimizers' parameter groups, when there are any already.
+        whole_groups: numbers of those whose parameters are updated whole.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group}
     blocks = repeated_blocks(module)
@@ -69,6 +75,7 @@ def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = (
             trainable=parameter.requires_grad,
             group=group_of.get(parameter, 0),
             block=_block_of(name, blocks),
+            whole=group_of.get(parameter) in whole_groups,
         )
         for parameter, name in first_name.items()
     )

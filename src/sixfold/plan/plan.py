@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Config
@@ -74,14 +74,7 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
     floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
     types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
     working = [
-        ParameterFacts(
-            facts.name,
-            facts.shape,
-            types[facts.dtype].compute if facts.dtype in types else facts.dtype,
-            facts.trainable,
-            facts.group,
-            facts.block,
-        )
+        replace(facts, dtype=types[facts.dtype].compute if facts.dtype in types else facts.dtype)
         for facts in parameters
     ]
     trained = {facts.dtype for facts in floating if facts.trainable}
