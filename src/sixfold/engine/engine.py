@@ -6,7 +6,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class Engine:
         """
         self._refuse_mixing("train_step")
         self._start_update()
-        self.last = self._play(self._reducing(accumulation), batch)
+        self.last = self._play("train_step", accumulation, batch)
         self._count_update(self.last)
         return self.last.loss
 
@@ -171,7 +171,7 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                return self._play(forward_only, batch)
+                return self._play("eval_step", _evaluation, batch)
         finally:
             self.module.train(was_training)
 
@@ -182,30 +182,32 @@ class Engine:
         """
         self._refuse_mixing("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._play(self._reducing(rehearsal), batch)
+        self._play("rehearse", rehearsal, batch)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _play(self, schedule: Callable[[int], Program], batch: Batch) -> StepResult:
+    def _play(self, what: str, schedule: Callable[[int, int, int], Program], batch: Batch) -> StepResult:
         """Play this rank's program for `batch`.
 
         Args:
-            schedule: writes the program for a number of micro-batches.
+            what: the call it is for.
+            schedule: writes the program for numbers of micro-batches, of reductions, and of micro-batches
+                that only others have.
         """
         if not self._loss_form.is_settled:
-            self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
+            found_on = to_device(batch, self.device, self._cast)
+            self._loss_form.settle(found_on, self._streams, self.mesh, lambda: self.state.arrive("settle"))
+        micros = split(batch, self.resolved.config.batch.micro)
+        most = self.state.largest(what, len(micros))
         counts = Counts.of(batch)
         scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
-        micros = split(batch, self.resolved.config.batch.micro)
-        program = schedule(len(micros))
+        residency = self.plan.residency
+        num_reduces = max(1, most) if residency.gradients else 1
+        program = schedule(len(micros), num_reduces, most - len(micros) if residency.parameters else 0)
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
         return self._player.play(program, forwards, scale, counts)
-
-    def _reducing(self, schedule: Callable[[int, int], Program]) -> Callable[[int], Program]:
-        """`schedule` with as many reductions as the residency of gradients asks for."""
-        return lambda num_micro: schedule(num_micro, self.state.num_reduces(num_micro))
 
     def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
         def forward() -> Share:
@@ -250,6 +252,7 @@ class Engine:
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
         self._refuse_closed("step")
+        self.state.arrive("step")
         self._start_update()
         self.last = self._written_out.step()
         self._count_update(self.last)
@@ -258,20 +261,25 @@ class Engine:
     # The whole model.
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The whole model, readable and writable; edits hold afterwards, on every rank.
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[nn.Module]:
+        """The whole model, readable and writable; edits hold afterwards, on every rank. Every rank calls it.
 
         Under a narrower compute type edits are taken over from the working parameters; numbers that
         were not edited keep their full precision.
+
+        Args:
+            parameters: which are needed; None for all. Where parameters are cut only their units are
+                gathered, and others may not be touched.
         """
         self._refuse_mixing("gathered")
-        with torch.no_grad():
+        self.state.arrive("gathered")
+        with torch.no_grad(), self.state.whole(parameters) as units:
             try:
                 yield self.module
             except BaseException:
                 self.state.undo_edits()
                 raise
-            self.state.share_edits()
+            self.state.share_edits(units)
             self.state.share_buffers(self.module.buffers())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -279,6 +287,7 @@ class Engine:
 
         Every rank calls it and gets all of it.
         """
+        self.state.arrive("full_state_dict")
         return self._persistence.full_state_dict()
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -286,6 +295,7 @@ class Engine:
 
         Every rank calls it. `parameter.grad` shows it only where gradients and optimizer are whole.
         """
+        self.state.arrive("gradients")
         return self.state.gradients()
 
     def memory(self) -> Memory:
@@ -300,6 +310,7 @@ class Engine:
             CheckpointError: it could not be written; what was in `folder` before is untouched.
         """
         self._refuse_mixing("save")
+        self.state.arrive("save")
         counters = {
             "step": self.num_steps,
             "samples": self.num_samples,
@@ -318,6 +329,7 @@ class Engine:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
+        self.state.arrive("load")
         counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
         self.num_skipped = int(counters.get("skipped", 0))
@@ -360,3 +372,7 @@ class Engine:
                 rule="an update that was begun is ended before another one, a save or an edit",
                 fix=f"call engine.step() before engine.{what}",
             )
+
+
+def _evaluation(num_micro: int, num_reduces: int, num_served: int) -> Program:
+    return forward_only(num_micro, num_served)

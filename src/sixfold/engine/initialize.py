@@ -21,7 +21,7 @@ from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import materialize, module_facts
+from sixfold.parallel import materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import (
@@ -72,7 +72,7 @@ def initialize(
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
-    facts = module_facts(model)
+    facts = module_facts(model, blocks=asked.layout.blocks)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
@@ -88,16 +88,16 @@ def initialize(
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
     if facts.on_meta:
-        materialize(model, streams)
-    else:
-        model.to(place)
+        materialize(model, asked.seed, mesh)
+    move_buffers(model, place)
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer), model)
     groups = [group["params"] for each in made for group in each.param_groups]
     on_slices = [flag for each in made for flag in elementwise_groups(each)]
     whole = [group for group, flag in enumerate(on_slices) if not flag]
-    facts = module_facts(model, groups, whole_groups=whole)
+    facts = module_facts(model, groups, whole_groups=whole, blocks=asked.layout.blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
-    state = ModelState(model, plan, mesh)
+    prefetch_mb = asked.layout.prefetch_mb
+    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
     state.share_buffers(model.buffers())
     bound = bind(made, state)
     return Engine(

@@ -34,7 +34,7 @@ class ParameterFacts:
         dtype: its working type.
         trainable: whether it gets gradients.
         group: the optimizer group it belongs to.
-        block: which of the module's repeated blocks holds it, None outside of them.
+        block: name of the repeated block that holds it, None outside of them.
         whole: whether its optimizer needs it in one piece, so that no slice may cut it.
     """
 
@@ -43,7 +43,7 @@ class ParameterFacts:
     dtype: str
     trainable: bool
     group: int = 0
-    block: int | None = None
+    block: str | None = None
     whole: bool = False
 
     @property
@@ -76,7 +76,9 @@ class UnitPlan:
         trainable: whether it has gradients and optimizer state.
         slots: places in order, without overlap.
         numel: elements of the flat buffer, padding included.
-        num_slices: equal slices it may be cut into.
+        num_slices: equal slices that its optimizer state is cut into.
+        blocks: names of the repeated blocks it belongs to, in module order; none for what lies outside of
+            them, and where units may hold both.
         whole: whether every parameter lies in one slice, owned by that slice's rank.
     """
 
@@ -85,6 +87,7 @@ class UnitPlan:
     slots: tuple[Slot, ...]
     numel: int
     num_slices: int = 1
+    blocks: tuple[str, ...] = ()
     whole: bool = False
 
     def slice_of(self, index: int) -> tuple[int, int]:
@@ -117,7 +120,8 @@ def cut_units(
     target_bytes: int = TARGET_BYTES,
     *,
     num_slices: int = 1,
-    num_copies: int = 1,
+    num_pieces: int = 1,
+    by_block: bool = False,
 ) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
@@ -126,16 +130,18 @@ def cut_units(
     they can be shared out over the slices with little padding. Every parameter has exactly one slot.
 
     Args:
-        num_slices: ranks that a unit may be cut over; it is padded to equal slices.
-        num_copies: groups of such ranks; a slice is padded to as many equal pieces, by which the groups
-            sum it.
+        num_slices: see UnitPlan.
+        num_pieces: equal pieces that a unit is padded to, a multiple of num_slices: groups sum what they
+            share by pieces.
+        by_block: never put parameters of blocks and others into one unit, so that units can come and go
+            with their blocks.
     """
-    layout = _Layout(num_slices, ALIGN * num_copies)
+    layout = _Layout(num_slices, ALIGN * num_pieces // num_slices, by_block)
     open_runs: dict[Kind, _Run] = {}
     done: dict[Kind, list[_Run]] = {}
     order: dict[int, int] = {}
     for place, facts in enumerate(parameters):
-        kind = (facts.dtype, facts.trainable, facts.whole)
+        kind = (facts.dtype, facts.trainable, facts.whole, by_block and facts.block is not None)
         run = open_runs.setdefault(kind, [])
         starts_block = not run or facts.block is None or run[-1].block != facts.block
         is_full = run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes
@@ -155,7 +161,7 @@ def cut_units(
     return tuple(layout.unit(run) for run in sorted(all_runs, key=lambda run: order[id(run)]))
 
 
-Kind = tuple[str, bool, bool]
+Kind = tuple[str, bool, bool, bool]
 _Run = list[ParameterFacts]
 
 
@@ -166,10 +172,12 @@ class _Layout:
     Args:
         num_slices: slices of every unit.
         multiple: elements that the size of a slice is a multiple of.
+        by_block: whether units know their blocks.
     """
 
     num_slices: int
     multiple: int
+    by_block: bool
 
     def unit(self, run: _Run) -> UnitPlan:
         slots: list[Slot] = []
@@ -179,8 +187,16 @@ class _Layout:
             for facts in sorted(members, key=lambda facts: facts.group):
                 slots.append(Slot(facts.name, facts.shape, offset, facts.group))
                 offset += _round_up(facts.numel)
-        numel = size * self.num_slices
-        return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), numel, self.num_slices, run[0].whole)
+        blocks = tuple(dict.fromkeys(facts.block for facts in run if facts.block is not None))
+        return UnitPlan(
+            run[0].dtype,
+            run[0].trainable,
+            tuple(slots),
+            numel=size * self.num_slices,
+            num_slices=self.num_slices,
+            blocks=blocks if self.by_block else (),
+            whole=run[0].whole,
+        )
 
     def is_tight(self, run: _Run) -> bool:
         """Whether keeping parameters whole costs little padding."""

@@ -149,10 +149,11 @@ class BoundOptimizer:
 
     def _owned(self) -> dict[str, dict[str, torch.Tensor]]:
         """State of parameters that each lie on one rank, of any shape, from their owners."""
-        if not any(unit.plan.whole and unit.spread for unit in self._units):
+        spread = next((unit.spread for unit in self._units if unit.plan.whole), ())
+        if not spread:
             return {}
         mine = {run.slots[0].name: run.state() for run in self._runs if run.unit.plan.whole}
-        return exchange(self._mesh, {name: state for name, state in mine.items() if state})
+        return exchange(self._mesh, spread, mine)
 
     def _gathered(
         self, runs: list[_Run]

@@ -1,4 +1,4 @@
-"""Tensors of any shape that each lie on one rank of a group, brought to all of them in one message.
+"""Tensors of any shape that each lie on one rank, brought to all of them in one message.
 
 Called for the optimizer state of whole parameters before it is saved. The order of names is the same on every
 rank; nothing here knows what the tensors mean.
@@ -13,35 +13,38 @@ from math import prod
 import torch
 
 from sixfold.mesh import Mesh
+from sixfold.plan import Spread
 
 _ALIGN = 16
 
 Named = dict[str, dict[str, torch.Tensor]]
 
 
-def exchange(mesh: Mesh, mine: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
-    """Everyone's tensors by name and key, on every rank of the shard group. A collective over all ranks.
+def exchange(mesh: Mesh, spread: Spread, mine: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
+    """Everyone's tensors by name and key. A collective over all ranks.
 
     Args:
-        mine: this rank's; no two ranks of a group have the same name.
+        spread: over what they are cut; ranks with the same place in it hold the same.
+        mine: this rank's.
     """
     listed = [
         (name, key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         for name, state in mine.items()
         for key, tensor in state.items()
     ]
-    texts = mesh.texts(json.dumps([mesh.shard.place, listed]))
-    # Copies of a group list the same under the same places.
+    texts = mesh.texts(json.dumps([mesh.place_in(spread), listed]))
     lists = dict(json.loads(text) for text in texts)
     size = max(sum(_num_bytes(row) for row in rows) for rows in lists.values())
-    whole = torch.zeros(size * len(mesh.shard), dtype=torch.uint8, device=mesh.device)
+    num_parts = mesh.geometry.num_parts(spread)
+    whole = torch.zeros(size * num_parts, dtype=torch.uint8, device=mesh.device)
+    flats = whole.view(num_parts, size)
     if size:
-        for part, row in _parts(mesh.shard.slice_of(whole, mesh.shard.place), lists[mesh.shard.place]):
+        for part, row in _parts(flats[mesh.place_in(spread)], listed):
             part.copy_(mine[row[0]][row[1]])
-        mesh.shard.all_gather(whole).wait()
+        mesh.spread_out(whole, spread, ()).wait()
     found: Named = {}
     for place, rows in sorted(lists.items()):
-        for part, (name, key, _, _) in _parts(mesh.shard.slice_of(whole, place), rows):
+        for part, (name, key, _, _) in _parts(flats[place], rows):
             found.setdefault(name, {})[key] = part
     return found
 
