@@ -189,6 +189,12 @@ def launcher(name: str) -> Observable:
     return lambda bench, changes: bench.launched(changes)[name]
 
 
+def averaged(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine = bench.engine(changes)
+    engine.train_step({"tokens": tokens()})
+    return [tensor.flatten().tolist() for tensor in engine.ema_state_dict().values()]
+
+
 FP16 = {"precision.compute": "fp16"}
 
 
@@ -235,6 +241,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "optimizer.eps": ({}, 1e-2, learned),
     "optimizer.momentum": ({"optimizer.name": "sgd"}, 0.9, learned),
     "optimizer.weight_decay": ({}, 0.9, learned),
+    "optimizer.ema_decay": ({"optimizer.ema_decay": 0.9}, 0.5, averaged),
     "optimizer.clip_norm": ({"optimizer.name": "sgd"}, 1e-3, learned),
     "lr_schedule.name": ({"train.steps": 6}, "linear", column("lr")),
     "lr_schedule.warmup_steps": ({}, 3, column("lr")),

@@ -157,6 +157,8 @@ class OptimizerConfig(Section):
     """Weight decay of every parameter. Unset: torch's own for this optimizer."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Upper bound on the global gradient norm. Unset: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay rate of a moving average of the weights, kept beside them. Unset: none is kept."""
 
 
 class LRScheduleConfig(Section):

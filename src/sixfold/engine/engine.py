@@ -36,7 +36,7 @@ from sixfold.pipeline import (
 )
 from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.program import Program, accumulation, check, forward_only, rehearsal
-from sixfold.state import BoundOptimizer, ModelState
+from sixfold.state import Average, BoundOptimizer, ModelState
 
 
 class Engine:
@@ -85,6 +85,7 @@ class Engine:
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._is_closed = False
+        self._is_averaged = False
         self._streams = streams
         self._loss_form = loss_form
         self._scaler = LossScaler(plan.loss_scaling)
@@ -287,8 +288,33 @@ class Engine:
 
         Every rank calls it and gets all of it.
         """
+        self._refuse_averaged("full_state_dict")
         self.state.arrive("full_state_dict")
         return self._persistence.full_state_dict()
+
+    @contextmanager
+    def ema(self) -> Iterator[nn.Module]:
+        """The module with averaged weights in place of the trained ones, to evaluate; every rank calls it.
+
+        Inside, `eval_step` and forwards without gradients work; what changes or saves the state is refused,
+        and edits of trained weights are forgotten. For its time this rank's working parameters are there
+        twice.
+        """
+        average = self._average("ema")
+        self._refuse_mixing("ema")
+        self.state.arrive("ema")
+        with torch.no_grad(), average.shown():
+            self._is_averaged = True
+            try:
+                yield self.module
+            finally:
+                self._is_averaged = False
+
+    def ema_state_dict(self) -> dict[str, torch.Tensor]:
+        """`full_state_dict` with averaged weights in place of the trained ones; every rank calls it."""
+        average = self._average("ema_state_dict")
+        self.state.arrive("ema_state_dict")
+        return self._persistence.full_state_dict(average)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last update's gradient of every trained parameter, whole, as the optimizer got it; copies.
@@ -301,7 +327,8 @@ class Engine:
     def memory(self) -> Memory:
         """What this rank holds from step to step, in bytes; see `sixfold.plan.persistent_memory`."""
         parameters, gradients, master = self.state.live_bytes()
-        return Memory(parameters, gradients, master, self.bound.live_bytes())
+        average = self.bound.average.live_bytes() if self.bound.average is not None else 0
+        return Memory(parameters, gradients, master, self.bound.live_bytes(), average)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
@@ -356,7 +383,25 @@ class Engine:
         self.num_samples += result.samples
         self._last_weight = result.weight
 
+    def _average(self, what: str) -> Average:
+        if self.bound.average is None:
+            raise StateError(
+                f"engine.{what} with optimizer.ema_decay = {self.resolved.config.optimizer.ema_decay}",
+                rule="averaged weights are there where an average is kept from the start",
+                fix="set optimizer.ema_decay = 0.999",
+            )
+        return self.bound.average
+
+    def _refuse_averaged(self, what: str) -> None:
+        if self._is_averaged:
+            raise StateError(
+                f"engine.{what} inside `with engine.ema():`",
+                rule="averaged weights are lent for evaluation; training and saving go by the trained ones",
+                fix=f"call engine.{what} after the block, or engine.ema_state_dict() for the averages",
+            )
+
     def _refuse_closed(self, what: str) -> None:
+        self._refuse_averaged(what)
         if self._is_closed:
             raise StateError(
                 f"engine.{what} after engine.close()",

@@ -99,7 +99,7 @@ def initialize(
     prefetch_mb = asked.layout.prefetch_mb
     state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
     state.share_buffers(model.buffers())
-    bound = bind(made, state)
+    bound = bind(made, state, asked.optimizer.ema_decay)
     return Engine(
         module=model,
         resolved=resolved,

@@ -32,6 +32,7 @@ class Plan:
         precision: number types, one entry per working type that occurs among floating parameters.
         units: what travels together, in module order.
         loss_scaling: the factor on the loss under fp16.
+        has_average: whether an average of the weights is kept beside them.
     """
 
     geometry: Geometry
@@ -39,6 +40,7 @@ class Plan:
     precision: tuple[PrecisionPlan, ...]
     units: tuple[UnitPlan, ...]
     loss_scaling: LossScaling = field(default_factory=LossScaling)
+    has_average: bool = False
 
     def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
         """The number types of `unit`; None where its numbers are not floating."""
@@ -101,4 +103,5 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
             by_block=bool(residency.parameters),
         ),
         loss_scaling=decide_loss_scaling(config.precision, [types[dtype] for dtype in trained]),
+        has_average=config.optimizer.ema_decay is not None,
     )

@@ -37,7 +37,7 @@ def build_optimizer(asked: OptimizerConfig) -> Callable[[Iterable[Any]], Optimiz
         "adagrad": torch.optim.Adagrad,
     }
     kind = kinds[asked.name]
-    named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm"}, exclude_none=True)
+    named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm", "ema_decay"}, exclude_none=True)
 
     def factory(parameters: Iterable[Any]) -> Optimizer:
         return kind(parameters, **named)
@@ -120,11 +120,11 @@ def _check_kind(made: object) -> None:
 
 def refuse_two_definitions(asked: OptimizerConfig, optimizer: object) -> None:
     """Raise when an optimizer was handed over and its settings are configured as well."""
-    also = sorted(asked.model_fields_set - {"clip_norm"})
+    also = sorted(asked.model_fields_set - {"clip_norm", "ema_decay"})
     if optimizer is not None and also:
         raise ConfigError(
             f"optimizer.{', optimizer.'.join(also)} configured beside a {type(optimizer).__name__} "
             "handed over from Python",
             rule="the optimizer is defined in one place",
-            fix="drop these keys (optimizer.clip_norm may stay), or hand over no optimizer",
+            fix="drop these keys (optimizer.clip_norm and ema_decay may stay), or hand over no optimizer",
         )

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh
 from sixfold.plan import Slot
+from sixfold.state.average import EMA, Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.making import kind_of
 from sixfold.state.parcels import exchange
@@ -64,14 +65,18 @@ class BoundOptimizer:
         inners: the torch optimizers, the user's own objects.
         runs: what they update.
         state: whose masters these are; its mesh gathers cut state for a checkpoint.
+        average: of the masters, where one is kept.
         base_lrs: each group's peak learning rate.
     """
 
-    def __init__(self, inners: Sequence[Optimizer], runs: list[_Run], state: ModelState) -> None:
+    def __init__(
+        self, inners: Sequence[Optimizer], runs: list[_Run], state: ModelState, average: Average | None
+    ) -> None:
         self.inners = tuple(inners)
         self._runs = runs
         self._mesh: Mesh = state.mesh
         self._units = state.trained
+        self.average = average
         self._is_stepping = False
         for inner in inners:
             inner.register_step_pre_hook(self._before_step)
@@ -100,6 +105,8 @@ class BoundOptimizer:
             self._is_stepping = False
         for run in self._runs:
             run.tensor.grad = None
+        if self.average is not None:
+            self.average.update()
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         held = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -129,7 +136,7 @@ class BoundOptimizer:
         return float(self._groups()[0]["lr"])
 
     def named_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Optimizer state by parameter name and key, in the parameters' own shapes.
+        """Optimizer state and averages by parameter name and key, in the parameters' own shapes.
 
         Scalars (a step count) stand under every parameter of their run. A collective where state is cut;
         elsewhere views, not copies.
@@ -145,7 +152,10 @@ class BoundOptimizer:
             for key, value in run.state().items():
                 for slot in run.slots:
                     named.setdefault(slot.name, {})[key] = _part(run, slot, value)
-        return named | self._owned()
+        named |= self._owned()
+        for name, numbers in (self.average.named() if self.average is not None else {}).items():
+            named.setdefault(name, {})[EMA] = numbers
+        return named
 
     def _owned(self) -> dict[str, dict[str, torch.Tensor]]:
         """State of parameters that each lie on one rank, of any shape, from their owners."""
@@ -203,6 +213,10 @@ class BoundOptimizer:
         Raises:
             StateError: a parameter has no entry, while others of its group have; on every rank.
         """
+        if self.average is not None:
+            self.average.load({name: state[EMA] for name, state in named.items() if EMA in state})
+        kept = {name: {key: each for key, each in named[name].items() if key != EMA} for name in named}
+        named = {name: state for name, state in kept.items() if state}
         slots = [slot for unit in dict.fromkeys(run.unit for run in self._runs) for slot in unit.plan.slots]
         with_state = {slot.group for slot in slots if slot.name in named}
         missing = [slot.name for slot in slots if slot.group in with_state and slot.name not in named]
@@ -242,10 +256,13 @@ class BoundOptimizer:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
 
-def bind(inners: Sequence[Optimizer], state: ModelState) -> BoundOptimizer:
+def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None = None) -> BoundOptimizer:
     """Point the groups of all `inners` at the master buffers of `state`.
 
     State that a constructor made (torch's Adagrad does) moves along.
+
+    Args:
+        ema_decay: decay rate of the average to keep; None for none.
     """
     names: dict[torch.Tensor, str] = {
         parameter: slot.name
@@ -264,7 +281,8 @@ def bind(inners: Sequence[Optimizer], state: ModelState) -> BoundOptimizer:
         group["params"] = [run.tensor for run in runs if run.slots[0].group == index]
         if type(inner) in ELEMENTWISE and _may_fuse(inner, group):
             group["fused"] = True
-    bound = BoundOptimizer(inners, runs, state)
+    average = Average(state.trained, ema_decay) if ema_decay is not None else None
+    bound = BoundOptimizer(inners, runs, state, average)
     bound.load_named_state(initial)
     return bound
 

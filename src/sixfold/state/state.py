@@ -20,7 +20,7 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
 from sixfold.parallel import DTYPES
 from sixfold.plan import Plan, Slot
-from sixfold.state.gathering import BACKWARD, FORWARD, Gathering
+from sixfold.state.gathering import BACKWARD, EVALUATION, FORWARD, Gathering
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
 
@@ -73,8 +73,8 @@ class ModelState:
         return self._gathering.backward()
 
     def serve_forward(self) -> None:
-        """Take part in the others' forward."""
-        self._gathering.serve(FORWARD)
+        """Take part in the others' forward, which is one without gradients where this is."""
+        self._gathering.serve(FORWARD if torch.is_grad_enabled() else EVALUATION)
 
     def serve_backward(self) -> None:
         """Take part in the others' backward and, in an open window, in its reductions."""

@@ -331,8 +331,12 @@ class Unit:
 
     def publish(self) -> Pending:
         """Start to bring the updated master into the working parameters."""
-        if self.master is not self.held:
-            self.held.copy_(self.master)
+        return self.present(self.master)
+
+    def present(self, numbers: torch.Tensor) -> Pending:
+        """Start to bring `numbers` [own], this rank's part of everyone's, into the working parameters."""
+        if numbers is not self.held:
+            self.held.copy_(numbers)
         return self._mesh.spread_out(self.part, self.spread, self.residency.parameters)
 
     def absorb_noted_edits(self) -> None:
