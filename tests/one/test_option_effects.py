@@ -252,6 +252,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
     "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
     "layout.parameters": ({"layout.zero": 3}, "whole", lambda bench, changes: residency_text(bench, changes)),
+    "layout.reduce": ({}, "each", lambda bench, changes: residency_text(bench, changes)),
     "layout.gradients": ({"layout.zero": 2}, "whole", lambda bench, changes: residency_text(bench, changes)),
     "layout.optimizer": ({"layout.zero": 1}, "all", lambda bench, changes: residency_text(bench, changes)),
     "layout.blocks": (

@@ -148,6 +148,7 @@ ADDED: tuple[tuple[str, object, str], ...] = (
     ("batch.tokens", 2048, "batch.global"),
     ("train.minutes", 3, "train.steps"),
     ("optimizer.momentum", 0.9, "optimizer.name"),
+    ("layout.reduce", "last", "layout.gradients"),
     ("precision.loss_scale", 1024.0, "precision.compute"),
     ("precision.initial_scale", 1024.0, "precision.compute"),
     ("precision.growth_steps", 100, "precision.compute"),

@@ -226,6 +226,17 @@ def _shard_cuts_something(shard: int | None, zero: int | None, *own: str | None)
     )
 
 
+@_rule("layout.reduce", "layout.gradients")
+def _one_word_on_gradients(reduce: str | None, gradients: str | None) -> Verdict:
+    if reduce is None or gradients is None or (reduce == "last") == (gradients == "whole"):
+        return None
+    return (
+        "gradients that are reduced once, after the last micro-batch, are held whole; those reduced after "
+        "each are cut like the optimizer's state",
+        "leave layout.gradients unset, or layout.reduce",
+    )
+
+
 @_rule("layout.prefetch_mb", "layout.zero", "layout.parameters")
 def _prefetch_needs_cut_parameters(budget: float | None, zero: int | None, own: str | None) -> Verdict:
     if budget is None or _is_cut("layout.parameters", zero, own):

@@ -101,6 +101,9 @@ class LayoutConfig(Section):
     "all" data ranks. Unset: as layout.zero says."""
     gradients: Spread | None = None
     """Accumulated gradients, in the same words; whole, or cut like the optimizer's state."""
+    reduce: Literal["each", "last"] | None = None
+    """When gradients cross ranks: after each micro-batch, or once after the last, held whole until then.
+    Unset: each where gradients are cut, last where they are whole."""
     optimizer: Spread | None = None
     """Master weights and optimizer state, in the same words."""
     blocks: tuple[str, ...] | None = None

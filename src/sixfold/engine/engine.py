@@ -204,7 +204,7 @@ class Engine:
         counts = Counts.of(batch)
         scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
         residency = self.plan.residency
-        num_reduces = max(1, most) if residency.gradients else 1
+        num_reduces = max(1, most) if residency.reduces_each else 1
         program = schedule(len(micros), num_reduces, most - len(micros) if residency.parameters else 0)
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}

@@ -11,6 +11,7 @@ from sixfold.plan.memory import Memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
+from sixfold.plan.traffic import Traffic, update_traffic
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Residency",
     "Slot",
     "Spread",
+    "Traffic",
     "UnitPlan",
     "cut_units",
     "decide",
@@ -36,4 +38,5 @@ __all__ = [
     "decide_precision",
     "decide_residency",
     "persistent_memory",
+    "update_traffic",
 ]

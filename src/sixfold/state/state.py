@@ -62,7 +62,7 @@ class ModelState:
         depends on the others'."""
         if self.residency.parameters:
             return round(max(self._gathering.meet(what, num_micro)))
-        return self.mesh.largest(num_micro) if self.residency.gradients else num_micro
+        return self.mesh.largest(num_micro) if self.residency.reduces_each else num_micro
 
     def by_program(self) -> AbstractContextManager[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
@@ -172,13 +172,13 @@ class ModelState:
         """From here on a unit is reduced as soon as its gradients are complete; ends an earlier window.
 
         Raises:
-            StateError: gradients are whole and have been reduced in this update already.
+            StateError: gradients are reduced once, and have been in this update already.
         """
-        if self._is_reduced and not self.residency.gradients:
+        if self._is_reduced and not self.residency.reduces_each:
             raise StateError(
-                f"a second reduction in one update, gradients {self.residency.gradients or 'whole'}",
-                rule="whole gradients are summed over ranks once, when they are complete",
-                fix="write one reduce for each stage, or cut gradients (layout.zero = 2)",
+                f"a second reduction in one update, {self.residency}",
+                rule="gradients that are held whole are summed over ranks once, when they are complete",
+                fix='write one reduce for each stage, or set layout.reduce = "each"',
             )
         self._window.close()
         self._window.open()

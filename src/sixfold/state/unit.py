@@ -96,7 +96,7 @@ class Unit:
         if precision.master != precision.compute:
             self.master = self._zeros(self.held.numel(), DTYPES[precision.master])
         grad = DTYPES[precision.grad]
-        if self.residency.gradients:
+        if self.residency.reduces_each:
             self.grads = self._zeros(self.held.numel(), grad)
         else:
             self._local = self._zeros(self.plan.numel, grad)
@@ -248,7 +248,7 @@ class Unit:
         """
         self._has_sum = False
         self.local_sum = torch.zeros((), device=self._mesh.device)
-        if self._sent is not None and self.residency.gradients:
+        if self._sent is not None and self.residency.reduces_each:
             # An error left it on its way: memory that others may still write into is not used again.
             self._sent, self._local, self._local_views = None, None, []
         self._release()
@@ -259,7 +259,7 @@ class Unit:
         for parameter in self.parameters:
             parameter.grad = None
         self._mask()
-        if self.residency.gradients and self._local is not None:
+        if self.residency.reduces_each and self._local is not None:
             self._mesh.scratch.give(self._local)
             self._local, self._local_views = None, []
 
@@ -308,7 +308,7 @@ class Unit:
     def finish_reduce(self) -> None:
         """Wait for the sum; afterwards `grads` and `grad_squares` hold it.
 
-        Where gradients are cut, sums of one update add up and this rank's own gradients go.
+        Where each micro-batch is reduced, sums of one update add up and this rank's own gradients go.
         """
         assert self.grads is not None, "frozen units have no gradients"
         self._pending.wait()
@@ -319,8 +319,8 @@ class Unit:
                 self.grads.add_(mine)
             elif mine.data_ptr() != self.grads.data_ptr():
                 self.grads.copy_(mine)
-            self._has_sum = bool(self.residency.gradients)
-            if self.spread:
+            self._has_sum = self.residency.reduces_each
+            if self.spread or self.residency.reduces_each:
                 self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.

@@ -67,7 +67,7 @@ class ReduceWindow:
         unit.home_grads()
         unit.start_reduce()
         self._next += 1
-        if unit.residency.gradients and self._next - self._finished > MOST_UNDER_WAY:
+        if unit.residency.reduces_each and self._next - self._finished > MOST_UNDER_WAY:
             self._finish()
 
     def _finish(self) -> None:
