@@ -437,3 +437,11 @@ def test_threads_of_a_rank_are_those_asked_for(bench: Lab) -> None:
     run = bench.run({"launch.threads": 3})
     assert torch.get_num_threads() == 3
     assert "threads = 3" in run.config
+
+
+def test_a_run_says_which_updates_it_skipped(bench: Lab) -> None:
+    run = bench.run({**FP16, "precision.initial_scale": 2.0**40})
+    assert run.column("skipped") == [True] * 4
+    assert run.column("loss_scale") == [2.0**power for power in (40, 39, 38, 37)]
+    assert "skipped at scale" in run.out
+    assert bench.run({}).column("loss_scale") == [None] * 4
