@@ -236,7 +236,6 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
         (nn.Linear(2, 1).requires_grad_(False), None, ModelError),
         (nn.ReLU(), None, ModelError),
         (nn.Linear(2, 1), lambda parameters: None, ConfigError),
-        (nn.Linear(2, 1).half(), None, PlanError),
     ],
 )
 def test_nothing_to_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:

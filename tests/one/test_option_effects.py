@@ -192,6 +192,24 @@ def launcher(name: str) -> Observable:
     return lambda bench, changes: bench.launched(changes)[name]
 
 
+def averaged(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine = bench.engine(changes)
+    engine.train_step({"tokens": tokens()})
+    return [tensor.flatten().tolist() for tensor in engine.ema_state_dict().values()]
+
+
+FP16 = {"precision.compute": "fp16"}
+
+
+def loss_scales(bench: Lab, changes: dict[str, Any]) -> Any:
+    engine, scales = bench.engine(changes), []
+    for _ in range(2):
+        engine.train_step({"tokens": tokens()})
+        assert engine.last is not None
+        scales.append(engine.last.loss_scale)
+    return scales
+
+
 # Rows of the first kind: (other settings of the row, the option's value, what differs).
 
 DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
@@ -217,12 +235,16 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "precision.grad": ({}, "bf16", learned),
     "precision.reduce": ({}, "bf16", learned),
     "precision.master": ({"precision.compute": "bf16"}, "bf16", learned),
+    "precision.loss_scale": (FP16, 0.125, loss_scales),
+    "precision.initial_scale": (FP16, 2.0**6, loss_scales),
+    "precision.growth_steps": ({**FP16, "precision.initial_scale": 8.0}, 1, loss_scales),
     "optimizer.name": ({}, "adagrad", learned),
     "optimizer.lr": ({}, 1e-4, learned),
     "optimizer.betas": ({}, [0.5, 0.9], learned),
     "optimizer.eps": ({}, 1e-2, learned),
     "optimizer.momentum": ({"optimizer.name": "sgd"}, 0.9, learned),
     "optimizer.weight_decay": ({}, 0.9, learned),
+    "optimizer.ema_decay": ({"optimizer.ema_decay": 0.9}, 0.5, averaged),
     "optimizer.clip_norm": ({"optimizer.name": "sgd"}, 1e-3, learned),
     "lr_schedule.name": ({"train.steps": 6}, "linear", column("lr")),
     "lr_schedule.warmup_steps": ({}, 3, column("lr")),
@@ -233,6 +255,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
     "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
     "layout.parameters": ({"layout.zero": 3}, "whole", lambda bench, changes: residency_text(bench, changes)),
+    "layout.reduce": ({}, "each", lambda bench, changes: residency_text(bench, changes)),
     "layout.gradients": ({"layout.zero": 2}, "whole", lambda bench, changes: residency_text(bench, changes)),
     "layout.optimizer": ({"layout.zero": 1}, "all", lambda bench, changes: residency_text(bench, changes)),
     "layout.blocks": (
@@ -494,3 +517,11 @@ def test_threads_of_a_rank_are_those_asked_for(bench: Lab) -> None:
     run = bench.run({"launch.threads": 3})
     assert torch.get_num_threads() == 3
     assert "threads = 3" in run.config
+
+
+def test_a_run_says_which_updates_it_skipped(bench: Lab) -> None:
+    run = bench.run({**FP16, "precision.initial_scale": 2.0**40})
+    assert run.column("skipped") == [True] * 4
+    assert run.column("loss_scale") == [2.0**power for power in (40, 39, 38, 37)]
+    assert "skipped at scale" in run.out
+    assert bench.run({}).column("loss_scale") == [None] * 4

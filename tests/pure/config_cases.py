@@ -65,6 +65,7 @@ FULL: dict[str, dict[str, object]] = {
         "eps": 1e-7,
         "weight_decay": 0.1,
         "clip_norm": 1,
+        "ema_decay": 0.99,
     },
     "lr_schedule": {"name": "cosine", "warmup_steps": 10, "final_ratio": 0.1},
     "train": {
@@ -91,8 +92,9 @@ OPTIONAL = {
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
     "layout.compile", "layout.transport",
     "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
-    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps",
-    "train.eval_every", "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
+    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
+    "optimizer.ema_decay", "train.steps", "train.eval_every", "checkpoint.every", "monitor.peak_tflops",
+    "launch.ranks", "launch.threads",
 }  # fmt: skip
 
 WORDS = {
@@ -122,6 +124,7 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "optimizer.eps": (0.0, -1e-8),
     "optimizer.weight_decay": (-0.01,),
     "optimizer.clip_norm": (0, -1.0),
+    "optimizer.ema_decay": (0.0, 1.0, -0.5),
     "lr_schedule.warmup_steps": (-1,),
     "lr_schedule.final_ratio": (1.5, -0.1),
     "train.sample_tokens": (-1,),
@@ -157,6 +160,10 @@ ADDED: tuple[tuple[str, object, str], ...] = (
     ("batch.tokens", 2048, "batch.global"),
     ("train.minutes", 3, "train.steps"),
     ("optimizer.momentum", 0.9, "optimizer.name"),
+    ("layout.reduce", "last", "layout.gradients"),
+    ("precision.loss_scale", 1024.0, "precision.compute"),
+    ("precision.initial_scale", 1024.0, "precision.compute"),
+    ("precision.growth_steps", 100, "precision.compute"),
 )
 """The same, for keys that FULL does not hold."""
 

@@ -374,6 +374,11 @@ def test_an_override_does_not_hide_a_fault_below(tmp_path: Path) -> None:
             {"precision.compute": "fp64", "precision.master": "fp32"},
             ("precision.master", "precision.compute"),
         ),
+        ({"precision.compute": "bf16", "precision.loss_scale": 2.0}, ("precision.loss_scale",)),
+        (
+            {"precision.compute": "fp16", "precision.loss_scale": 2.0, "precision.growth_steps": 9},
+            ("precision.growth_steps", "precision.loss_scale"),
+        ),
         ({"layout.shard": 2}, ("layout.shard", "layout.zero")),
         (
             {"layout.shard": 2, "layout.zero": 1, "layout.optimizer": "whole"},
@@ -397,6 +402,8 @@ def test_illegal_combinations(values: dict[str, object], paths: tuple[str, ...])
         {"lr_schedule.name": "cosine", "train.minutes": 1},
         {"precision.compute": "fp64", "precision.master": "fp64"},
         {"precision.compute": "bf16", "precision.master": "bf16", "precision.grad": "bf16"},
+        {"precision.compute": "fp16", "precision.growth_steps": 100, "precision.initial_scale": 8.0},
+        {"precision.grad": "fp16", "precision.loss_scale": 8.0},
         {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.1},
         {"optimizer.name": "adagrad", "optimizer.eps": 1e-9},
         {"batch.tokens": 512, "batch.micro": 2},
@@ -498,7 +505,7 @@ TEXT = st.text(max_size=12)
 PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8).map(
     lambda text: Path(text)
 )
-TYPES = st.sampled_from(["fp64", "fp32", "bf16"])
+TYPES = st.sampled_from(["fp64", "fp32", "bf16", "fp16"])
 WIDTHS = st.tuples(SMALL, SMALL, SMALL).map(
     lambda t: {
         "model.num_kv_heads": t[0],

@@ -56,6 +56,11 @@ def test_what_is_unknown_is_left_out() -> None:
     assert line == "step 12  loss 3.2500  lr 1.00e-03  7.8 k tok/s  eta 1m35s"
 
 
+def test_a_skipped_update_says_so() -> None:
+    line = line_text(record(12, skipped=True, loss_scale=65536.0), None, 60)
+    assert line == "step 12  loss 3.2500  skipped at scale 65536  eta 1m35s"
+
+
 def test_a_narrow_line_keeps_what_matters_most() -> None:
     for width in range(1, 120):
         assert 0 < len(line_text(record(12), 300, width)) <= width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from sixfold.config import Config, load
 from sixfold.plan import (
     BatchPlan,
     LearningRate,
+    LossScaling,
     ParameterFacts,
     cut_units,
     decide,
@@ -218,6 +220,20 @@ def test_number_types_follow_one_rule(asked: dict[str, str], own: str, types: tu
     assert (plan.compute, plan.storage, plan.grad, plan.reduce, plan.master) == types
 
 
+def test_losses_are_scaled_where_a_gradient_is_in_fp16() -> None:
+    for asked in ({"compute": "fp16"}, {"grad": "fp16"}, {"reduce": "fp16"}):
+        plan = decide(config(precision=asked), FACTS, world_size=1)
+        assert plan.loss_scaling == LossScaling(65536.0, growth_steps=2000)
+        assert "from 65536, doubled after 2000 finite updates" in str(plan)
+    own = [ParameterFacts("weight", (2, 2), "fp16", True), ParameterFacts("base", (2, 2), "fp32", False)]
+    asked = config(precision={"loss_scale": 8.0})
+    assert decide(asked, own, world_size=1).loss_scaling == LossScaling(8.0)
+    frozen = [ParameterFacts("weight", (2, 2), "fp32", True), ParameterFacts("base", (2, 2), "fp16", False)]
+    assert decide(config(), frozen, world_size=1).loss_scaling == LossScaling()
+    with pytest.raises(PlanError, match="loss_scale = 8 for a model without fp16"):
+        decide(asked, frozen, world_size=1)
+
+
 def test_a_plan_prints_what_is_decided() -> None:
     plan = decide(config(precision={"compute": "bf16"}), FACTS, world_size=2)
     text = str(plan)
@@ -251,6 +267,52 @@ def test_slices_are_equal_and_tile_a_unit(
         gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
         assert inside | gaps == set(range(unit.numel))
         assert not inside & gaps
+
+
+@given(modules(), st.integers(1, 4000), st.integers(1, 8), st.integers(1, 3))
+def test_whole_parameters_lie_in_one_slice_each(
+    facts: list[ParameterFacts], target: int, num_slices: int, num_copies: int
+) -> None:
+    facts = [replace(each, whole=each.dtype != "fp64") for each in facts]
+    units = cut_units(facts, target, num_slices=num_slices, num_pieces=num_slices * num_copies)
+    by_name = {each.name: each for each in facts}
+    assert sorted(slot.name for unit in units for slot in unit.slots) == sorted(by_name)
+    for unit in units:
+        assert {by_name[slot.name].whole for slot in unit.slots} == {unit.whole}
+        assert unit.numel % (ALIGN * num_slices * num_copies) == 0
+        taken = [(slot.offset, slot.offset + slot.numel) for slot in unit.slots]
+        assert all(one[1] <= other[0] for one, other in pairwise(taken))
+        assert [piece[1:] for piece in unit.segments()][-1:] == [(unit.segments()[-1][1], unit.numel)]
+        gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
+        assert gaps | {place for start, stop in taken for place in range(start, stop)} == set(
+            range(unit.numel)
+        )
+        if not unit.whole:
+            continue
+        slices = [unit.slice_of(index) for index in range(num_slices)]
+        for start, stop in taken:
+            assert sum(begin <= start and stop <= end for begin, end in slices) >= 1
+        # Graham's bound: equal shares and the largest parameter.
+        padded = [-(-slot.numel // ALIGN) * ALIGN for slot in unit.slots]
+        bound = sum(padded) / num_slices + max(padded) + ALIGN * num_copies
+        assert unit.numel / num_slices <= bound
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "num_units", "padding"), [(2, 14, 0), (3, 28, 0.04), (8, 5, 0.02), (64, 1, 0.35)]
+)
+def test_a_transformers_matrices_are_shared_out(num_slices: int, num_units: int, padding: float) -> None:
+    """28 layers with grouped attention, as of a model of 1.5 G parameters."""
+    shapes = ((1536, 1536), (256, 1536), (256, 1536), (1536, 1536), *((8960, 1536),) * 2, (1536, 8960))
+    facts = [
+        ParameterFacts(f"{layer}.{place}", shape, "bf16", True, block=str(layer), whole=True)
+        for layer in range(28)
+        for place, shape in enumerate(shapes)
+    ]
+    units = cut_units(facts, num_slices=num_slices, num_pieces=num_slices)
+    padded, numel = sum(unit.numel for unit in units), sum(each.numel for each in facts)
+    assert len(units) == num_units
+    assert padded <= numel * (1 + padding)  # 84 equal large matrices over 64 ranks: some rank has two
 
 
 @given(modules(), st.integers(1, 4000))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
-from sixfold.base.errors import StateError
 from sixfold.engine import Engine
 from sixfold.mesh import Mesh, Pending
 from sixfold.plan import PRESETS, Memory, cut_units, persistent_memory
@@ -233,18 +232,6 @@ def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int, transport: st
 
 
 # What cannot be done, and what would be noticed.
-
-
-@pytest.mark.ranks(1)
-@pytest.mark.parametrize("zero", [zero for zero, row in PRESETS.items() if row.optimizer])
-def test_an_optimizer_that_is_not_elementwise_is_refused_on_slices(zero: int) -> None:
-    class Own(torch.optim.SGD):
-        pass
-
-    with pytest.raises(StateError, match="Own with optimizer state cut over shard"):
-        sixfold.initialize(
-            nn.Linear(2, 2), config={"layout": {"zero": zero}}, optimizer=lambda group: Own(group, lr=1)
-        )
 
 
 @pytest.mark.ranks(2)

@@ -22,7 +22,7 @@ PARTNERS = {
 """Two ways to say one thing: at most one of them is set."""
 
 _OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "adagrad": ("eps",)}
-_BITS = {"fp64": 64, "fp32": 32, "bf16": 16}
+_BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,35 @@ def _master(master: str | None, compute: str | None) -> Verdict:
     )
 
 
+def _belongs_to_fp16(key: str) -> None:
+    @_rule(f"precision.{key}", "precision.compute", "precision.grad", "precision.reduce")
+    def check(value: float | None, compute: str | None, grad: str | None, reduce: str | None) -> Verdict:
+        # Unset, compute may be fp16 by the model's own type; the plan knows.
+        if value is None or compute is None or "fp16" in (compute, grad, reduce):
+            return None
+        return (
+            f"losses are scaled under fp16 alone; under {compute} precision.{key} would do nothing",
+            f'leave precision.{key} unset, or set precision.compute = "fp16"',
+        )
+
+
+def _scale_is_found(key: str) -> None:
+    @_rule(f"precision.{key}", "precision.loss_scale")
+    def check(value: float | None, fixed: float | None) -> Verdict:
+        if value is None or fixed is None:
+            return None
+        return (
+            f"a loss scale is fixed (precision.loss_scale) or found while training (precision.{key})",
+            "leave precision.loss_scale unset",
+        )
+
+
+for _key in ("loss_scale", "initial_scale", "growth_steps"):
+    _belongs_to_fp16(_key)
+for _key in ("initial_scale", "growth_steps"):
+    _scale_is_found(_key)
+
+
 _CUT_FROM = {"layout.parameters": 3, "layout.gradients": 2, "layout.optimizer": 1}
 """The lowest preset `layout.zero` that cuts each kind of state."""
 
@@ -194,6 +223,17 @@ def _shard_cuts_something(shard: int | None, zero: int | None, *own: str | None)
         f"{zero or 0}{' (as when unset)' if not zero else ''} and these layout.parameters, gradients and "
         "optimizer nothing is cut",
         f"set {works}, or leave layout.shard unset",
+    )
+
+
+@_rule("layout.reduce", "layout.gradients")
+def _one_word_on_gradients(reduce: str | None, gradients: str | None) -> Verdict:
+    if reduce is None or gradients is None or (reduce == "last") == (gradients == "whole"):
+        return None
+    return (
+        "gradients that are reduced once, after the last micro-batch, are held whole; those reduced after "
+        "each are cut like the optimizer's state",
+        "leave layout.gradients unset, or layout.reduce",
     )
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DType = Literal["fp64", "fp32", "bf16"]
+DType = Literal["fp64", "fp32", "bf16", "fp16"]
+WideDType = Literal["fp64", "fp32", "bf16"]
 Spread = Literal["whole", "group", "all"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -100,6 +101,9 @@ class LayoutConfig(Section):
     "all" data ranks. Unset: as layout.zero says."""
     gradients: Spread | None = None
     """Accumulated gradients, in the same words; whole, or cut like the optimizer's state."""
+    reduce: Literal["each", "last"] | None = None
+    """When gradients cross ranks: after each micro-batch, or once after the last, held whole until then.
+    Unset: each where gradients are cut, last where they are whole."""
     optimizer: Spread | None = None
     """Master weights and optimizer state, in the same words."""
     blocks: tuple[str, ...] | None = None
@@ -137,8 +141,14 @@ class PrecisionConfig(Section):
     """Type in which gradients accumulate. Unset: fp32, or fp64 under fp64."""
     reduce: DType | None = None
     """Type in which gradients cross ranks. Unset: the type of grad."""
-    master: DType | None = None
+    master: WideDType | None = None
     """Type of the weights the optimizer updates. Unset: fp32, or fp64 under fp64."""
+    loss_scale: Annotated[float, Field(gt=0.0)] | None = None
+    """Fixed factor on the loss under fp16, taken off the gradients again. Unset: found while training."""
+    initial_scale: Annotated[float, Field(ge=1.0)] | None = None
+    """Where the loss scale that is found while training starts. Unset: 65536."""
+    growth_steps: Positive | None = None
+    """Finite updates in a row after which that loss scale is doubled. Unset: 2000."""
 
 
 class OptimizerConfig(Section):
@@ -158,6 +168,8 @@ class OptimizerConfig(Section):
     """Weight decay of every parameter. Unset: torch's own for this optimizer."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Upper bound on the global gradient norm. Unset: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay rate of a moving average of the weights, kept beside them. Unset: none is kept."""
 
 
 class LRScheduleConfig(Section):

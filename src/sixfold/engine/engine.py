@@ -25,6 +25,7 @@ from sixfold.pipeline import (
     Batch,
     Counts,
     LossForm,
+    LossScaler,
     Player,
     Share,
     StepResult,
@@ -35,7 +36,7 @@ from sixfold.pipeline import (
 )
 from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.program import Program, accumulation, check, forward_only, rehearsal
-from sixfold.state import BoundOptimizer, ModelState
+from sixfold.state import Average, BoundOptimizer, ModelState
 
 
 class Engine:
@@ -49,7 +50,9 @@ class Engine:
         state: the units behind the module's parameters.
         bound: the optimizer over them.
         learning_rate: the schedule; replace it by `ending_at` when the number of steps is settled later.
-        num_steps: updates done.
+        num_steps: updates done, each from one global batch.
+        num_skipped: those of them that changed nothing, because gradients overflowed in fp16. The learning
+            rate's schedule counts the others.
         num_samples: samples consumed over all ranks, from which the data order goes on.
         last: what the latest update came to; None before the first.
     """
@@ -78,14 +81,19 @@ class Engine:
         self._persistence = persistence
         self.learning_rate = learning_rate
         self.num_steps = 0
+        self.num_skipped = 0
         self.num_samples = 0
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._is_closed = False
         self._ending = ending
+        self._is_averaged = False
         self._streams = streams
         self._loss_form = loss_form
-        self._player = Player(state, bound, mesh, resolved.config.optimizer.clip_norm)
+        self._scaler = LossScaler(plan.loss_scaling)
+        self._player = Player(
+            state, bound, mesh, clip_norm=resolved.config.optimizer.clip_norm, scaler=self._scaler
+        )
         self._written_out = WrittenOut(self._player)
         compute = resolved.config.precision.compute
         self._cast = DTYPES[compute] if compute is not None else None
@@ -94,8 +102,8 @@ class Engine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer, the user's own object."""
-        return self.bound.inner
+        """The torch optimizer, the user's own object; the first where several were handed over."""
+        return self.bound.inners[0]
 
     @property
     def data_rank(self) -> int:
@@ -198,7 +206,7 @@ class Engine:
         counts = Counts.of(batch)
         scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
         residency = self.plan.residency
-        num_reduces = max(1, most) if residency.gradients else 1
+        num_reduces = max(1, most) if residency.reduces_each else 1
         program = schedule(len(micros), num_reduces, most - len(micros) if residency.parameters else 0)
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
@@ -282,8 +290,33 @@ class Engine:
 
         Every rank calls it and gets all of it.
         """
+        self._refuse_averaged("full_state_dict")
         self.state.arrive("full_state_dict")
         return self._persistence.full_state_dict()
+
+    @contextmanager
+    def ema(self) -> Iterator[nn.Module]:
+        """The module with averaged weights in place of the trained ones, to evaluate; every rank calls it.
+
+        Inside, `eval_step` and forwards without gradients work; what changes or saves the state is refused,
+        and edits of trained weights are forgotten. For its time this rank's working parameters are there
+        twice.
+        """
+        average = self._average("ema")
+        self._refuse_mixing("ema")
+        self.state.arrive("ema")
+        with torch.no_grad(), average.shown():
+            self._is_averaged = True
+            try:
+                yield self.module
+            finally:
+                self._is_averaged = False
+
+    def ema_state_dict(self) -> dict[str, torch.Tensor]:
+        """`full_state_dict` with averaged weights in place of the trained ones; every rank calls it."""
+        average = self._average("ema_state_dict")
+        self.state.arrive("ema_state_dict")
+        return self._persistence.full_state_dict(average)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last update's gradient of every trained parameter, whole, as the optimizer got it; copies.
@@ -296,7 +329,8 @@ class Engine:
     def memory(self) -> Memory:
         """What this rank holds from step to step, in bytes; see `sixfold.plan.persistent_memory`."""
         parameters, gradients, master = self.state.live_bytes()
-        return Memory(parameters, gradients, master, self.bound.live_bytes())
+        average = self.bound.average.live_bytes() if self.bound.average is not None else 0
+        return Memory(parameters, gradients, master, self.bound.live_bytes(), average)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
@@ -309,6 +343,8 @@ class Engine:
         counters = {
             "step": self.num_steps,
             "samples": self.num_samples,
+            "skipped": self.num_skipped,
+            "loss_scale": self._scaler.state(),
             "seed": self.resolved.config.seed,
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
@@ -327,6 +363,8 @@ class Engine:
         with self.mesh.phase("load"):
             counters = self._persistence.load(Path(folder).expanduser())
         self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
+        self.num_skipped = int(counters.get("skipped", 0))
+        self._scaler.load(counters.get("loss_scale"))
         self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
@@ -340,16 +378,35 @@ class Engine:
     def _start_update(self) -> None:
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
-            self.bound.set_lr(self.learning_rate.factor(self.num_steps))
+            self.bound.set_lr(self.learning_rate.factor(self.num_steps - self.num_skipped))
 
     def _count_update(self, result: StepResult) -> None:
         # Until here ranks may take long: kernels are chosen, modules compiled.
         self.mesh.dispatcher.enter("step")
         self.num_steps += 1
+        self.num_skipped += result.skipped
         self.num_samples += result.samples
         self._last_weight = result.weight
 
+    def _average(self, what: str) -> Average:
+        if self.bound.average is None:
+            raise StateError(
+                f"engine.{what} with optimizer.ema_decay = {self.resolved.config.optimizer.ema_decay}",
+                rule="averaged weights are there where an average is kept from the start",
+                fix="set optimizer.ema_decay = 0.999",
+            )
+        return self.bound.average
+
+    def _refuse_averaged(self, what: str) -> None:
+        if self._is_averaged:
+            raise StateError(
+                f"engine.{what} inside `with engine.ema():`",
+                rule="averaged weights are lent for evaluation; training and saving go by the trained ones",
+                fix=f"call engine.{what} after the block, or engine.ema_state_dict() for the averages",
+            )
+
     def _refuse_closed(self, what: str) -> None:
+        self._refuse_averaged(what)
         if self._is_closed:
             raise StateError(
                 f"engine.{what} after engine.close()",

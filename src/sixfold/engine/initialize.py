@@ -32,8 +32,15 @@ from sixfold.mesh import Streams
 from sixfold.parallel import block_names, change_forwards, materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate, exchange_memory
-from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
-from sixfold.state.optimizer import OptimizerLike
+from sixfold.state import (
+    ModelState,
+    bind,
+    build_optimizer,
+    elementwise_groups,
+    make_optimizers,
+    refuse_two_definitions,
+)
+from sixfold.state.making import OptimizerLike
 
 LossFn = Callable[[Any, Any], Any]
 ConfigLike = str | Path | Mapping[str, Any] | Config | Resolved | None
@@ -53,8 +60,8 @@ def initialize(
         model: any module, the same on every rank. With weights it keeps them (rank 0's); on the meta
             device it is initialised by its own rules, the same for every layout.
         config: a TOML, YAML or JSON file, a dictionary, or a Config.
-        optimizer: a torch optimizer over the model's parameters, a factory that receives them, or
-            None for the one that `config` names.
+        optimizer: a torch optimizer over the model's parameters, or several, each over its own; a
+            factory that receives the parameters and returns such; None for the one that `config` names.
         loss_fn: `loss_fn(output, batch)` returning a loss or a pair (sum, weight); None when the
             model returns its loss.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
@@ -95,15 +102,17 @@ def initialize(
         materialize(model, asked.seed, mesh)
     move_buffers(model, place)
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
-    made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
-    groups = [group["params"] for group in made.param_groups]
-    facts = module_facts(model, groups, blocks=blocks)
+    made = make_optimizers(optimizer or build_optimizer(asked.optimizer), model)
+    groups = [group["params"] for each in made for group in each.param_groups]
+    on_slices = [flag for each in made for flag in elementwise_groups(each)]
+    whole = [group for group, flag in enumerate(on_slices) if not flag]
+    facts = module_facts(model, groups, whole_groups=whole, blocks=blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
     prefetch_mb = asked.layout.prefetch_mb
     state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
     ending.callback(state.remove)
     state.share_buffers(model.buffers())
-    bound = bind(made, state)
+    bound = bind(made, state, asked.optimizer.ema_decay)
     return Engine(
         module=model,
         resolved=resolved,

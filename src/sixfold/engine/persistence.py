@@ -19,7 +19,7 @@ from sixfold.base.errors import CheckpointError, SaveError, SixfoldError
 from sixfold.checkpoint import Content, Saved, open_checkpoint
 from sixfold.checkpoint import save as write
 from sixfold.mesh import Mesh
-from sixfold.state import BoundOptimizer, ModelState
+from sixfold.state import Average, BoundOptimizer, ModelState
 
 MASTER = "master"
 
@@ -41,9 +41,10 @@ class Persistence:
     aliases: Mapping[str, str]
     keeps_settings: bool
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model on the CPU, under all its names."""
-        model = self._model(self.state.masters())
+    def full_state_dict(self, averages: Average | None = None) -> dict[str, torch.Tensor]:
+        """The whole model on the CPU, under all its names; with averages of the trained weights, if given."""
+        averaged = averages.named() if averages is not None else {}
+        model = self._model(self.state.masters() | averaged)
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
 
@@ -97,7 +98,7 @@ class Persistence:
         return saved.state
 
     def _check_optimizer(self, saved: Saved, folder: Path) -> None:
-        kind = type(self.bound.inner).__name__
+        kind = self.bound.kind
         trained = {slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable}
         held = set(saved.optimizer_names)
         # A whole group may have no state (SGD without momentum beside SGD with it).
@@ -128,7 +129,7 @@ class Persistence:
             optimizer=optimizer,
             state={
                 **counters,
-                "optimizer": {"kind": type(self.bound.inner).__name__, "groups": self.bound.settings()},
+                "optimizer": {"kind": self.bound.kind, "groups": self.bound.settings()},
             },
             extra_files=self._model_card(),
         )

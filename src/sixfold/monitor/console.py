@@ -25,7 +25,7 @@ PLAIN_INTERVAL_S = 10.0
 
 _log = logging.getLogger(__name__)
 
-_LEAST_IMPORTANT_FIRST = ("memory", "mfu", "norm", "lr", "rate", "left", "loss")
+_LEAST_IMPORTANT_FIRST = ("memory", "mfu", "norm", "lr", "rate", "left", "skipped", "loss")
 
 
 def line_text(record: StepRecord, total_steps: int | None, width: int | None = None) -> str:
@@ -36,6 +36,7 @@ def line_text(record: StepRecord, total_steps: int | None, width: int | None = N
         "loss": f"loss {record.loss:.4f}",
         "lr": f"lr {record.lr:.2e}",
         "norm": "" if record.grad_norm is None else f"norm {record.grad_norm:.3g}",
+        "skipped": f"skipped at scale {record.loss_scale:g}" if record.skipped else "",
         "rate": f"{count_text(record.tokens_per_s)} tok/s",
         "mfu": "" if record.mfu is None else f"mfu {record.mfu:.1%}",
         "memory": "" if record.memory_bytes is None else f"mem {bytes_text(record.memory_bytes)}",

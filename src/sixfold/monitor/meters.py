@@ -33,6 +33,8 @@ class StepRecord:
         mfu: matrix-product operations per second as a fraction of what the ranks can do.
         memory_bytes: memory of this rank.
         eta_s: seconds of updates still to come.
+        loss_scale: the factor on the loss in backward under fp16.
+        skipped: whether this update changed nothing because gradients overflowed.
     """
 
     step: int
@@ -46,6 +48,8 @@ class StepRecord:
     mfu: float | None
     memory_bytes: int | None
     eta_s: float
+    loss_scale: float | None = None
+    skipped: bool = False
 
     def as_dict(self) -> dict[str, int | float | None]:
         return asdict(self)
@@ -99,6 +103,8 @@ class Meter:
         grad_norm: float | None,
         tokens: int,
         samples: int,
+        loss_scale: float | None = None,
+        skipped: bool = False,
     ) -> StepRecord:
         """The update has ended now.
 
@@ -125,6 +131,8 @@ class Meter:
             mfu=self._utilisation(tokens_per_s),
             memory_bytes=self._read_memory(),
             eta_s=median(self._seconds) * max(self.total_steps - step, 0),
+            loss_scale=loss_scale,
+            skipped=skipped,
         )
 
     def _utilisation(self, tokens_per_s: float) -> float | None:

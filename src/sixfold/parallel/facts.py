@@ -52,12 +52,14 @@ def module_facts(
     module: nn.Module,
     groups: Iterable[Iterable[nn.Parameter]] = (),
     *,
+    whole_groups: Sequence[int] = (),
     blocks: Sequence[str],
 ) -> ModuleFacts:
     """Read the facts of `module`.
 
     Args:
-        groups: the optimizer's parameter groups, when there is one already.
+        groups: the optimizers' parameter groups, when there are any already.
+        whole_groups: numbers of those whose parameters are updated whole.
         blocks: names of its blocks, see `block_names`.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group}
@@ -81,6 +83,7 @@ def module_facts(
             trainable=parameter.requires_grad,
             group=group_of.get(parameter, 0),
             block=block_of[parameter],
+            whole=group_of.get(parameter) in whole_groups,
         )
         for parameter, name in first_name.items()
     )

@@ -7,12 +7,14 @@ and owns no state but the losses of the step under way.
 from sixfold.pipeline.batch import Batch, fields_of, num_samples, split, to_device
 from sixfold.pipeline.loss import Counts, LossForm, Share
 from sixfold.pipeline.player import Player, StepResult
+from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.written_out import WrittenOut
 
 __all__ = [
     "Batch",
     "Counts",
     "LossForm",
+    "LossScaler",
     "Player",
     "Share",
     "StepResult",

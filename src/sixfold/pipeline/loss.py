@@ -223,7 +223,8 @@ def number_of(loss: Any, what: str) -> torch.Tensor:
             fix="reduce it to a number, for example loss.mean(), and return that from forward or from the "
             "loss_fn(output, batch) given to sixfold.initialize",
         )
-    number: torch.Tensor = loss.reshape(())
+    # Dividing and summing losses in a narrow type would lose digits that the model has computed.
+    number: torch.Tensor = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
     if torch.is_grad_enabled() and not number.requires_grad:
         raise ModelError(
             f"{what} is {_describe(loss)} without a gradient",

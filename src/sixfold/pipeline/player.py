@@ -14,8 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sixfold.base.errors import ModelError, ProgramError
+from sixfold.launch import current_session
 from sixfold.mesh import Mesh
+from sixfold.pipeline.clipping import clip_factors
 from sixfold.pipeline.loss import Counts, Share
+from sixfold.pipeline.scaling import LossScaler
 from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
@@ -29,12 +32,18 @@ class StepResult:
         weight: what it is a mean over: samples, or targets where the loss says so.
         samples: in the global batch.
         grad_norm: 2-norm of the gradient of that mean, before clipping; None without an update.
+        group_norms: the same of each parameter group, in the optimizer's order.
+        loss_scale: the factor on losses in backward, taken off the gradients again.
+        skipped: whether the update was left out, on every rank, because gradients overflowed in fp16.
     """
 
     loss: float
     weight: float
     samples: int
     grad_norm: float | None = None
+    group_norms: tuple[float, ...] = ()
+    loss_scale: float = 1.0
+    skipped: bool = False
 
 
 @dataclass
@@ -58,16 +67,24 @@ class Player:
     Args:
         state: whose verbs are called.
         optimizer: what `step` runs.
-        clip_norm: bound on the global gradient norm, None for none.
+        clip_norm: bound on the gradient norm of all groups that have none of their own; None for no bound.
+        scaler: the factor on losses under fp16.
     """
 
     def __init__(
-        self, state: ModelState, optimizer: BoundOptimizer, mesh: Mesh, clip_norm: float | None
+        self,
+        state: ModelState,
+        optimizer: BoundOptimizer,
+        mesh: Mesh,
+        *,
+        clip_norm: float | None,
+        scaler: LossScaler,
     ) -> None:
         self._state = state
         self._optimizer = optimizer
         self._mesh = mesh
         self._clip_norm = clip_norm
+        self._scaler = scaler
         self._step: _Step | None = None
         self._perform: dict[Op, Callable[[_Step, Instruction], None]] = {
             Op.FORWARD: self._forward,
@@ -179,8 +196,9 @@ class Player:
                 fix="put the forward before it in the program",
             )
         self._accumulate(step)
+        scale = torch.full_like(share.value, self._scaler.scale)
         with self._state.backward():
-            share.value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            share.value.backward(scale, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def _serve_backward(self, step: _Step, instruction: Instruction) -> None:
         self._accumulate(step)
@@ -204,16 +222,20 @@ class Player:
                 fix="call engine.backward(loss), not loss.backward(), before engine.step(); skip empty "
                 "global batches; check the labels (-100 is left out)",
             )
-        factor = step.scale / totals.weight
-        grad_norm = self._state.grad_norm() * abs(factor)
+        factor = step.scale / (totals.weight * self._scaler.scale)
+        own_bounds = self._optimizer.clip_norms
+        norms = tuple(norm * abs(factor) for norm in self._state.grad_norms(len(own_bounds)))
+        grad_norm = math.hypot(*norms)
+        step.result = replace(totals, grad_norm=grad_norm, group_norms=norms, loss_scale=self._scaler.scale)
         if not math.isfinite(grad_norm):
-            raise self._state.non_finite(grad_norm)
-        if self._clip_norm is not None:
-            # torch's own formula, so that a clipped run equals torch's.
-            factor *= min(1.0, self._clip_norm / (grad_norm + 1e-6))
-        self._state.scale_grads(factor)
+            if not self._scaler.back_off():
+                raise self._state.non_finite(grad_norm, step.result.loss_scale, current_session().step)
+            step.result = replace(step.result, skipped=True)
+            return
+        self._scaler.passed()
+        clips = clip_factors(norms, own_bounds, self._clip_norm)
+        self._state.scale_grads([factor * clip for clip in clips])
         self._optimizer.step()
-        step.result = replace(totals, grad_norm=grad_norm)
 
     def _accumulate(self, step: _Step) -> None:
         if not step.accumulates:

@@ -9,8 +9,9 @@ from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
 from sixfold.plan.memory import Memory, exchange_memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
-from sixfold.plan.precision import PrecisionPlan, decide_precision
+from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
+from sixfold.plan.traffic import Traffic, update_traffic
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BatchPlan",
     "Geometry",
     "LearningRate",
+    "LossScaling",
     "Memory",
     "ParameterFacts",
     "Plan",
@@ -25,14 +27,17 @@ __all__ = [
     "Residency",
     "Slot",
     "Spread",
+    "Traffic",
     "UnitPlan",
     "cut_units",
     "decide",
     "decide_batch",
     "decide_geometry",
     "decide_learning_rate",
+    "decide_loss_scaling",
     "decide_precision",
     "decide_residency",
     "exchange_memory",
     "persistent_memory",
+    "update_traffic",
 ]

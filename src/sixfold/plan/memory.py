@@ -23,20 +23,22 @@ class Memory:
         gradients: accumulated gradients.
         master: weights that the optimizer updates, where the working ones are of another type.
         optimizer: the optimizer's own numbers, one per weight; counts of steps are left out.
+        average: of the trained weights, in the type of the master.
     """
 
     parameters: int
     gradients: int
     master: int
     optimizer: int
+    average: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.gradients + self.master + self.optimizer
+        return self.parameters + self.gradients + self.master + self.optimizer + self.average
 
     def __str__(self) -> str:
-        kinds = ("parameters", "gradients", "master", "optimizer")
+        kinds = ("parameters", "gradients", "master", "optimizer", *(["average"] if self.average else []))
         return ", ".join(f"{kind} {bytes_text(getattr(self, kind))}" for kind in kinds)
 
 
@@ -47,7 +49,7 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
         num_moments: numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum.
     """
     row = plan.residency
-    parameters = gradients = master = optimizer = 0
+    parameters = gradients = master = optimizer = average = 0
     for unit in plan.units:
         types = plan.precision_of(unit)
 
@@ -61,7 +63,8 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
             gradients += ITEM_BYTES[types.grad] * part(row.gradients)
             master += ITEM_BYTES[types.master] * own * (types.master != types.compute)
             optimizer += ITEM_BYTES[types.master] * own * num_moments
-    return Memory(parameters, gradients, master, optimizer)
+            average += ITEM_BYTES[types.master] * own * plan.has_average
+    return Memory(parameters, gradients, master, optimizer, average)
 
 
 def exchange_memory(plan: Plan) -> int:

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from sixfold.base.errors import PlanError
 from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Config
 from sixfold.plan.geometry import Geometry, decide_geometry
-from sixfold.plan.precision import ITEM_BYTES, PrecisionPlan, decide_precision
+from sixfold.plan.precision import (
+    ITEM_BYTES,
+    LossScaling,
+    PrecisionPlan,
+    decide_loss_scaling,
+    decide_precision,
+)
 from sixfold.plan.residency import ALL, Residency, decide_residency
 from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
 
@@ -26,12 +31,16 @@ class Plan:
         residency: where each kind of state lives.
         precision: number types, one entry per working type that occurs among floating parameters.
         units: what travels together, in module order.
+        loss_scaling: the factor on the loss under fp16.
+        has_average: whether an average of the weights is kept beside them.
     """
 
     geometry: Geometry
     residency: Residency
     precision: tuple[PrecisionPlan, ...]
     units: tuple[UnitPlan, ...]
+    loss_scaling: LossScaling = field(default_factory=LossScaling)
+    has_average: bool = False
 
     def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
         """The number types of `unit`; None where its numbers are not floating."""
@@ -51,6 +60,7 @@ class Plan:
         frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
         working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
         groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
+        scaling = self.loss_scaling
         windows = (self._windows_text(),) if self.residency.parameters else ()
         return "\n".join(
             (
@@ -60,6 +70,7 @@ class Plan:
                 f"residency   {self.residency}{groups}",
                 *windows,
                 *(f"precision   {types}" for types in self.precision),
+                *([f"loss scale  {scaling}"] if scaling != LossScaling() else []),
             )
         )
 
@@ -73,26 +84,13 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
     Raises:
         PlanError: the layout cannot be carried out with `world_size` ranks.
     """
-    halves = [facts.name for facts in parameters if facts.dtype == "fp16" and facts.trainable]
-    if halves and config.precision.compute is None:
-        raise PlanError(
-            f"{len(halves)} trainable parameter(s) in fp16, first {halves[0]}, and precision.compute unset",
-            rule="training in fp16 needs loss scaling, which this version does not have",
-            fix='set precision.compute = "bf16" or "fp32"',
-        )
     floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
     types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
     working = [
-        ParameterFacts(
-            facts.name,
-            facts.shape,
-            types[facts.dtype].compute if facts.dtype in types else facts.dtype,
-            facts.trainable,
-            facts.group,
-            facts.block,
-        )
+        replace(facts, dtype=types[facts.dtype].compute if facts.dtype in types else facts.dtype)
         for facts in parameters
     ]
+    trained = {facts.dtype for facts in floating if facts.trainable}
     geometry, residency = decide_geometry(config.layout, world_size), decide_residency(config.layout)
     return Plan(
         geometry=geometry,
@@ -104,4 +102,6 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
             num_pieces=geometry.num_parts(ALL) if residency.is_cut else 1,
             by_block=bool(residency.parameters),
         ),
+        loss_scaling=decide_loss_scaling(config.precision, [types[dtype] for dtype in trained]),
+        has_average=config.optimizer.ema_decay is not None,
     )

@@ -7,6 +7,7 @@ every collective from it. A new variant is a new row here, never a branch elsewh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sixfold.base.errors import PlanError
 from sixfold.config import LayoutConfig
@@ -31,11 +32,19 @@ class Residency:
         parameters: working parameters, in the compute type, between their uses.
         gradients: accumulated gradients.
         optimizer: master weights and the optimizer's own state.
+        sums: whether gradients that are whole are summed over ranks after each micro-batch all the same, and
+            kept as sums.
     """
 
     parameters: Spread
     gradients: Spread
     optimizer: Spread
+    sums: bool = False
+
+    @property
+    def reduces_each(self) -> bool:
+        """Whether gradients cross ranks after each micro-batch, and not once after the last."""
+        return bool(self.gradients) or self.sums
 
     @property
     def is_cut(self) -> bool:
@@ -48,7 +57,8 @@ class Residency:
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
         )
-        return ", ".join(f"{kind} {_text(spread)}" for kind, spread in kinds)
+        text = ", ".join(f"{kind} {_text(spread)}" for kind, spread in kinds)
+        return f"{text}; gradients summed after each micro-batch" if self.sums else text
 
 
 def _text(spread: Spread) -> str:
@@ -77,12 +87,15 @@ def decide_residency(layout: LayoutConfig) -> Residency:
             rule=f"there are residency presets {', '.join(map(str, PRESETS))}",
             fix=f"set layout.zero = {max(PRESETS)}",
         )
-    own = {
+    own: dict[str, Any] = {
         kind: SPREADS[word]
         for kind in ("parameters", "gradients", "optimizer")
         if (word := getattr(layout, kind)) is not None
     }
     row = replace(PRESETS[zero], **own)
+    if layout.reduce is not None and layout.gradients is None:
+        row = replace(row, gradients=row.optimizer if layout.reduce == "each" else WHOLE)
+    row = replace(row, sums=layout.reduce == "each" and not row.gradients)
     if len(row.parameters) > len(row.optimizer) or row.gradients not in (WHOLE, row.optimizer):
         finest = max(row.parameters, row.gradients, key=len)
         changes = [

@@ -20,6 +20,10 @@ TARGET_BYTES = 8 * 2**20
 less to overlap with backward."""
 
 
+MAX_PADDING = 0.125
+"""Part that a unit of whole parameters may grow by, where the model has enough of them to avoid more."""
+
+
 @dataclass(frozen=True)
 class ParameterFacts:
     """What the plan needs to know of one parameter.
@@ -31,6 +35,7 @@ class ParameterFacts:
         trainable: whether it gets gradients.
         group: the optimizer group it belongs to.
         block: name of the repeated block that holds it, None outside of them.
+        whole: whether its optimizer needs it in one piece, so that no slice may cut it.
     """
 
     name: str
@@ -39,6 +44,7 @@ class ParameterFacts:
     trainable: bool
     group: int = 0
     block: str | None = None
+    whole: bool = False
 
     @property
     def numel(self) -> int:
@@ -73,6 +79,7 @@ class UnitPlan:
         num_slices: equal slices that its optimizer state is cut into.
         blocks: names of the repeated blocks it belongs to, in module order; none for what lies outside of
             them, and where units may hold both.
+        whole: whether every parameter lies in one slice, owned by that slice's rank.
     """
 
     dtype: str
@@ -81,6 +88,7 @@ class UnitPlan:
     numel: int
     num_slices: int = 1
     blocks: tuple[str, ...] = ()
+    whole: bool = False
 
     def slice_of(self, index: int) -> tuple[int, int]:
         """(start, stop) of one of the `num_slices` equal, contiguous slices."""
@@ -94,7 +102,8 @@ class UnitPlan:
         return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
     def segments(self) -> list[tuple[int, int, int]]:
-        """(group, start, stop) of each optimizer group's contiguous run, in order."""
+        """(group, start, stop) of contiguous runs of one optimizer group, in order; one run for each group
+        unless parameters are whole."""
         runs: list[tuple[int, int, int]] = []
         for slot in self.slots:
             stop = slot.offset + _round_up(slot.numel)
@@ -116,9 +125,9 @@ def cut_units(
 ) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
-    A unit holds one (dtype, trainable) kind. Parameters of one block stay together; neighbouring
-    blocks are joined until `target_bytes` of working parameters are reached. Every parameter has
-    exactly one slot.
+    A unit holds one (dtype, trainable, whole) kind. Parameters of one block stay together; neighbouring
+    blocks are joined until `target_bytes` of working parameters are reached; whole ones further, until
+    they can be shared out over the slices with little padding. Every parameter has exactly one slot.
 
     Args:
         num_slices: see UnitPlan.
@@ -127,39 +136,99 @@ def cut_units(
         by_block: never put parameters of blocks and others into one unit, so that units can come and go
             with their blocks.
     """
-    multiple = ALIGN * num_pieces
-
-    def laid_out(run: Sequence[ParameterFacts]) -> UnitPlan:
-        blocks = tuple(dict.fromkeys(facts.block for facts in run if facts.block is not None))
-        return _lay_out(run, num_slices, multiple, blocks if by_block else ())
-
-    open_runs: dict[tuple[str, bool, bool], list[ParameterFacts]] = {}
-    done: list[tuple[int, UnitPlan]] = []
-    order: dict[tuple[str, bool, bool], int] = {}
+    layout = _Layout(num_slices, ALIGN * num_pieces // num_slices, by_block)
+    open_runs: dict[Kind, _Run] = {}
+    done: dict[Kind, list[_Run]] = {}
+    order: dict[int, int] = {}
     for place, facts in enumerate(parameters):
-        kind = (facts.dtype, facts.trainable, by_block and facts.block is not None)
+        kind = (facts.dtype, facts.trainable, facts.whole, by_block and facts.block is not None)
         run = open_runs.setdefault(kind, [])
         starts_block = not run or facts.block is None or run[-1].block != facts.block
-        if run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes:
-            done.append((order[kind], laid_out(run)))
+        is_full = run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes
+        if is_full and layout.is_tight(run):
+            done.setdefault(kind, []).append(run)
             run = open_runs[kind] = []
         if not run:
-            order[kind] = place
+            order[id(run)] = place
         run.append(facts)
-    done += [(order[kind], laid_out(run)) for kind, run in open_runs.items() if run]
-    return tuple(unit for _, unit in sorted(done, key=lambda item: item[0]))
+    for kind, rest in open_runs.items():
+        runs = done.setdefault(kind, [])
+        if runs and not layout.is_tight(rest):
+            runs[-1] += rest
+        else:
+            runs.append(rest)
+    all_runs = [run for runs in done.values() for run in runs]
+    return tuple(layout.unit(run) for run in sorted(all_runs, key=lambda run: order[id(run)]))
 
 
-def _lay_out(
-    run: Sequence[ParameterFacts], num_slices: int, multiple: int, blocks: tuple[str, ...]
-) -> UnitPlan:
-    slots: list[Slot] = []
-    offset = 0
-    for facts in sorted(run, key=lambda facts: facts.group):
-        slots.append(Slot(facts.name, facts.shape, offset, facts.group))
-        offset += _round_up(facts.numel)
-    numel = _round_up(offset, multiple)
-    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), numel, num_slices, blocks)
+Kind = tuple[str, bool, bool, bool]
+_Run = list[ParameterFacts]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a run of parameters becomes a unit of equal slices.
+
+    Args:
+        num_slices: slices of every unit.
+        multiple: elements that the size of a slice is a multiple of.
+        by_block: whether units know their blocks.
+    """
+
+    num_slices: int
+    multiple: int
+    by_block: bool
+
+    def unit(self, run: _Run) -> UnitPlan:
+        slots: list[Slot] = []
+        size = self._size(run)
+        for index, members in enumerate(self._bins(run)):
+            offset = index * size
+            for facts in sorted(members, key=lambda facts: facts.group):
+                slots.append(Slot(facts.name, facts.shape, offset, facts.group))
+                offset += _round_up(facts.numel)
+        blocks = tuple(dict.fromkeys(facts.block for facts in run if facts.block is not None))
+        return UnitPlan(
+            run[0].dtype,
+            run[0].trainable,
+            tuple(slots),
+            numel=size * self.num_slices,
+            num_slices=self.num_slices,
+            blocks=blocks if self.by_block else (),
+            whole=run[0].whole,
+        )
+
+    def is_tight(self, run: _Run) -> bool:
+        """Whether keeping parameters whole costs little padding."""
+        if not run[0].whole:
+            return True
+        return self._size(run) * self.num_slices <= (1 + MAX_PADDING) * _numel(run)
+
+    def _size(self, run: _Run) -> int:
+        """Elements of one slice."""
+        bins = self._bins(run)
+        share = max(map(_numel, bins)) if len(bins) > 1 else -(-_numel(run) // self.num_slices)
+        return _round_up(share, self.multiple)
+
+    def _bins(self, run: _Run) -> list[_Run]:
+        """Who lies in which slice; one bin where slices may cut parameters.
+
+        Largest first, each to the rank that has least: at most the largest parameter above equal shares
+        (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
+        """
+        if not run[0].whole or self.num_slices == 1:
+            return [run]
+        bins: list[_Run] = [[] for _ in range(self.num_slices)]
+        loads = [0] * self.num_slices
+        for facts in sorted(run, key=lambda facts: -facts.numel):
+            lightest = loads.index(min(loads))
+            bins[lightest].append(facts)
+            loads[lightest] += _round_up(facts.numel)
+        return bins
+
+
+def _numel(run: Sequence[ParameterFacts]) -> int:
+    return sum(_round_up(facts.numel) for facts in run)
 
 
 def _bytes(run: Sequence[ParameterFacts]) -> int:

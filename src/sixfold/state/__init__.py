@@ -4,22 +4,21 @@ Assembled by the engine from a plan and a mesh, driven by the player. It knows n
 loss; the residency table decides where state lives.
 """
 
-from sixfold.state.optimizer import (
-    BoundOptimizer,
-    bind,
-    build_optimizer,
-    make_optimizer,
-    refuse_two_definitions,
-)
+from sixfold.state.average import Average
+from sixfold.state.elementwise import elementwise_groups
+from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
+from sixfold.state.optimizer import BoundOptimizer, bind
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
 
 __all__ = [
+    "Average",
     "BoundOptimizer",
     "ModelState",
     "Unit",
     "bind",
     "build_optimizer",
-    "make_optimizer",
+    "elementwise_groups",
+    "make_optimizers",
     "refuse_two_definitions",
 ]

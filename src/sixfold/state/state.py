@@ -8,8 +8,9 @@ collectives only through the mesh and never looks at a loss.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -64,7 +65,7 @@ class ModelState:
         depends on the others'."""
         if self.residency.parameters:
             return round(max(self._gathering.meet(what, num_micro)))
-        return self.mesh.largest(num_micro) if self.residency.gradients else num_micro
+        return self.mesh.largest(num_micro) if self.residency.reduces_each else num_micro
 
     def by_program(self) -> AbstractContextManager[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
@@ -104,7 +105,7 @@ class ModelState:
     @property
     def reduces_with_backward(self) -> bool:
         """Whether each backward of a written-out loop ends in a reduction; all ranks are in it anyway."""
-        return bool(self.residency.parameters and self.residency.gradients)
+        return bool(self.residency.parameters and self.residency.reduces_each)
 
     @contextmanager
     def whole(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[list[Unit]]:
@@ -185,13 +186,13 @@ class ModelState:
         """From here on a unit is reduced as soon as its gradients are complete; ends an earlier window.
 
         Raises:
-            StateError: gradients are whole and have been reduced in this update already.
+            StateError: gradients are reduced once, and have been in this update already.
         """
-        if self._is_reduced and not self.residency.gradients:
+        if self._is_reduced and not self.residency.reduces_each:
             raise StateError(
-                f"a second reduction in one update, gradients {self.residency.gradients or 'whole'}",
-                rule="whole gradients are summed over ranks once, when they are complete",
-                fix="write one reduce for each stage, or cut gradients (layout.zero = 2)",
+                f"a second reduction in one update, {self.residency}",
+                rule="gradients that are held whole are summed over ranks once, when they are complete",
+                fix='write one reduce for each stage, or set layout.reduce = "each"',
             )
         self._window.close()
         self._window.open()
@@ -205,38 +206,55 @@ class ModelState:
         """Flush, and wait for all of it."""
         self._window.close()
 
-    def grad_norm(self) -> float:
-        """The 2-norm of all reduced gradients, the same on every rank."""
-        square = sum(float(unit.grad_square) for unit in self.trained)
+    def grad_norms(self, num_groups: int) -> list[float]:
+        """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
+        squares = [0.0] * num_groups
+        for unit in self.trained:
+            for (group, _), square in zip(unit.segments, unit.grad_squares.tolist(), strict=True):
+                squares[group] += square
         if self.residency.optimizer:
             # Every rank has the squares of its slices, and some have the same ones.
             num_slices = self.mesh.geometry.num_parts(self.residency.optimizer)
-            square = self.mesh.total(square)[0] * num_slices / self.mesh.data_ranks
-        return math.sqrt(square)
+            squares = [square * num_slices / self.mesh.data_ranks for square in self.mesh.total(*squares)]
+        return [math.sqrt(square) for square in squares]
 
-    def non_finite(self, grad_norm: float) -> ModelError:
-        """The error for a gradient that is not finite, naming the first parameter it is found in."""
-        sick = {
+    def non_finite(self, grad_norm: float, loss_scale: float, step: int | None) -> ModelError:
+        """The error for a gradient that is not finite. A collective.
+
+        It names the first such parameter in module order, and the ranks whose own gradients of that
+        parameter's unit were not finite before the sum.
+        """
+        sick = [
             slot.name
             for unit in self.trained
             for slot in unit.plan.slots
             if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
-        }
-        everyones = {name for text in self.mesh.texts(" ".join(sick)) for name in text.split()}
-        names = [slot.name for _, slot in self.slots() if slot.name in everyones]
+        ]
+        mine = [bool(unit.local_sum.isfinite()) for unit in self.trained]
+        rows = [json.loads(text) for text in self.mesh.texts(json.dumps([sick, mine]))]
+        everyones = {name for names, _ in rows for name in names}
+        found = [(slot.name, unit) for unit, slot in self.slots() if slot.name in everyones]
+        first = "none (the sum of squares overflowed)"
+        if found:
+            name, place = found[0][0], self.trained.index(found[0][1])
+            ranks = [str(rank) for rank, (_, is_finite) in enumerate(rows) if not is_finite[place]]
+            whose = f"on rank(s) {', '.join(ranks)} before the sum" if ranks else "in the sum over ranks"
+            first = f"{name} ({whose})"
+        scaled = f", the loss scale {loss_scale:g}" if loss_scale != 1.0 else ""
         return ModelError(
-            f"the gradient norm is {grad_norm}; {len(names)} parameter(s) are not finite, first: "
-            f"{names[0] if names else 'none (the sum of squares overflowed)'}",
+            f"the gradient norm of update {step} is {grad_norm}{scaled}; {len(found)} parameter(s) are not "
+            f"finite, first: {first}",
             rule="an update is made from finite gradients only",
-            fix="lower optimizer.lr, set optimizer.clip_norm, or compute in a wider type",
+            fix="look at that rank's batch; lower optimizer.lr, set optimizer.clip_norm, or compute in a "
+            "wider type" + (" or with a smaller precision.loss_scale" if scaled else ""),
         )
 
-    def scale_grads(self, factor: float) -> None:
-        """Multiply all reduced gradients."""
-        if factor != 1.0:
-            for unit in self.trained:
-                if unit.grads is not None:
-                    unit.grads.mul_(factor)
+    def scale_grads(self, factors: Sequence[float]) -> None:
+        """Multiply all reduced gradients, those of each optimizer group by its own factor."""
+        for unit in self.trained:
+            for group, part in unit.segments:
+                if factors[group] != 1.0 and unit.grads is not None:
+                    unit.grads[part].mul_(factors[group])
 
     def publish(self) -> None:
         """Bring the updated state into the working parameters."""

@@ -60,8 +60,17 @@ class Unit:
         """What the optimizer updates: [own] in the master type."""
         self.grads: torch.Tensor | None = None
         """Reduced gradients: [own] in the grad type; None for frozen units."""
-        self.grad_square = torch.zeros((), dtype=torch.float64)
-        """Sum of squares of `grads`, a 0-d fp64 tensor."""
+        start, stop = self.own.start, self.own.stop
+        self.segments = [
+            (group, slice(max(begin, start) - start, min(end, stop) - start))
+            for group, begin, end in plan.segments()
+            if max(begin, start) < min(end, stop)
+        ]
+        """Each optimizer group's part of `grads`, where this rank has one."""
+        self.grad_squares = torch.zeros(len(self.segments), dtype=torch.float64)
+        """Sum of squares of each segment of `grads`, in fp64."""
+        self.local_sum = torch.zeros(())
+        """Sum of this rank's own gradients; not finite where one of them is not."""
         self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
         self._local_views: list[torch.Tensor] = []
         self._has_sum = False
@@ -87,7 +96,7 @@ class Unit:
         if precision.master != precision.compute:
             self.master = self._zeros(self.held.numel(), DTYPES[precision.master])
         grad = DTYPES[precision.grad]
-        if self.residency.gradients:
+        if self.residency.reduces_each:
             self.grads = self._zeros(self.held.numel(), grad)
         else:
             self._local = self._mesh.exchangeable.take(self.plan.numel, grad).zero_()
@@ -238,7 +247,8 @@ class Unit:
         old one. That moves fewer bytes than zeroing and adding.
         """
         self._has_sum = False
-        if self._sent is not None and self.residency.gradients:
+        self.local_sum = torch.zeros((), device=self._mesh.device)
+        if self._sent is not None and self.residency.reduces_each:
             # An error left it on its way: memory that others may still write into is not used again.
             self._sent, self._local, self._local_views = None, None, []
         elif self._local is not None:
@@ -251,7 +261,7 @@ class Unit:
         for parameter in self.parameters:
             parameter.grad = None
         self._mask()
-        if self.residency.gradients and self._local is not None:
+        if self.residency.reduces_each and self._local is not None:
             self._mesh.exchangeable.give(self._local)
             self._local, self._local_views = None, []
 
@@ -291,6 +301,8 @@ class Unit:
         assert self._local is not None, "gradients are brought home first"
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
+        # Once they are summed over ranks, nothing else tells whose gradients were not finite.
+        self.local_sum = self.local_sum + self._local.sum(dtype=_wide(self._local.dtype))
         # One rank has nobody to send to, but the rounding must be that of every other layout.
         self._sent = self._local
         if reduce != self._local.dtype:
@@ -298,9 +310,9 @@ class Unit:
         self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
 
     def finish_reduce(self) -> None:
-        """Wait for the sum; afterwards `grads` and `grad_square` hold it.
+        """Wait for the sum; afterwards `grads` and `grad_squares` hold it.
 
-        Where gradients are cut, sums of one update add up and this rank's own gradients go.
+        Where each micro-batch is reduced, sums of one update add up and this rank's own gradients go.
         """
         assert self.grads is not None, "frozen units have no gradients"
         self._pending.wait()
@@ -311,20 +323,26 @@ class Unit:
                 self.grads.add_(mine)
             elif mine.data_ptr() != self.grads.data_ptr():
                 self.grads.copy_(mine)
-            self._has_sum = bool(self.residency.gradients)
+            self._has_sum = self.residency.reduces_each
             if arrived is not self._local:
                 self._mesh.exchangeable.give(arrived)
-            if self.spread:
+            if self.spread or self.residency.reduces_each:
                 self._release()
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
-        wide = torch.promote_types(self.grads.dtype, torch.float32)
-        self.grad_square = torch.linalg.vector_norm(self.grads, dtype=wide).double().square()
+        wide = _wide(self.grads.dtype)
+        norms = [torch.linalg.vector_norm(self.grads[part], dtype=wide) for _, part in self.segments]
+        if norms:
+            self.grad_squares = torch.stack(norms).double().square()
 
     def publish(self) -> Pending:
         """Start to bring the updated master into the working parameters."""
-        if self.master is not self.held:
-            self.held.copy_(self.master)
+        return self.present(self.master)
+
+    def present(self, numbers: torch.Tensor) -> Pending:
+        """Start to bring `numbers` [own], this rank's part of everyone's, into the working parameters."""
+        if numbers is not self.held:
+            self.held.copy_(numbers)
         return self._mesh.spread_out(self.part, self.spread, self.residency.parameters)
 
     def absorb_noted_edits(self) -> None:
@@ -354,3 +372,7 @@ class Unit:
 
 def _length(part: slice) -> int:
     return int(part.stop - part.start)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

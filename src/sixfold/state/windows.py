@@ -78,7 +78,7 @@ class ReduceWindow:
         unit.home_grads()
         unit.start_reduce()
         self._under_way.append(unit)
-        if unit.residency.gradients and len(self._under_way) > MOST_UNDER_WAY:
+        if unit.residency.reduces_each and len(self._under_way) > MOST_UNDER_WAY:
             self._under_way.pop(0).finish_reduce()
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:

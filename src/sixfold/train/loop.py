@@ -27,7 +27,7 @@ from sixfold.monitor.hardware import memory_bytes, peak_flops
 from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import Meter
 from sixfold.parallel import DTYPES
-from sixfold.plan import decide_batch
+from sixfold.plan import LossScaling, decide_batch
 from sixfold.train import job
 from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.folder import make_folder, write_config
@@ -176,6 +176,8 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
             grad_norm=run.engine.last.grad_norm,
             tokens=targets,
             samples=run.engine.num_samples,
+            loss_scale=run.engine.last.loss_scale if run.engine.plan.loss_scaling != LossScaling() else None,
+            skipped=run.engine.last.skipped,
         )
         for callback in callbacks:
             callback.after_update(run, record)

@@ -1,0 +1,65 @@
+"""Bytes that one rank sends in an update: gradients on their way to their sums, weights on their way back.
+
+Asked by whoever chooses a layout, and held by tests against what is really sent. Gathers of cut parameters
+during forward and backward, and messages of a few numbers, are not counted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sixfold.base.units import bytes_text
+from sixfold.plan.plan import Plan
+from sixfold.plan.precision import ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by one rank in one update.
+
+    Args:
+        reduce: gradients, in the reduce type. Where they stay whole, those of a ring all-reduce.
+        publish: updated parameters, in the compute type.
+    """
+
+    reduce: int
+    publish: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.reduce + self.publish
+
+    def __str__(self) -> str:
+        return f"reduce {bytes_text(self.reduce)}, publish {bytes_text(self.publish)}"
+
+
+def update_traffic(plan: Plan, num_micro: int) -> Traffic:
+    """What each rank sends in an update of `num_micro` micro-batches (those of the longest share).
+
+    A reduce-scatter or all-gather among n ranks sends (n - 1) / n of its buffer, an all-reduce twice that.
+    """
+    row, shard = plan.residency, plan.geometry.num_parts(("shard",))
+    sizes = {"shard": shard, "data": plan.geometry.num_parts(("data",))}
+    reduce = publish = 0
+    for unit in plan.units:
+        types = plan.precision_of(unit)
+        if not unit.trainable or types is None:
+            continue
+        if row.optimizer:
+            share = unit.numel // shard
+            across = _others(share, sizes["data"]) * (1 if "data" in row.optimizer else 2)
+            sent = _others(unit.numel, shard) + across
+        else:
+            sent = 2 * _others(unit.numel, shard * sizes["data"])
+        reduce += ITEM_BYTES[types.reduce] * sent * (max(1, num_micro) if row.reduces_each else 1)
+        part = unit.numel // plan.geometry.num_parts(row.parameters)
+        for axis in (axis for axis in row.optimizer if axis not in row.parameters):
+            publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
+            part //= sizes[axis]
+    return Traffic(reduce, publish)
+
+
+def _others(numel: int, ranks: int) -> int:
+    """Elements of a buffer that belong to the other ranks."""
+    return numel * (ranks - 1) // ranks

@@ -1,0 +1,130 @@
+"""From what the user hands over or names to torch optimizers over the module's own parameters.
+
+Called by `initialize` before anything is planned. What cannot be trained is refused here; how optimizers
+are pointed at units is `optimizer.bind`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sixfold.base.errors import ConfigError, ModelError, StateError
+from sixfold.config import OptimizerConfig
+
+OptimizerLike = Optimizer | Sequence[Optimizer] | Callable[[Iterable[Any]], Optimizer | Sequence[Optimizer]]
+
+_CANNOT = {
+    torch.optim.SparseAdam: "the gradients that ranks sum are dense; set sparse=True on embeddings or not, "
+    "and use torch.optim.AdamW or Adagrad",
+    torch.optim.LBFGS: "the engine makes one backward pass for an update, and L-BFGS asks for more as it "
+    "goes; use another optimizer",
+}
+"""Optimizers of torch that cannot be driven from reduced gradients, and what to do instead."""
+
+
+def build_optimizer(asked: OptimizerConfig) -> Callable[[Iterable[Any]], Optimizer]:
+    """A factory for the optimizer named in the configuration."""
+    kinds: dict[str, type[Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+        "adagrad": torch.optim.Adagrad,
+    }
+    kind = kinds[asked.name]
+    named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm", "ema_decay"}, exclude_none=True)
+
+    def factory(parameters: Iterable[Any]) -> Optimizer:
+        return kind(parameters, **named)
+
+    return factory
+
+
+def make_optimizers(optimizer: OptimizerLike, module: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers over `module`'s trainable parameters, before they are bound to units.
+
+    Args:
+        optimizer: one optimizer over parameters of `module`, or several, each over its own; or a factory
+            that receives the trainable parameters and returns such.
+
+    Raises:
+        StateError: they already have state, or they miss, share or add parameters.
+        ConfigError: something else than optimizers of dense gradients, or a group's clip_norm is no bound.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if not parameters:
+        raise ModelError(
+            f"{type(module).__name__} has {len(names)} parameter(s), none with requires_grad=True",
+            rule="training changes at least one parameter",
+            fix="set requires_grad=True on what is to be trained",
+        )
+    given = optimizer(parameters) if callable(optimizer) else optimizer
+    made = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for each in made:
+        _check_kind(each)
+    held = Counter(parameter for each in made for group in each.param_groups for parameter in group["params"])
+    strangers = len(set(held) - set(names))
+    missing = [names[parameter] for parameter in parameters if parameter not in held]
+    twice = [names[parameter] for parameter in parameters if held[parameter] > 1]
+    if strangers or missing or twice:
+        raise StateError(
+            f"{kind_of(made)} holds {strangers} tensor(s) that are not parameters of "
+            f"{type(module).__name__}, misses {len(missing)} of its trainable ones "
+            f"({', '.join(missing[:4])}) and has {len(twice)} twice ({', '.join(twice[:4])})",
+            rule="each parameter with requires_grad=True is updated by one optimizer, and nothing else is",
+            fix="build it over model.parameters(), and set requires_grad=False on what stays fixed; for a "
+            "model on meta, whose parameters are made anew, pass a factory: optimizer=torch.optim.AdamW",
+        )
+    return made
+
+
+def kind_of(optimizers: Sequence[Optimizer]) -> str:
+    """Names of their classes, as checkpoints keep them."""
+    return " + ".join(type(each).__name__ for each in optimizers)
+
+
+def _check_kind(made: object) -> None:
+    if not isinstance(made, Optimizer):
+        raise ConfigError(
+            f"the optimizer handed over is or made a {type(made).__name__}",
+            rule="optimizer is a torch optimizer, a list of them, or a function that returns such for the "
+            "parameters it gets",
+            fix="for example optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
+        )
+    if type(made) in _CANNOT:
+        raise ConfigError(
+            f"torch.optim.{type(made).__name__} as optimizer",
+            rule="an optimizer is driven by one dense gradient an update",
+            fix=_CANNOT[type(made)],
+        )
+    if any(float(state.get("step", 1)) > 0 for state in made.state.values()):
+        raise StateError(
+            f"{type(made).__name__} already has state for {len(made.state)} tensor(s)",
+            rule="the optimizer is handed over before its first step",
+            fix="call sixfold.initialize before optimizer.step(), and engine.load to bring state back",
+        )
+    bounds = [group["clip_norm"] for group in made.param_groups if group.get("clip_norm") is not None]
+    if not all(isinstance(bound, int | float) and 0 < bound < math.inf for bound in bounds):
+        raise ConfigError(
+            f"parameter groups with clip_norm = {', '.join(map(repr, bounds))}",
+            rule="a group's own clip_norm is a positive number, the bound on the norm of its gradients",
+            fix="for example {'params': ..., 'clip_norm': 0.5}, or leave it out for optimizer.clip_norm",
+        )
+
+
+def refuse_two_definitions(asked: OptimizerConfig, optimizer: object) -> None:
+    """Raise when an optimizer was handed over and its settings are configured as well."""
+    also = sorted(asked.model_fields_set - {"clip_norm", "ema_decay"})
+    if optimizer is not None and also:
+        raise ConfigError(
+            f"optimizer.{', optimizer.'.join(also)} configured beside a {type(optimizer).__name__} "
+            "handed over from Python",
+            rule="the optimizer is defined in one place",
+            fix="drop these keys (optimizer.clip_norm and ema_decay may stay), or hand over no optimizer",
+        )
