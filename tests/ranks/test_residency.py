@@ -18,9 +18,10 @@ from sixfold.testing import Pool
 from tests.ranks import plain
 
 STEPS = 5
+Layout = dict[str, Any]
 
 
-def start(name: str, layout: dict[str, Any], optimizer: str = "adamw", num_groups: int = 2) -> Engine:
+def start(name: str, layout: Layout, optimizer: str = "adamw", num_groups: int = 2) -> Engine:
     task = plain.TASKS[name]
     model = task.build().double()
     kind, settings = plain.OPTIMIZERS[optimizer]
@@ -39,22 +40,29 @@ def train(engine: Engine, name: str, steps: int, shares: str = "uneven") -> None
 
 # Checkpoints.
 
-ROUTES = [
+SECONDARY = {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}
+"""Parameters whole in each group together, everything else cut over all ranks."""
+
+ROUTES: list[tuple[Layout, int, Layout, int]] = [
     # layout and ranks that save, layout and ranks that go on
     ({"zero": 0}, 2, {"zero": 2, "transport": "network"}, 3),
     ({"zero": 2}, 3, {"zero": 0}, 1),
     ({"zero": 1, "transport": "network"}, 4, {"zero": 2, "shard": 2}, 4),
     ({"zero": 2, "shard": 2, "transport": "network"}, 4, {"zero": 1}, 2),
     ({"zero": 0}, 1, {"zero": 1, "shard": 1}, 2),
+    ({"zero": 3}, 3, {"zero": 3, "shard": 2}, 4),
+    ({"zero": 3, "shard": 2}, 4, SECONDARY, 4),
+    (SECONDARY, 4, {"zero": 3}, 2),
+    ({"zero": 3}, 1, {"zero": 2, "shard": 2, "gradients": "all", "optimizer": "all"}, 4),
 ]
 
 
 @pytest.mark.parametrize(("optimizer", "name"), [("adamw", "decoder"), ("adagrad", "recommender")])
 @pytest.mark.parametrize(("before", "ranks", "after", "other_ranks"), ROUTES)
 def test_a_run_goes_on_in_another_residency_and_world(
-    before: dict[str, Any],
+    before: Layout,
     ranks: int,
-    after: dict[str, Any],
+    after: Layout,
     other_ranks: int,
     optimizer: str,
     name: str,
@@ -65,13 +73,13 @@ def test_a_run_goes_on_in_another_residency_and_world(
     rank_pool.run(second_part, name, after, optimizer, tmp_path / "saved", ranks=other_ranks, timeout_s=60)
 
 
-def first_part(name: str, layout: dict[str, Any], optimizer: str, folder: Path) -> None:
+def first_part(name: str, layout: Layout, optimizer: str, folder: Path) -> None:
     engine = start(name, layout, optimizer)
     train(engine, name, 3)
     engine.save(folder)
 
 
-def second_part(name: str, layout: dict[str, Any], optimizer: str, folder: Path) -> None:
+def second_part(name: str, layout: Layout, optimizer: str, folder: Path) -> None:
     engine = start(name, layout, optimizer)
     engine.load(folder)
     assert engine.num_steps == 3
@@ -84,7 +92,7 @@ def second_part(name: str, layout: dict[str, Any], optimizer: str, folder: Path)
 def test_groups_may_keep_different_state(tmp_path: Path) -> None:
     """Momentum in one group alone: ranks whose slice lies in the other have no such key."""
 
-    def engine(layout: dict[str, Any]) -> Engine:
+    def engine(layout: Layout) -> Engine:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 1)).double()
         first, second = list(model[0].parameters()), list(model[2].parameters())
@@ -157,20 +165,30 @@ def test_live_bytes_are_those_of_the_plan(zero: int, precision: dict[str, str]) 
 def test_bytes_per_parameter_are_those_of_the_table() -> None:
     """Mixed-precision AdamW: 2 working + 4 gradient + 12 state, whole or cut by the row."""
     numel = 4 * 32 * 4
-    cases = {
-        (0, "fp32"): Memory(2 * numel, 4 * numel, 4 * numel, 8 * numel),
-        (1, "fp32"): Memory(2 * numel, 4 * numel, numel, 2 * numel),
-        (2, "fp32"): Memory(2 * numel, numel, numel, 2 * numel),
-        (2, "bf16"): Memory(2 * numel, numel // 2, numel, 2 * numel),
-    }
-    for (zero, grad), expected in cases.items():
+    bf16 = {"zero": 2, "grad": "bf16"}
+    cases: list[tuple[Layout, Memory]] = [
+        ({"zero": 0}, Memory(2 * numel, 4 * numel, 4 * numel, 8 * numel)),
+        ({"zero": 1}, Memory(2 * numel, 4 * numel, numel, 2 * numel)),
+        ({"zero": 2}, Memory(2 * numel, numel, numel, 2 * numel)),
+        (bf16, Memory(2 * numel, numel // 2, numel, 2 * numel)),
+        ({"zero": 3}, Memory(numel // 2, numel, numel, 2 * numel)),
+        ({"zero": 3, "shard": 2}, Memory(numel, 2 * numel, 2 * numel, 4 * numel)),
+        (SECONDARY, Memory(numel, numel, numel, 2 * numel)),
+        ({**SECONDARY, "parameters": "all"}, Memory(numel // 2, numel, numel, 2 * numel)),
+        ({**SECONDARY, "zero": 2}, Memory(2 * numel, numel, numel, 2 * numel)),
+    ]
+    for case, expected in cases:
+        layout = {key: value for key, value in case.items() if key != "grad"}
+        precision = {"compute": "bf16", "grad": case.get("grad", "fp32")}
         engine = sixfold.initialize(
             nn.Linear(numel // 8, 8, bias=False),
-            config={"layout": {"zero": zero}, "precision": {"compute": "bf16", "grad": grad}},
+            config={"layout": layout, "precision": precision},
             loss_fn=lambda output, batch: output.mean(),
         )
         engine.train_step((torch.ones(1, numel // 8),))
-        assert engine.memory() == expected, (zero, grad)
+        assert engine.memory() == expected == persistent_memory(engine.plan, num_moments=2), case
+        working = sum(unit.working.untyped_storage().nbytes() for unit in engine.state.units)
+        assert working == (0 if engine.plan.residency.parameters else expected.parameters), case
 
 
 # Shapes and types that do not divide.
@@ -234,10 +252,20 @@ def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int, transport: st
 # What cannot be done, and what would be noticed.
 
 
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize(("zero", "transport"), [(0, "host"), (0, "network"), (1, "network"), (2, "host")])
-def test_every_lost_reduction_shows(zero: int, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_units, "__defaults__", (4096,))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *({"zero": zero} for zero in PRESETS),
+        *({"zero": zero, "transport": "network"} for zero in PRESETS),
+        {"zero": 3, "shard": 2},
+        {**SECONDARY, "transport": "network"},
+    ],
+)
+def test_every_lost_reduction_shows(layout: Layout, rank_pool: Pool) -> None:
+    rank_pool.run(lose_reductions, layout, ranks=4 if "shard" in layout else 2, timeout_s=60)
+
+
+def lose_reductions(layout: Layout) -> None:
     reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
     real, calls = Mesh.sum_up, 0
 
@@ -250,10 +278,12 @@ def test_every_lost_reduction_shows(zero: int, transport: str, monkeypatch: pyte
             calls += 1
             return real(mesh, partial, after) if calls - 1 != lost else Pending()
 
-        monkeypatch.setattr(Mesh, "sum_up", sum_up)
-        engine = start("decoder", {"zero": zero, "transport": transport}, "sgd", 1)
-        train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
-        return plain.farthest(engine.full_state_dict(), reference)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cut_units, "__defaults__", (4096,))
+            patch.setattr(Mesh, "sum_up", sum_up)
+            engine = start("decoder", layout, "sgd", 1)
+            train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
+            return plain.farthest(engine.full_state_dict(), reference)
 
     assert run(None) < 1e-10
     assert calls > 4

@@ -103,7 +103,7 @@ def start(
     config = {
         "layout": layout,
         "batch": {"micro": MICRO},
-        "optimizer": {"name": "sgd", **RATE, "weight_decay": 0.0},
+        "optimizer": {"name": "sgd", **RATE},
     }
     with plain.small_units():
         return sixfold.initialize(seeded(build), config=config | more, loss_fn=loss)

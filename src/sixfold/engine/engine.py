@@ -236,7 +236,7 @@ class Engine:
         args, kwargs = to_device(args, self.device, self._cast), to_device(kwargs, self.device, self._cast)
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        with self._stream(*self._written_out.forward({**dict(enumerate(args)), **kwargs})):
+        with self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place, self._stream(*place):
             return self.module(*args, **kwargs)
 
     def backward(

@@ -6,6 +6,8 @@ nothing itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -50,18 +52,20 @@ class WrittenOut:
         """Backwards since the last update."""
         return self._tally.num_backwards
 
-    def forward(self, batch: Batch) -> tuple[int, int]:
-        """Note a forward on `batch`; returns the number of its micro-batch, and its own number in that.
+    @contextmanager
+    def forward(self, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Inside, a forward on `batch`; gives the number of its micro-batch, and its own number in that.
 
         A forward after a backward begins the next micro-batch; several forwards before one backward
-        (two models' inputs, real and generated ones) belong to the same.
+        (two models' inputs, real and generated ones) belong to the same. One that raises counts for nothing.
         """
         tally = self._tally
         if tally.weight is not None:
             tally.micro, tally.num_forwards, tally.weight = tally.micro + 1, 0, None
+        counts = Counts.of(batch)
+        yield tally.micro, tally.num_forwards
         tally.num_forwards += 1
-        tally.open += Counts.of(batch)
-        return tally.micro, tally.num_forwards - 1
+        tally.open += counts
 
     def backward(self, loss: torch.Tensor, weight: float | None, *, retain_graph: bool) -> None:
         """Backward of a mean loss; a further loss of the same micro-batch is added, not averaged.

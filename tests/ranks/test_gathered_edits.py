@@ -1,0 +1,230 @@
+"""What users do between and within passes under cut parameters: edits, errors that they catch, calls that
+only some ranks make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import MeshError, StateError
+from sixfold.engine import Engine
+from tests.ranks import plain, towers
+from tests.ranks.towers import Block, Tower
+
+BOUND = 1e-10
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    *({"zero": zero} for zero in range(4)),
+    {"zero": 3, "shard": 2},
+    {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"},
+)
+
+
+# Edits.
+
+
+def reinitialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "blocks.1" in name:
+            nn.init.constant_(parameter, 0.125)
+
+
+EDITS: dict[str, Callable[[Any], object]] = {
+    "clamp_": lambda model: [parameter.clamp_(-0.1, 0.1) for parameter in model.parameters()],
+    "mul_": lambda model: model.blocks[0].up.weight.mul_(0.5),
+    "a new start": reinitialised,
+    ".data": lambda model: model.head.weight.data.mul_(-1.0),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: 0.9 * tensor for name, tensor in model.state_dict().items()}
+    ),
+    "one number": lambda model: model.blocks[1].down.bias.__setitem__(2, 1.0),
+}
+
+
+@pytest.mark.ranks(1, 4, timeout_s=60)
+@pytest.mark.parametrize("precision", [{}, {"compute": "bf16"}])
+def test_edits_of_gathered_parameters_hold(precision: dict[str, str], num_ranks: int) -> None:
+    found: list[dict[str, Tensor]] = []
+    layouts = LAYOUTS if num_ranks > 1 else LAYOUTS[:4]
+    for layout in layouts:
+        engine = towers.start(lambda: Tower(2), layout, precision=precision)
+        for edit in EDITS.values():
+            towers.step(engine, "even")
+            with engine.gathered() as model:
+                edit(model)
+        towers.step(engine, "even")
+        found.append(engine.full_state_dict())
+    if precision:
+        # In bf16 the order of sums shows; without it, edits alone would have to agree to the bit.
+        worst = max(float((each[name] - found[0][name]).abs().max()) for each in found for name in each)
+        assert worst < 2e-2
+        return
+    reference = edited(num_ranks)
+    for layout, whole in zip(layouts, found, strict=True):
+        assert plain.farthest(whole, reference) < BOUND, layout
+
+
+def edited(ranks: int) -> nn.Module:
+    """The same in plain torch."""
+    model = towers.seeded(lambda: Tower(2))
+    optimizer = torch.optim.SGD(model.parameters(), **towers.RATE)
+    for step, edit in enumerate([*EDITS.values(), None]):
+        optimizer.zero_grad()
+        towers.mean_square(model(towers.data(step)), None).backward()
+        optimizer.step()
+        if edit is not None:
+            with torch.no_grad():
+                edit(model)
+    return model
+
+
+@pytest.mark.ranks(2)
+def test_only_the_units_that_are_asked_for_are_gathered() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    model: Any = engine.module
+    with towers.watched(engine) as watch:
+        with engine.gathered([model.blocks[2].up.weight, model.blocks[4].down.bias]):
+            assert watch.gathers == towers.blocks([2, 4])
+            model.blocks[2].up.weight.fill_(0.25)
+            with pytest.raises(StateError, match=r"blocks\.3\.up\.weight"):
+                model.blocks[3].up.weight.sum()
+        assert watch.whole() == []
+    whole = engine.full_state_dict()
+    assert (whole["blocks.2.up.weight"] == 0.25).all()
+
+
+@pytest.mark.ranks(2)
+def test_edits_where_nothing_is_gathered_are_refused() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    model: Any = engine.module
+    towers.step(engine)
+    before = engine.full_state_dict()
+    edits: dict[str, Callable[[], object]] = {
+        **{
+            name: (lambda edit=edit: edit(model)) for name, edit in EDITS.items() if name != "load_state_dict"
+        },
+        "numbers of one's own": lambda: setattr(model.head.weight, "data", torch.zeros(2, towers.WIDTH)),
+    }
+    for edit in edits.values():
+        with torch.no_grad(), pytest.raises(StateError, match="outside of its forward and backward"):
+            edit()
+    assert all(torch.equal(each, before[name]) for name, each in engine.full_state_dict().items())
+
+
+class Clamping(Block):
+    """Keeps its numbers small by itself, as some models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.up.weight.clamp_(-0.2, 0.2)
+        return super().forward(x)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_model_that_edits_itself_is_refused_by_name() -> None:
+    engine = towers.start(lambda: Tower(3, Clamping), {"zero": 3})
+    with pytest.raises(
+        StateError, match=r"blocks\.\d\.up\.weight changed in place during a forward"
+    ) as caught:
+        towers.step(engine, "even")
+    assert "layout.zero = 2" in caught.value.fix
+
+
+# Errors that are caught.
+
+
+class Poisoned(Tower):
+    """Fails in its third block on samples that begin with a large number."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for place, block in enumerate(self.blocks):
+            if place == 2 and (x.detach() > 50).any():
+                raise ValueError("poison")
+            x = block(x)
+        return x
+
+
+def poison(part: Tensor) -> Tensor:
+    return torch.full_like(part, 1e4)
+
+
+@pytest.mark.ranks(1, 2, 3, timeout_s=60)
+@pytest.mark.parametrize("who", ["all", "one"])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_forward_that_failed_counts_for_nothing(zero: int, who: str, num_ranks: int) -> None:
+    reference = towers.reference(Poisoned, 4, num_ranks, "uneven")
+    engine = towers.start(Poisoned, {"zero": zero})
+    for number in range(4):
+        for place, part in enumerate(towers.parts(number, num_ranks, "uneven")[engine.data_rank]):
+            if number > 0 and place == number % 2 and (who == "all" or engine.data_rank == 0):
+                with pytest.raises(ValueError, match="poison"):
+                    engine(poison(part))
+            engine.backward(engine(part).square().mean())
+        engine.step()
+    assert plain.farthest(engine.full_state_dict(), reference) < BOUND
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_an_update_that_failed_on_all_ranks_can_be_left_out(zero: int, num_ranks: int) -> None:
+    reference = towers.reference(Poisoned, 4, num_ranks, "even")
+    engine = towers.start(Poisoned, {"zero": zero})
+    for number in range(4):
+        if number in (1, 2):
+            share = torch.cat(towers.parts(number, num_ranks, "even")[engine.data_rank])
+            share[-1] = 1e4  # in the last micro-batch, behind some that went well
+            with pytest.raises(ValueError, match="poison"):
+                engine.train_step((share,))
+        towers.step(engine, "even")
+    assert plain.farthest(engine.full_state_dict(), reference) < BOUND
+    assert towers.live_bytes(engine) == 0 or zero < 3
+
+
+# Calls.
+
+
+@pytest.mark.ranks(2, 3)
+def test_ranks_that_make_different_calls_are_told_on_all_of_them(tmp_path: Path) -> None:
+    calls: list[Callable[[Engine], object]] = [
+        lambda engine: engine.save(tmp_path / "saved"),
+        lambda engine: engine.train_step((towers.data(0)[:2],)),
+        lambda engine: engine.full_state_dict(),
+        lambda engine: engine.step(),
+        lambda engine: engine.eval_step((towers.data(0)[:2],)),
+        lambda engine: engine.gathered().__enter__(),
+    ]
+    engine = towers.start(Tower, {"zero": 3})
+    for number, call in enumerate(calls):
+        towers.step(engine)
+        other = calls[(number + 1) % len(calls)]
+        with pytest.raises(MeshError, match=r"rank 0 came to \w+; rank 1 came to \w+"):
+            (call if engine.data_rank == 0 else other)(engine)
+
+
+@pytest.mark.ranks(2)
+def test_what_only_one_rank_begins_is_served_and_then_told() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    if engine.data_rank == 0:
+        engine.backward(engine(towers.data(0)[:2]).square().mean())
+    with pytest.raises(MeshError, match="rank 0 came to step; rank 1 came to gradients") as caught:
+        engine.step() if engine.data_rank == 0 else engine.gradients()
+    assert "on every rank" in caught.value.fix
+    result = engine.step()
+    assert result.samples == 2
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_block_by_itself_is_refused_outside_of_gathered() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    model: Any = engine.module
+    x = torch.ones(2, towers.WIDTH, dtype=torch.float64)
+    with pytest.raises(StateError, match=r"the block of blocks\.1\.up\.weight runs by itself"):
+        model.blocks[1](x)
+    with engine.gathered():
+        whole = model.blocks[1](x)
+    assert torch.equal(whole, towers.seeded(Tower).blocks[1](x))  # type: ignore[index]
+    towers.step(engine)
