@@ -375,8 +375,9 @@ def test_a_gradient_after_its_reduction_is_refused() -> None:
             return x.mean()
 
     engine = sixfold.initialize(Shared(), config={})
-    with pytest.raises(StateError, match="second gradient"):
+    with pytest.raises(StateError, match="after its unit was handed to the reduction"):
         engine.train_step(torch.ones(2, 4))
+    engine.close()
 
 
 @pytest.mark.ranks(2)
