@@ -94,8 +94,6 @@ def initialize(
     mesh = mesh.sharing(
         asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=patience_of(asked.launch)
     )
-    if mesh.host is not None:
-        ending.callback(mesh.host.close)
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)

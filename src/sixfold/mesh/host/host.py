@@ -181,10 +181,6 @@ class Host:
             _log.warning("ranks exchange over the network, not through shared memory: %s", reason)
         return None
 
-    def close(self) -> None:
-        """Take no more memory; what is mapped goes with the last tensor in it."""
-        self._memory.close()
-
     def group(self, ranks: Sequence[int], number: int, dispatcher: Dispatcher) -> HostGroup | None:
         """The group of `ranks`, this one among them; None unless all of them, and more than one, are here.
 

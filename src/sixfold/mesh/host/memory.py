@@ -31,7 +31,7 @@ class OwnMemory:
 
     def __init__(self, length: int) -> None:
         self.handle = os.memfd_create("sixfold")
-        self.close = weakref.finalize(self, os.close, self.handle)
+        weakref.finalize(self, os.close, self.handle)
         os.ftruncate(self.handle, length)
         self.map = mmap.mmap(self.handle, length)
         self.address = torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
