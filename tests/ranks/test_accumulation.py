@@ -87,7 +87,7 @@ LAYOUTS = [
 def test_the_plan_says_the_bytes_on_the_wire(
     reduce: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start({**layout, "reduce": reduce}, compute="bf16", reduce="bf16")
+    engine = start({**layout, "reduce": reduce, "transport": "network"}, compute="bf16", reduce="bf16")
     train(engine, 1, "even")  # 3 samples a rank: two micro-batches
     wire = Wire(monkeypatch, engine.data_ranks)
     train(engine, 1, "even")

@@ -165,7 +165,10 @@ def _file_leaks(before: dict[int, str]) -> list[str]:
         return sorted(name for handle, name in _open_files().items() if before.get(handle) != name)
 
     if fresh():
-        gc.collect()  # files and groups in reference cycles close here; too slow to do after every test
+        # Files and groups in reference cycles close here; too slow to do after every test. What hangs on an
+        # autograd graph in such a cycle becomes garbage only when the first collection has freed the graph.
+        gc.collect()
+        gc.collect()
     names = ["a socket" if name.startswith("socket:") else f"open file {name}" for name in fresh()]
     return [
         name if names.count(name) == 1 else f"{name} ({names.count(name)})" for name in dict.fromkeys(names)
