@@ -193,9 +193,9 @@ def _tensor_problems(content: Content) -> list[str]:
                 problems.append(f"{part} {name!r}: its dtype is {spec.dtype}")
     for piece in content.pieces:
         what, tensor = f"{piece.part} {piece.name!r}", piece.tensor
-        spec = content.specs.get(piece.part, {}).get(piece.name)
-        if spec is None or piece.start < 0 or piece.stop > spec.numel:
-            raise AssertionError(f"elements {piece.start} to {piece.stop} of {what} are not in {spec}")
+        whole = content.specs.get(piece.part, {}).get(piece.name)
+        if whole is None or piece.start < 0 or piece.stop > whole.numel:
+            raise AssertionError(f"elements {piece.start} to {piece.stop} of {what} are not in {whole}")
         if tensor.is_meta:
             problems.append(f"{what}: a meta tensor has no data")
         elif tensor.layout is not torch.strided:

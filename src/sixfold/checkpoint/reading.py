@@ -24,6 +24,7 @@ from sixfold.checkpoint.content import MODEL, OPTIMIZER, Piece
 from sixfold.checkpoint.manifest import STATE, Manifest, TensorEntry, read_manifest
 from sixfold.checkpoint.ranges import Ranges
 from sixfold.checkpoint.retention import latest, old_name
+from sixfold.checkpoint.tensorfile import Spec
 
 _NUM_NEAR_NAMES = 20
 """Missing names that get their nearest spelling; the search is slow and one prefix explains them all."""
@@ -98,6 +99,14 @@ class Saved:
         """Names of the parameters that have optimizer state."""
         return tuple(self._optimizer)
 
+    @cached_property
+    def optimizer_specs(self) -> dict[str, dict[str, Spec]]:
+        """Parameter name -> state key -> global shape and type."""
+        return {
+            name: {key: entry.spec for key, entry in entries.items()}
+            for name, entries in self._optimizer.items()
+        }
+
     def read_model(self, name: str) -> Tensor:
         """One tensor of the model part, on the CPU, by its name or an alias."""
         entry = self._entries[MODEL].get(self.aliases.get(name, name))
@@ -140,6 +149,14 @@ class Saved:
         Raises:
             CheckpointError: at the call, before anything is read: lists all that does not fit.
         """
+        self.check_model(expected, strict=strict)
+        known = set(self.model_names)
+        return ((name, self.read_model(name)) for name in expected if name in known)
+
+    def check_model(
+        self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]], *, strict: bool = True
+    ) -> None:
+        """The check of `load_model` alone."""
         problems = self._mismatches(expected)
         if strict:
             problems = [*self._unaccounted(expected), *problems]
@@ -151,8 +168,6 @@ class Saved:
                 fix="build the model that was saved, or read tensors with `read_model` and convert them"
                 + ("; strict=False accepts missing and extra names" if strict else ""),
             )
-        known = set(self.model_names)
-        return ((name, self.read_model(name)) for name in expected if name in known)
 
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Read each piece's elements into its tensor; on the disk nothing else is touched, but for at most

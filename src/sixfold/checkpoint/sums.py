@@ -88,7 +88,7 @@ def joined(cells: Cells, tallies: Sequence[bytes]) -> bytes:
         start, stop, crc = pieces[place].tolist()
         number = start // CELL_BYTES
         sums[number] = join_crc32(int(sums[number]), crc, stop - start)
-    return sums.tobytes()
+    return bytes(sums)
 
 
 def _stops(cells: Cells) -> NDArray[np.uint64]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sixfold.base.errors import ConfigError, StateError
+from sixfold.base.errors import CheckpointError, ConfigError, StateError
+from sixfold.checkpoint import Keep
 from sixfold.config import Resolved
 from sixfold.data.loader import Loader
 from sixfold.engine.persistence import Persistence
@@ -75,6 +76,7 @@ class Engine:
         self.state = state
         self.bound = bound
         self._persistence = persistence
+        self._saving = persistence.saving
         self.learning_rate = learning_rate
         self.num_steps = 0
         self.num_samples = 0
@@ -286,13 +288,39 @@ class Engine:
         parameters, gradients, master = self.state.live_bytes()
         return Memory(parameters, gradients, master, self.bound.live_bytes())
 
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        only: str | None = None,
+        wait: bool | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """Write a checkpoint; every rank calls it and writes its own part. See `sixfold.checkpoint`.
+
+        Args:
+            only: a part of the model: "adapters" for what is trained beside frozen parameters, or a
+                pattern of names such as "*.lora_*". State of the optimizer comes along where all that is
+                trained does.
+            wait: False copies the state to host memory and goes on while it is written; its end is
+                noticed by later steps, and for certain by `wait_for_save`. None: as configured.
+            keep: which checkpoints beside it stay once it is complete. None: all.
 
         Raises:
-            CheckpointError: it could not be written; what was in `folder` before is untouched.
+            SaveError: it could not be written, or an earlier save was not; on every rank. What was in
+                `folder` before is untouched.
+            CheckpointError: it cannot be saved at all, or another one is being written and
+                `checkpoint.when_busy` is "refuse".
         """
         self._refuse_mixing("save")
+        asked = self.resolved.config.checkpoint
+        self._saving.look()
+        if self._saving.is_under_way and asked.when_busy == "refuse":
+            raise CheckpointError(
+                f"engine.save({str(folder)!r}) while an earlier save is being written",
+                rule='with checkpoint.when_busy = "refuse" saves do not wait for each other',
+                fix='save less often, or set checkpoint.when_busy = "wait"',
+            )
         counters = {
             "step": self.num_steps,
             "samples": self.num_samples,
@@ -300,29 +328,55 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        self._persistence.save(Path(folder).expanduser(), counters)
+        waits = not asked.asynchronous if wait is None else wait
+        self._persistence.save(Path(folder).expanduser(), counters, only=only, snapshot=not waits, keep=keep)
+        if waits:
+            self._saving.wait()
+
+    def wait_for_save(self) -> None:
+        """Return when a save begun with `wait=False` is complete; every rank calls it.
+
+        Raises:
+            SaveError: it could not be written; on every rank.
+        """
+        self._saving.wait()
 
     def load(self, folder: str | Path) -> None:
-        """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
+        """Continue from a checkpoint: weights, optimizer, counters; every rank calls it and reads its part.
+
+        A part of a model (`save(only=...)`) replaces that part; without state of training it leaves
+        optimizer and counters alone.
 
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
+        self._saving.wait()
         counters = self._persistence.load(Path(folder).expanduser())
-        self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
-        self._last_weight = counters["last_weight"]
+        if counters is not None:
+            self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
+            self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
-        """End the process group that `initialize` started, and take the hooks off the module."""
+        """End the process group that `initialize` started, and take the hooks off the module.
+
+        Raises:
+            SaveError: a save begun with `wait=False` could not be written.
+        """
+        if self._is_closed:
+            return
         self._is_closed = True
-        self.state.remove()
-        self.mesh.close()
+        try:
+            self._saving.wait()
+        finally:
+            self.state.remove()
+            self.mesh.close()
 
     def _stream(self, micro: int, forward: int = 0) -> Any:
         return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
 
     def _start_update(self) -> None:
+        self._saving.look()
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sixfold.checkpoint.together import Saving
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import check_agreement, check_batch_stats, check_model, tell_idle_settings
 from sixfold.engine.engine import Engine
@@ -100,7 +101,13 @@ def initialize(
         bound=bound,
         loss_form=LossForm(model, loss_fn),
         persistence=Persistence(
-            model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
+            model,
+            mesh,
+            state,
+            bound,
+            facts.aliases,
+            keeps_settings=optimizer is not None,
+            saving=Saving(mesh),
         ),
         learning_rate=learning_rate,
     )

@@ -151,7 +151,14 @@ class ModelState:
 
     def publish(self) -> None:
         """Bring the updated state into the working parameters."""
-        for pending in [unit.publish() for unit in self.trained]:
+        self._publish(self.trained)
+
+    def publish_all(self) -> None:
+        """The same for frozen parameters too, after `Unit.fill_own`."""
+        self._publish(self.units)
+
+    def _publish(self, units: Iterable[Unit]) -> None:
+        for pending in [unit.publish() for unit in units]:
             pending.wait()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:

@@ -124,6 +124,19 @@ class Unit:
         self._mesh.spread_out(whole, self.spread, ()).wait()
         return whole
 
+    @property
+    def share(self) -> slice:
+        """The elements of `own` that this rank writes into a checkpoint: ranks that hold the same ones
+        divide them among themselves."""
+        same = self._mesh.copies if self.spread else None
+        place, count = (same.place, len(same)) if same else (self._mesh.data_rank, self._mesh.data_ranks)
+        size = self.own.stop - self.own.start
+        return slice(self.own.start + size * place // count, self.own.start + size * (place + 1) // count)
+
+    def fill_own(self, mine: torch.Tensor) -> None:
+        """Take over numbers [own] as master; `publish` brings them into the working copy."""
+        self.master.copy_(mine)
+
     def fill(self, whole: torch.Tensor) -> None:
         """Take over numbers [numel], the same on every rank, as master and working copy."""
         self.master.copy_(whole[self.own])
