@@ -157,12 +157,15 @@ class _Flight:
 
 
 def raise_together(mesh: Mesh, failure: SixfoldError | None) -> None:
-    """Raise on every rank if any has a failure: its own, or the first one's in its words. A collective."""
+    """Raise the first rank's failure, if any has one, on every rank. A collective.
+
+    Later ones may only follow from it, as where rank 0 has taken the folder away.
+    """
     words = [type(failure).__name__, failure.given, failure.rule, failure.fix] if failure else None
     everyones = [json.loads(text) for text in mesh.texts(json.dumps(words))]
-    if failure is not None:
-        raise failure
     for rank, row in enumerate(everyones):
+        if row is not None and rank == mesh.rank and failure is not None:
+            raise failure
         if row is not None:
             kind = SaveError if row[0] == SaveError.__name__ else CheckpointError
             raise kind(f"rank {rank}: {row[1]}", rule=row[2], fix=row[3])

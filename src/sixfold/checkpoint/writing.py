@@ -162,6 +162,8 @@ class Save:
                 with suppress(OSError):
                     self.files.remove(self._temporary)
             if isinstance(error, OSError):
+                # Once a save is given up, rank 0 takes the folder away under the others' hands.
+                self._check()
                 raise _refused(self._target, self.plan.num_bytes, error, self.files) from error
             raise
         if self.rank == 0 and self.keep is not None:
