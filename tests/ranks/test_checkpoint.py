@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.base.errors import CheckpointError, SaveError
-from sixfold.checkpoint import Keep, open_checkpoint, ranges
+from sixfold.checkpoint import Keep, open_checkpoint, ranges, together
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.engine import Engine
 from sixfold.testing import Pool
@@ -386,3 +386,37 @@ def test_the_newest_and_every_so_manieth_are_kept(tmp_path: Path) -> None:
         engine.save(tmp_path / f"step-{engine.num_steps}", wait=False, keep=Keep(2, every=3))
     engine.wait_for_save()
     assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-6", "step-7"}
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_rehearsal_notices_what_a_save_would_and_leaves_nothing(
+    num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make({"zero": 2})
+    engine.rehearse_save(tmp_path)
+    dist.barrier()
+    assert list(tmp_path.iterdir()) == []
+    # The forecast is what a save comes to once the optimizer has its state, but for headers and counters.
+    asked: list[int] = []
+    monkeypatch.setattr(type(engine._saving), "rehearse", lambda self, folder, needed: asked.append(needed))
+    engine.rehearse_save(tmp_path)
+    monkeypatch.undo()
+    step(engine)
+    engine.save(tmp_path / "c")
+    tensors = sum(entry.stop - entry.start for entry in open_checkpoint(tmp_path / "c").manifest.tensors)
+    num_scalars = sum(len(keys) - 2 for keys in engine.bound.state_specs().values())
+    assert asked == [tensors - 4 * num_scalars]
+    with pytest.raises(SaveError, match="takes 1024"):
+        engine._saving.rehearse(tmp_path, 2**40)
+    dist.barrier()
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match=r"file/\.rehearsal failed"):
+        engine.rehearse_save(tmp_path / "file")
+
+
+@pytest.mark.ranks(2)
+def test_a_folder_that_hosts_do_not_share_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "_REHEARSAL_LIMIT_S", 0.3)
+    engine = make({"zero": 0})
+    with pytest.raises(SaveError, match="did not find each other's files"):
+        engine.rehearse_save(tmp_path / f"host-{dist.get_rank()}")

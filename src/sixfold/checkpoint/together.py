@@ -14,14 +14,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sixfold.base.errors import CheckpointError, SaveError, SixfoldError
-from sixfold.checkpoint.content import Content, check_content
+from sixfold.base.units import bytes_text
+from sixfold.checkpoint.content import MODEL, Content, Piece, check_content
 from sixfold.checkpoint.files import Files
+from sixfold.checkpoint.reading import open_checkpoint
 from sixfold.checkpoint.retention import Keep
+from sixfold.checkpoint.tensorfile import Spec
 from sixfold.checkpoint.writing import Cancelled, Plan, Save, plan
 from sixfold.mesh import Mesh
 
 _POLL_S = 0.002
+_REHEARSAL = ".rehearsal"
+_REHEARSAL_LIMIT_S = 90.0
+"""A shared file system may take a minute to show one host what another has written."""
 
 
 class Saving:
@@ -107,20 +115,66 @@ class Saving:
         if over == self._mesh.world_size:
             self._flight = None
 
-    def wait(self) -> None:
+    def wait(self, limit_s: float | None = None) -> None:
         """Return when no save is under way.
+
+        Args:
+            limit_s: give the save up after so long.
 
         Raises:
             SaveError, CheckpointError: it failed on some rank; on every rank.
         """
-        flight = self._flight
+        flight, began = self._flight, time.monotonic()
         try:
-            while self._flight is not None:
+            while flight is not None and self._flight is flight:
                 time.sleep(_POLL_S)
+                if limit_s is not None and time.monotonic() - began > limit_s and not flight.is_over:
+                    flight.error = flight.error or _lonely(flight.folder, limit_s)
                 self.look()
         finally:
             if flight is not None:
                 flight.join()
+
+    def rehearse(self, folder: Path, num_bytes: int) -> None:
+        """Save a number of every rank's into `folder`, read them all on every rank, and remove it all.
+
+        Args:
+            num_bytes: room that a checkpoint will need.
+
+        Raises:
+            SaveError: it could not be written, one rank does not see what others wrote, or there is less
+                room; on every rank.
+        """
+        target, name = folder / _REHEARSAL, f"rank-{self._mesh.rank}"
+        names = [f"rank-{rank}" for rank in range(self._mesh.world_size)]
+        content = Content(
+            specs={MODEL: {each: Spec((1,), torch.int64) for each in names}},
+            pieces=[Piece(MODEL, name, 0, torch.tensor([self._mesh.rank]))],
+            state={"step": 0},
+        )
+        self.start(target, lambda: content, snapshot=False)
+        self.wait(_REHEARSAL_LIMIT_S)
+        failure: SixfoldError | None = None
+        try:
+            free = self._files.free_bytes(folder)
+            if free < num_bytes:
+                failure = SaveError(
+                    f"{folder} has {bytes_text(free)} left, and one checkpoint takes {bytes_text(num_bytes)}",
+                    rule="there is room for a checkpoint before training begins",
+                    fix="free some, or save to another disk",
+                )
+            open_checkpoint(target).verify()
+        except (OSError, CheckpointError) as error:
+            failure = SaveError(
+                f"{target} was written by all ranks, and rank {self._mesh.rank} cannot read it: {error}",
+                rule="what was saved can be loaded on every rank",
+                fix="name a folder on a file system that all hosts share and may read",
+            )
+        try:
+            raise_together(self._mesh, failure)
+        finally:
+            if self._mesh.rank == 0:
+                self._files.remove(target)
 
 
 class _Flight:
@@ -169,6 +223,14 @@ def raise_together(mesh: Mesh, failure: SixfoldError | None) -> None:
         if row is not None:
             kind = SaveError if row[0] == SaveError.__name__ else CheckpointError
             raise kind(f"rank {rank}: {row[1]}", rule=row[2], fix=row[3])
+
+
+def _lonely(folder: Path, limit_s: float) -> SaveError:
+    return SaveError(
+        f"the ranks did not find each other's files beside {folder} in {limit_s:g} s",
+        rule="all ranks save into one folder",
+        fix="name a folder on a file system that all hosts share",
+    )
 
 
 def _told(folder: Path, error: Exception) -> SixfoldError:

@@ -333,6 +333,18 @@ class Engine:
         if waits:
             self._saving.wait()
 
+    def rehearse_save(self, folder: str | Path) -> None:
+        """Find out whether checkpoints can be saved into a folder; every rank calls it, best at the start.
+
+        A tiny checkpoint is written by all ranks, read by all ranks, and removed again.
+
+        Raises:
+            SaveError: the folder cannot be written, is not the same on every rank, or has no room for one
+                checkpoint (state that the optimizer does not have yet is counted in).
+        """
+        self._refuse_mixing("rehearse_save")
+        self._persistence.rehearse(Path(folder).expanduser())
+
     def wait_for_save(self) -> None:
         """Return when a save begun with `wait=False` is complete; every rank calls it.
 

@@ -32,7 +32,7 @@ from sixfold.checkpoint import (
 from sixfold.checkpoint.together import Saving, raise_together
 from sixfold.mesh import Mesh
 from sixfold.plan import Slot
-from sixfold.state import BoundOptimizer, ModelState, Unit
+from sixfold.state import BoundOptimizer, ModelState, Unit, state_bytes_per_weight
 
 MASTER = "master"
 ADAPTERS = "adapters"
@@ -85,6 +85,21 @@ class Persistence:
     ) -> None:
         """Begin a save; see `Saving.start`."""
         self.saving.start(folder, lambda: self._content(counters, only), snapshot=snapshot, keep=keep)
+
+    def rehearse(self, folder: Path) -> None:
+        """See `Saving.rehearse`."""
+        dtypes = {slot.group: unit.master.dtype for unit, slot in self.state.slots() if unit.plan.trainable}
+        groups = range(len(self.bound.base_lrs))
+        per_weight = state_bytes_per_weight(
+            self.bound.inner, [dtypes.get(group, torch.float32) for group in groups]
+        )
+        needed = sum(each.nbytes for each in self._persistent_buffers().values())
+        for unit, slot in self.state.slots():
+            needed += slot.numel * self.state.storage_type(unit).itemsize
+            if unit.plan.trainable:
+                master = unit.master.dtype.itemsize if self._has_master(unit) else 0
+                needed += slot.numel * (per_weight[slot.group] + master)
+        self.saving.rehearse(folder, needed)
 
     def _content(self, counters: Mapping[str, Any], only: str | None) -> Content:
         names = self._names(only)

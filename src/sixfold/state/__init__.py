@@ -4,6 +4,7 @@ Assembled by the engine from a plan and a mesh, driven by the player. It knows n
 loss; the residency table decides where state lives.
 """
 
+from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.optimizer import (
     BoundOptimizer,
     bind,
@@ -22,4 +23,5 @@ __all__ = [
     "build_optimizer",
     "make_optimizer",
     "refuse_two_definitions",
+    "state_bytes_per_weight",
 ]

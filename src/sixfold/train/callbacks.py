@@ -74,7 +74,9 @@ class Checkpoints:
         self._every = run.resolved.config.checkpoint.every
         asked = run.resolved.config.checkpoint
         self._keep = Keep(asked.keep_last, asked.keep_every)
-        self._saved_step = run.engine.num_steps if (run.folder / CHECKPOINTS).exists() else -1
+        self._saved_step = run.engine.num_steps if run.engine.num_steps else -1
+        # An impossible save is to fail now, not after hours.
+        run.engine.rehearse_save(run.folder / CHECKPOINTS)
 
     def after_update(self, run: Run, record: StepRecord) -> None:
         if self._every is not None and record.step % self._every == 0:
