@@ -114,6 +114,13 @@ class Saved:
             raise self._unknown(name, self.model_names)
         return self._read(entry)
 
+    def read(self, part: str, name: str) -> Tensor:
+        """One tensor of either part by its name in the files."""
+        entry = self._entries.get(part, {}).get(name)
+        if entry is None:
+            raise self._unknown(name, tuple(self._entries.get(part, {})))
+        return self._read(entry)
+
     def read_optimizer(self, name: str) -> dict[str, Tensor]:
         """State key -> tensor of one parameter; empty for a model tensor that has no state."""
         if name not in self._optimizer and name not in self.model_names:
@@ -190,9 +197,10 @@ class Saved:
         for file, ranges in wanted.items():
             self._ranges.fill(file, ranges)
 
-    def verify(self) -> None:
-        """Compare every file with its checksums; raises one `CheckpointError` naming all damaged files."""
-        self._ranges.verify()
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Compare files with their checksums, all of them where none are named; raises one
+        `CheckpointError` that lists the damaged ones."""
+        self._ranges.verify(files)
 
     # How names lead to bytes.
 

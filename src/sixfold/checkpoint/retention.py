@@ -112,7 +112,7 @@ def removable(folder: Path, keep: Keep) -> tuple[tuple[Path, ...], tuple[Path, .
 
 def next_serial(folder: Path) -> int:
     """The serial number of the next save into a folder: one more than any that is readable there."""
-    found = (manifest.serial for _, manifest in _scan(folder) if isinstance(manifest, Manifest))
+    found = (manifest.serial for _, manifest in scan(folder) if isinstance(manifest, Manifest))
     return 1 + max(found, default=0)
 
 
@@ -132,7 +132,7 @@ def _leftovers(folder: Path, complete: set[Path]) -> list[Path]:
 def complete(folder: Path) -> list[tuple[Path, Manifest]]:
     """Complete checkpoints, oldest first."""
     found = []
-    for path, manifest in _scan(folder):
+    for path, manifest in scan(folder):
         if isinstance(manifest, OtherVersionError):
             raise manifest
         if isinstance(manifest, Manifest):
@@ -142,8 +142,8 @@ def complete(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda pair: (pair[1].serial, pair[1].step, pair[0].name))
 
 
-def _scan(folder: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
-    """Every folder that could be a checkpoint, with its manifest or what is wrong with it."""
+def scan(folder: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
+    """Every folder inside that could be a checkpoint, with its manifest or what is wrong with it."""
     if not folder.is_dir():
         return []
     found: list[tuple[Path, Manifest | CheckpointError]] = []

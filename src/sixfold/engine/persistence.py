@@ -167,7 +167,7 @@ class Persistence:
         if training is None:
             return None
         self.bound.adopt_state(incoming.optimizer)
-        if self.keeps_settings:
+        if self.keeps_settings and training["groups"] is not None:
             self.bound.load_settings(training["groups"])
         return incoming.counters
 
@@ -222,9 +222,12 @@ class Persistence:
         with_state = {group for name, group in trained.items() if name in held}
         needed = {name for name, group in trained.items() if group in with_state}
         strangers = sorted(held ^ needed)
-        if settings["kind"] != kind or strangers or len(settings["groups"]) != len(self.bound.base_lrs):
+        # An imported checkpoint tells neither.
+        saved_kind = settings["kind"] or kind
+        num_groups = len(settings["groups"] or self.bound.base_lrs)
+        if saved_kind != kind or strangers or num_groups != len(self.bound.base_lrs):
             raise CheckpointError(
-                f"{saved.folder} holds the state of {settings['kind']} with {len(settings['groups'])} "
+                f"{saved.folder} holds the state of {saved_kind} with {num_groups} "
                 f"group(s); here is {kind} with {len(self.bound.base_lrs)}; trained on one side only: "
                 f"{', '.join(strangers[:4]) or 'nothing'}",
                 rule="optimizer state goes to the same optimizer over the same trained parameters",
