@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,109 +76,122 @@ def synced(folder: Path) -> None:
             os.close(handle)
 
 
-def contestants(engine: Any, num_layers: int, rank: int, ranks: int) -> dict[str, tuple[Any, Any]]:
-    """Name -> (save into a folder, load from it), to be called on every rank."""
+Contestant = tuple[Callable[[Path], None], Callable[[Path], None]]
+"""Save into a folder, load from it; called on every rank."""
+
+
+def raw(share_bytes: int, rank: int) -> Contestant:
+    """Each rank's share of the bytes in a file of its own."""
     import torch
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
 
-    total = num_layers * WIDTH * WIDTH * 4 * KEYS
-    share = torch.ones(total // ranks // 4)
-    target = torch.empty_like(share)
+    share = torch.ones(share_bytes // 4)
+    target = torch.ones_like(share)
 
-    def raw_save(folder: Path) -> None:
+    def save(folder: Path) -> None:
         data = share.numpy().data.cast("B")
         with open(folder / f"raw-{rank}", "wb", buffering=0) as file:
             for start in range(0, len(data), CHUNK_BYTES):
                 file.write(data[start : start + CHUNK_BYTES])
             os.fsync(file.fileno())
 
-    def raw_load(folder: Path) -> None:
+    def load(folder: Path) -> None:
         data = target.numpy().data.cast("B")
         with open(folder / f"raw-{rank}", "rb", buffering=0) as file:
             for start in range(0, len(data), CHUNK_BYTES):
                 file.readinto(data[start : start + CHUNK_BYTES])
 
-    names = [f"{layer}.{key}" for layer in range(num_layers) for key in range(KEYS)]
+    return save, load
+
+
+def whole_by_torch(names: Sequence[str], rank: int) -> Contestant:
+    """Rank 0 alone, with everything whole in its memory."""
+    import torch
+
     whole = {name: torch.ones(WIDTH, WIDTH) for name in names} if rank == 0 else {}
 
-    def torch_save(folder: Path) -> None:
+    def save(folder: Path) -> None:
         if rank == 0:
             torch.save(whole, folder / "all.pt")
             synced(folder)
 
-    def torch_load(folder: Path) -> None:
+    def load(folder: Path) -> None:
         if rank == 0:
             loaded = torch.load(folder / "all.pt", weights_only=True)
             for name, tensor in whole.items():
                 tensor.copy_(loaded[name])
 
+    return save, load
+
+
+def distributed(names: Sequence[str], rank: int, ranks: int) -> Contestant:
+    """torch.distributed.checkpoint of DTensors cut by rows, as FSDP2 has them."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     mesh = init_device_mesh("cpu", (ranks,))
     cut = {name: distribute_tensor(torch.ones(WIDTH, WIDTH), mesh, [Shard(0)]) for name in names}
 
-    def dcp_save(folder: Path) -> None:
+    def save(folder: Path) -> None:
         dcp.save(cut, checkpoint_id=folder / "dcp")
         if rank == 0:
             synced(folder)
 
-    def dcp_load(folder: Path) -> None:
-        dcp.load(cut, checkpoint_id=folder / "dcp")
-
-    found: dict[str, tuple[Any, Any]] = {
-        "raw": (raw_save, raw_load),
-        "sixfold": (
-            lambda folder: engine.save(folder / "checkpoint"),
-            lambda folder: engine.load(folder / "checkpoint"),
-        ),
-        "torch.save": (torch_save, torch_load),
-        "distributed": (dcp_save, dcp_load),
-    }
-    dist.barrier()
-    return found
+    return save, lambda folder: dcp.load(cut, checkpoint_id=folder / "dcp")
 
 
-def run_rounds(folder: Path, num_layers: int, rounds: int, rank: int, ranks: int) -> dict[str, Any]:
-    """Seconds by contestant and kind, from the slowest rank."""
+def timed(action: Callable[[], None]) -> tuple[float, float]:
+    """(seconds of the slowest rank, CPU seconds of all ranks)."""
     import torch
     import torch.distributed as dist
 
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    took = torch.tensor(time.perf_counter() - wall, dtype=torch.float64)
+    spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    dist.all_reduce(spent)
+    return float(took), float(spent)
+
+
+def run_rounds(folder: Path, num_layers: int, rounds: int, rank: int, ranks: int) -> dict[str, Any]:
+    """Turns, as `timed` has them, by contestant and kind."""
     engine = make_engine(num_layers)
-    found = contestants(engine, num_layers, rank, ranks)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"save": [], "load": []} for name in found}
-
-    def timed(action: Callable[[], None]) -> float:
-        dist.barrier()
-        began = time.perf_counter()
-        action()
-        took = torch.tensor(time.perf_counter() - began)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        return float(took)
-
+    names = [f"{layer}.{key}" for layer in range(num_layers) for key in range(KEYS)]
+    found: dict[str, Contestant] = {
+        "raw": raw(len(names) * WIDTH * WIDTH * 4 // ranks, rank),
+        "sixfold": (engine.save, engine.load),
+        "torch.save": whole_by_torch(names, rank),
+        "distributed": distributed(names, rank, ranks),
+    }
+    turns: dict[str, dict[str, list[tuple[float, float]]]] = {
+        name: {"save": [], "load": []} for name in found
+    }
     for number in range(-1, rounds):  # round -1 warms up
         for name in list(found)[:: 1 if number % 2 else -1]:
             place = folder / name
             if rank == 0:
                 shutil.rmtree(place, ignore_errors=True)
-                place.mkdir(parents=True)
+                if name != "sixfold":
+                    place.mkdir()
                 os.sync()
-            save, load = found[name]
-            taken = {"save": timed(lambda: save(place)), "load": timed(lambda: load(place))}
-            for kind, took in taken.items():
-                seconds[name][kind] += [took] if number >= 0 else []
-    return {"seconds": seconds, "background": background(engine, folder, timed, max(3, rounds))}
+            for kind, action in zip(("save", "load"), found[name], strict=True):
+                turn = timed(partial(action, place))
+                turns[name][kind] += [turn] if number >= 0 else []
+    return {"turns": turns, "background": background(engine, folder, max(3, rounds))}
 
 
-def background(
-    engine: Any, folder: Path, timed: Callable[[Callable[[], None]], float], rounds: int
-) -> dict[str, list[float]]:
+def background(engine: Any, folder: Path, rounds: int) -> dict[str, list[float]]:
     """How long a save in the background holds up training: the call, a step before, steps meanwhile."""
     found: dict[str, list[float]] = {"step": [], "blocked": [], "meanwhile": []}
+    step = partial(engine.train_step, batch())
     for number in range(rounds):
-        found["step"] += [timed(lambda: engine.train_step(batch())) for _ in range(3)]
-        found["blocked"].append(timed(lambda: engine.save(folder / f"background-{number % 2}", wait=False)))
-        found["meanwhile"] += [timed(lambda: engine.train_step(batch())) for _ in range(3)]
+        found["step"] += [timed(step)[0] for _ in range(3)]
+        save = partial(engine.save, folder / f"background-{number % 2}", wait=False)
+        found["blocked"].append(timed(save)[0])
+        found["meanwhile"] += [timed(step)[0] for _ in range(3)]
         engine.wait_for_save()
     return found
 
@@ -230,22 +244,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as text: medians, and medians of each round's ratio to the raw write."""
-    seconds, num_bytes = figures["seconds"], figures["num_bytes"]
+    """The figures as text: medians, and medians over rounds of what the raw write needed, relative to it."""
+    turns, num_bytes = figures["turns"], figures["num_bytes"]
     lines = [
-        f"{num_bytes / 1e6:.0f} MB",
+        f"{num_bytes / 1e6:.0f} MB of training state; ratios to raw of the same round, above 1: better",
         "",
-        "| | save GB/s | of raw | load GB/s | of raw |",
-        "|---|---|---|---|---|",
+        "| | save GB/s | wall | CPU | load GB/s | wall | CPU |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, kinds in seconds.items():
+    for name, kinds in turns.items():
         cells = []
         for kind in ("save", "load"):
-            ratios = [raw / own for raw, own in zip(seconds["raw"][kind], kinds[kind], strict=True)]
-            cells += [
-                f"{num_bytes / 1e9 / statistics.median(kinds[kind]):.2f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-            ]
+            cells.append(f"{num_bytes / 1e9 / statistics.median(wall for wall, _ in kinds[kind]):.2f}")
+            for which in (0, 1):
+                pairs = zip(turns["raw"][kind], kinds[kind], strict=True)
+                cells.append(f"{statistics.median(raw[which] / own[which] for raw, own in pairs):.2f}")
         lines.append(f"| {' | '.join((name, *cells))} |")
     medians = {key: 1e3 * statistics.median(values) for key, values in figures["background"].items()}
     lines += [

@@ -26,7 +26,7 @@ from sixfold.checkpoint.tensorfile import Spec
 from sixfold.checkpoint.writing import Cancelled, Plan, Save, plan
 from sixfold.mesh import Mesh
 
-_POLL_S = 0.002
+_FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.02
 _REHEARSAL = ".rehearsal"
 _REHEARSAL_LIMIT_S = 90.0
 """A shared file system may take a minute to show one host what another has written."""
@@ -124,10 +124,11 @@ class Saving:
         Raises:
             SaveError, CheckpointError: it failed on some rank; on every rank.
         """
-        flight, began = self._flight, time.monotonic()
+        flight, began, pause = self._flight, time.monotonic(), _FIRST_POLL_S
         try:
             while flight is not None and self._flight is flight:
-                time.sleep(_POLL_S)
+                time.sleep(pause)
+                pause = min(2 * pause, _LAST_POLL_S)
                 if limit_s is not None and time.monotonic() - began > limit_s and not flight.is_over:
                     flight.error = flight.error or _lonely(flight.folder, limit_s)
                 self.look()

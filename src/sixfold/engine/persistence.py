@@ -185,7 +185,7 @@ class Persistence:
             self._check_optimizer(saved, counters["optimizer"])
         read = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in buffers.items()}
         pieces = [Piece(MODEL, name, 0, tensor) for name, tensor in read.items()]
-        masters = {unit: unit.master.detach().to("cpu", copy=True) for unit in self.state.units}
+        masters = {unit: _blank(unit, names) for unit in self.state.units}
         converted: list[tuple[torch.Tensor, torch.Tensor]] = []
         for unit, slot in slots:
             part, name, dtype = MODEL, slot.name, self.state.storage_type(unit)
@@ -277,6 +277,15 @@ class Persistence:
         """The configuration file that lets Hugging Face's `from_pretrained` read the model part."""
         describe = getattr(getattr(self.module, "config", None), "to_json_string", None)
         return {"config.json": describe().encode()} if callable(describe) else {}
+
+
+def _blank(unit: Unit, names: set[str]) -> torch.Tensor:
+    """Host memory for a unit's masters [own], with the numbers of those that are not to be read."""
+    blank = torch.zeros(unit.master.shape, dtype=unit.master.dtype)
+    for slot in unit.plan.slots:
+        if slot.name not in names:
+            unit.part_of(blank, slot).copy_(unit.part_of(unit.master, slot))
+    return blank
 
 
 @dataclass(frozen=True)
