@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sixfold
 from sixfold.base.errors import CheckpointError, SaveError
 from sixfold.checkpoint import Keep, open_checkpoint, ranges, together
 from sixfold.checkpoint.files import Buffer, Files
+from sixfold.checkpoint.importing import import_folder
 from sixfold.engine import Engine
 from sixfold.testing import Pool
 from tests.ranks import plain
@@ -420,3 +425,51 @@ def test_a_folder_that_hosts_do_not_share_is_noticed(tmp_path: Path, monkeypatch
     engine = make({"zero": 0})
     with pytest.raises(SaveError, match="did not find each other's files"):
         engine.rehearse_save(tmp_path / f"host-{dist.get_rank()}")
+
+
+# A peer's folder.
+
+
+@pytest.mark.ranks(2)
+def test_what_fsdp2_saved_goes_on_here(tmp_path: Path) -> None:
+    """A model cut by rows over two ranks, saved by torch.distributed.checkpoint, against its next steps."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    x = torch.arange(24.0).view(4, 6).sin()
+    mine = x[2 * dist.get_rank() : 2 * dist.get_rank() + 2]
+    model = fully_shard(build(), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def peer_step() -> float:
+        optimizer.zero_grad()
+        loss = model(mine).square().mean()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        return float(total) / 2
+
+    for _ in range(2):
+        peer_step()
+    states, optimizer_states = get_state_dict(model, optimizer)
+    dcp.save({"model": states, "optim": optimizer_states}, checkpoint_id=tmp_path / "dcp")
+    if dist.get_rank() == 0:
+        import_folder(tmp_path / "dcp", tmp_path / "native")
+    dist.barrier()
+    fresh = build()
+    made = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    engine = sixfold.initialize(
+        fresh,
+        config={"layout": {"zero": 2}},
+        optimizer=made,
+        loss_fn=lambda output, batch: output.square().mean(),
+    )
+    engine.load(tmp_path / "native")
+    for name, tensor in states.items():
+        assert torch.equal(engine.full_state_dict()[name], tensor.full_tensor()), name
+    assert engine.num_steps == 2
+    for _ in range(2):  # the second one shows that the moments came along
+        assert engine.train_step((mine,)) == pytest.approx(peer_step(), rel=1e-6)

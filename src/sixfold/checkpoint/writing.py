@@ -209,7 +209,10 @@ class Save:
         """This rank's ranges, file by file; returns the record of their checksums."""
         tally = Tally(self._cells)
         ranges = self._ranges()
-        for number, name in enumerate(self.plan.sizes):
+        # Not all ranks begin with one file: a file system may take one writer of a file at a time.
+        numbered = list(enumerate(self.plan.sizes))
+        first = len(numbered) * self.rank // self.num_ranks
+        for number, name in (*numbered[first:], *numbered[:first]):
             mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
             if not mine and self.rank:
                 continue
