@@ -38,6 +38,11 @@ FULL: dict[str, dict[str, object]] = {
         "data": 4,
         "zero": 3,
         "shard": 2,
+        "parameters": "group",
+        "gradients": "all",
+        "optimizer": "all",
+        "blocks": ["layers.*"],
+        "prefetch_mb": 16.0,
         "tensor": 2,
         "pipe": 3,
         "context": 1,
@@ -79,14 +84,17 @@ FULL: dict[str, dict[str, object]] = {
 
 OPTIONAL = {
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
-    "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "precision.compute",
-    "precision.storage", "precision.grad", "precision.reduce", "precision.master", "optimizer.betas",
-    "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.eval_every",
-    "checkpoint.every", "checkpoint.keep_every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
+    "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard",
+    "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
+    "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
+    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps",
+    "train.eval_every", "checkpoint.every", "checkpoint.keep_every", "monitor.peak_tflops", "launch.ranks",
+    "launch.threads",
 }  # fmt: skip
 
 WORDS = {
     "model.batch_stats", "optimizer.name", "lr_schedule.name", "checkpoint.when_busy",
+    *(f"layout.{kind}" for kind in ("parameters", "gradients", "optimizer")),
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip
 
@@ -105,6 +113,7 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "data.vocab_size": (256, 65_537, 0),
     "data.sequence_length": (1, 0, -64),
     "layout.zero": (4, -1),
+    "layout.prefetch_mb": (-1.0,),
     "optimizer.lr": (0, 0.0, -1e-3),
     "optimizer.betas": ([0.9, 1.0], [-0.1, 0.9], [0.9], [0.9, 0.95, 0.99]),
     "optimizer.eps": (0.0, -1e-8),
@@ -132,7 +141,7 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("lr_schedule.name", "constant", "lr_schedule.final_ratio"),
     ("precision.compute", "fp64", "precision.storage"),
     ("precision.master", "bf16", "precision.compute"),
-    ("layout.zero", 0, "layout.shard"),
+    ("layout.parameters", "whole", "layout.prefetch_mb"),
     ("layout.shard", 3, "layout.data"),
     ("layout.expert", 3, "layout.data"),
     ("layout.data", 5, "layout.shard"),

@@ -8,7 +8,8 @@ micro-batches.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
+from sixfold.plan import cut_units
 
 Batch = dict[str, Tensor]
 NUM_SAMPLES = 12
@@ -354,8 +356,20 @@ def written_out_loss(engine: Engine, task: Task, part: Batch) -> Tensor:
     return task.loss(engine, part)  # type: ignore[arg-type]
 
 
-def largest_difference(one: nn.Module, other: nn.Module) -> float:
-    """Over all parameters and buffers, by name."""
-    mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
-    assert mine.keys() == theirs.keys()
-    return max(float((mine[name].double() - theirs[name].double()).abs().max()) for name in mine)
+@contextmanager
+def small_units() -> Iterator[None]:
+    """Units of one block each, however small the model."""
+    defaults = cut_units.__defaults__
+    cut_units.__defaults__ = (1024,)
+    try:
+        yield
+    finally:
+        cut_units.__defaults__ = defaults
+
+
+def farthest(found: Mapping[str, Tensor], reference: nn.Module) -> float:
+    """Largest difference over all parameters, by name."""
+    expected = dict(reference.named_parameters())
+    return max(
+        float((found[name].double() - each.detach().double()).abs().max()) for name, each in expected.items()
+    )

@@ -27,7 +27,7 @@ from sixfold.engine import Engine
 from sixfold.testing import Pool
 from tests.ranks import plain
 
-LAYOUTS = [
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {"zero": 2}),
     (2, {"zero": 0}),
     (2, {"zero": 1}),
@@ -36,6 +36,9 @@ LAYOUTS = [
     (4, {"zero": 1}),
     (4, {"zero": 2}),
     (4, {"zero": 2, "shard": 2}),
+    (3, {"zero": 3}),
+    (4, {"zero": 3, "shard": 2}),
+    (4, {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}),
 ]
 
 PRECISIONS: dict[str, dict[str, str]] = {
@@ -70,7 +73,7 @@ class Mixed(nn.Module):
         return out
 
 
-def make(layout: dict[str, int], precision: str = "fp64", seed: int = 0, **more: Any) -> Engine:
+def make(layout: dict[str, Any], precision: str = "fp64", seed: int = 0, **more: Any) -> Engine:
     model = Mixed()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +126,7 @@ def reference_run(folder: Path, precision: str) -> float:
     return step(engine)
 
 
-def loaded_run(layout: dict[str, int], precision: str, reference: Path) -> float:
+def loaded_run(layout: dict[str, Any], precision: str, reference: Path) -> float:
     engine = make(layout, precision, seed=1)
     engine.load(reference)
     assert engine.num_steps == 3
@@ -153,7 +156,7 @@ class Large(nn.Module):
         return x.square().mean()
 
 
-def large(layout: dict[str, int]) -> Engine:
+def large(layout: dict[str, Any]) -> Engine:
     with torch.device("meta"):
         model = Large()
     engine = sixfold.initialize(model, config={"layout": layout})
@@ -175,9 +178,9 @@ def _status(key: str) -> int:
 
 
 @pytest.mark.ranks(2, 4, timeout_s=60)
-@pytest.mark.parametrize("layout", [{"zero": 0}, {"zero": 2}, {"zero": 2, "shard": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"zero": 0}, {"zero": 2, "shard": 2}, {"zero": 3}], ids=str)
 def test_a_save_sends_little_and_needs_little_and_a_load_reads_what_it_owns(
-    layout: dict[str, int], num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: dict[str, Any], num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = large(layout)
     sent = []
@@ -230,7 +233,7 @@ class Gated(Files):
 
 
 @pytest.mark.ranks(1, 2, 3)
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_slow_disk_on_one_rank_holds_nobody_up(zero: int, num_ranks: int, tmp_path: Path) -> None:
     engine = make({"zero": zero})
     step(engine)
@@ -293,7 +296,7 @@ class Broken(Files):
 def test_a_failed_writer_is_told_by_every_rank_at_the_same_point(
     surfaces_in: str, sick: int, num_ranks: int, tmp_path: Path
 ) -> None:
-    engine = make({"zero": 2})
+    engine = make({"zero": 3})
     engine.save(tmp_path / "before")
     broken = Broken()
     if dist.get_rank() == sick % num_ranks:

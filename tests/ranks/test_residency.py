@@ -39,11 +39,6 @@ def train(engine: Engine, name: str, steps: int, shares: str = "uneven") -> None
         engine.train_step(plain.rows(batch, places))
 
 
-def farthest(found: dict[str, Tensor], reference: nn.Module) -> float:
-    expected = dict(reference.named_parameters())
-    return max(float((found[name] - each.detach()).abs().max()) for name, each in expected.items())
-
-
 # Checkpoints.
 
 ROUTES = [
@@ -84,7 +79,7 @@ def second_part(name: str, layout: dict[str, int], optimizer: str, folder: Path)
     assert engine.num_steps == 3
     train(engine, name, STEPS)
     reference = plain.plain_run(name, torch.float64, STEPS, optimizer, 2, None)
-    assert farthest(engine.full_state_dict(), reference.model) < 1e-10
+    assert plain.farthest(engine.full_state_dict(), reference.model) < 1e-10
 
 
 @pytest.mark.ranks(2, 3)
@@ -124,7 +119,7 @@ def test_groups_may_keep_different_state(tmp_path: Path) -> None:
     again.load(tmp_path / "cut")
     step(again)
     step(whole)
-    assert farthest(again.full_state_dict(), whole.module) < 1e-12
+    assert plain.farthest(again.full_state_dict(), whole.module) < 1e-12
 
 
 # Gradients and bytes.
@@ -233,7 +228,7 @@ def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         engine.train_step({"x": x[part], "first": first[part]})
-    assert farthest(engine.full_state_dict(), reference) < 1e-10
+    assert plain.farthest(engine.full_state_dict(), reference) < 1e-10
     assert engine.module.base.weight.dtype == torch.bfloat16
 
 
@@ -271,7 +266,7 @@ def test_every_lost_reduction_shows(zero: int, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(Mesh, "sum_up", sum_up)
         engine = start("decoder", {"zero": zero}, "sgd", 1)
         train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
-        return farthest(engine.full_state_dict(), reference)
+        return plain.farthest(engine.full_state_dict(), reference)
 
     assert run(None) < 1e-10
     assert calls > 4

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["fp64", "fp32", "bf16"]
+Spread = Literal["whole", "group", "all"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -94,6 +95,18 @@ class LayoutConfig(Section):
     """Residency preset of model state, 0 to 3. Unset: 0."""
     shard: Positive | None = None
     """Ranks per hybrid group that a residency cuts over. Unset: all."""
+    parameters: Spread | None = None
+    """Working parameters between their uses: "whole", cut over the "group" of layout.shard ranks, or over
+    "all" data ranks. Unset: as layout.zero says."""
+    gradients: Spread | None = None
+    """Accumulated gradients, in the same words; whole, or cut like the optimizer's state."""
+    optimizer: Spread | None = None
+    """Master weights and optimizer state, in the same words."""
+    blocks: tuple[str, ...] | None = None
+    """Name patterns ("encoder.layer.*") of the modules that are gathered, recomputed and compiled one at a
+    time. Unset: the repeated blocks, found by structure."""
+    prefetch_mb: Annotated[float, Field(ge=0.0)] | None = None
+    """Working parameters gathered ahead of their use, MB (1e6 bytes). Unset: always the next unit."""
     tensor: Positive = 1
     """Ranks along the tensor axis."""
     pipe: Positive = 1

@@ -6,7 +6,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class Engine:
         """
         self._refuse_mixing("train_step")
         self._start_update()
-        self.last = self._play(self._reducing(accumulation), batch)
+        self.last = self._play("train_step", accumulation, batch)
         self._count_update(self.last)
         return self.last.loss
 
@@ -166,7 +166,7 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                return self._play(forward_only, batch)
+                return self._play("eval_step", _evaluation, batch)
         finally:
             self.module.train(was_training)
 
@@ -177,30 +177,32 @@ class Engine:
         """
         self._refuse_mixing("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._play(self._reducing(rehearsal), batch)
+        self._play("rehearse", rehearsal, batch)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _play(self, schedule: Callable[[int], Program], batch: Batch) -> StepResult:
+    def _play(self, what: str, schedule: Callable[[int, int, int], Program], batch: Batch) -> StepResult:
         """Play this rank's program for `batch`.
 
         Args:
-            schedule: writes the program for a number of micro-batches.
+            what: the call it is for.
+            schedule: writes the program for numbers of micro-batches, of reductions, and of micro-batches
+                that only others have.
         """
         if not self._loss_form.is_settled:
-            self._loss_form.settle(to_device(batch, self.device, self._cast), self._streams, self.mesh)
+            found_on = to_device(batch, self.device, self._cast)
+            self._loss_form.settle(found_on, self._streams, self.mesh, lambda: self.state.arrive("settle"))
+        micros = split(batch, self.resolved.config.batch.micro)
+        most = self.state.largest(what, len(micros))
         counts = Counts.of(batch)
         scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
-        micros = split(batch, self.resolved.config.batch.micro)
-        program = schedule(len(micros))
+        residency = self.plan.residency
+        num_reduces = max(1, most) if residency.gradients else 1
+        program = schedule(len(micros), num_reduces, most - len(micros) if residency.parameters else 0)
         check(program)
         forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
         return self._player.play(program, forwards, scale, counts)
-
-    def _reducing(self, schedule: Callable[[int, int], Program]) -> Callable[[int], Program]:
-        """`schedule` with as many reductions as the residency of gradients asks for."""
-        return lambda num_micro: schedule(num_micro, self.state.num_reduces(num_micro))
 
     def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
         def forward() -> Share:
@@ -245,6 +247,7 @@ class Engine:
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
         self._refuse_closed("step")
+        self.state.arrive("step")
         self._start_update()
         self.last = self._written_out.step()
         self._count_update(self.last)
@@ -253,20 +256,25 @@ class Engine:
     # The whole model.
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The whole model, readable and writable; edits hold afterwards, on every rank.
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[nn.Module]:
+        """The whole model, readable and writable; edits hold afterwards, on every rank. Every rank calls it.
 
         Under a narrower compute type edits are taken over from the working parameters; numbers that
         were not edited keep their full precision.
+
+        Args:
+            parameters: which are needed; None for all. Where parameters are cut only their units are
+                gathered, and others may not be touched.
         """
         self._refuse_mixing("gathered")
-        with torch.no_grad():
+        self.state.arrive("gathered")
+        with torch.no_grad(), self.state.whole(parameters) as units:
             try:
                 yield self.module
             except BaseException:
                 self.state.undo_edits()
                 raise
-            self.state.share_edits()
+            self.state.share_edits(units)
             self.state.share_buffers(self.module.buffers())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -274,6 +282,7 @@ class Engine:
 
         Every rank calls it and gets all of it.
         """
+        self.state.arrive("full_state_dict")
         return self._persistence.full_state_dict()
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -281,6 +290,7 @@ class Engine:
 
         Every rank calls it. `parameter.grad` shows it only where gradients and optimizer are whole.
         """
+        self.state.arrive("gradients")
         return self.state.gradients()
 
     def memory(self) -> Memory:
@@ -313,6 +323,7 @@ class Engine:
                 `checkpoint.when_busy` is "refuse".
         """
         self._refuse_mixing("save")
+        self.state.arrive("save")
         asked = self.resolved.config.checkpoint
         self._saving.look()
         if self._saving.is_under_way and asked.when_busy == "refuse":
@@ -343,6 +354,7 @@ class Engine:
                 checkpoint (state that the optimizer does not have yet is counted in).
         """
         self._refuse_mixing("rehearse_save")
+        self.state.arrive("rehearse_save")
         self._persistence.rehearse(Path(folder).expanduser())
 
     def wait_for_save(self) -> None:
@@ -351,7 +363,9 @@ class Engine:
         Raises:
             SaveError: it could not be written; on every rank.
         """
-        self._saving.wait()
+        if self._saving.is_under_way:
+            self.state.arrive("wait_for_save")
+            self._saving.wait()
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it and reads its part.
@@ -363,6 +377,7 @@ class Engine:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
         self._refuse_mixing("load")
+        self.state.arrive("load")
         self._saving.wait()
         counters = self._persistence.load(Path(folder).expanduser())
         if counters is not None:
@@ -379,7 +394,9 @@ class Engine:
             return
         self._is_closed = True
         try:
-            self._saving.wait()
+            if self._saving.is_under_way:
+                self.state.arrive("close")
+                self._saving.wait()
         finally:
             self.state.remove()
             self.mesh.close()
@@ -388,7 +405,6 @@ class Engine:
         return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
 
     def _start_update(self) -> None:
-        self._saving.look()
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps))
@@ -397,6 +413,7 @@ class Engine:
         self.num_steps += 1
         self.num_samples += result.samples
         self._last_weight = result.weight
+        self._saving.look()  # here every rank is at the same point
 
     def _refuse_closed(self, what: str) -> None:
         if self._is_closed:
@@ -414,3 +431,7 @@ class Engine:
                 rule="an update that was begun is ended before another one, a save or an edit",
                 fix=f"call engine.step() before engine.{what}",
             )
+
+
+def _evaluation(num_micro: int, num_reduces: int, num_served: int) -> Program:
+    return forward_only(num_micro, num_served)

@@ -22,7 +22,7 @@ from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import materialize, module_facts
+from sixfold.parallel import materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
@@ -66,7 +66,7 @@ def initialize(
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
-    facts = module_facts(model)
+    facts = module_facts(model, blocks=asked.layout.blocks)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
     draft = decide(asked, facts.parameters, _world_size(placement))
@@ -82,13 +82,14 @@ def initialize(
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
     if facts.on_meta:
-        materialize(model, streams)
-    else:
-        model.to(place)
+        materialize(model, asked.seed, mesh)
+    move_buffers(model, place)
     made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
-    facts = module_facts(model, [group["params"] for group in made.param_groups])
+    groups = [group["params"] for group in made.param_groups]
+    facts = module_facts(model, groups, blocks=asked.layout.blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
-    state = ModelState(model, plan, mesh)
+    prefetch_mb = asked.layout.prefetch_mb
+    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
     state.share_buffers(model.buffers())
     bound = bind(made, state)
     return Engine(

@@ -105,6 +105,14 @@ class Mesh:
         """The ranks that hold the same slices, one of each shard group."""
         return self._group_of(lambda place: place % self.geometry.shard)
 
+    def place_in(self, spread: Spread) -> int:
+        """Which of the equal parts of something cut over `spread` is this rank's."""
+        place = 0
+        for axis in spread:
+            group = self._group_along(axis)
+            place = place * len(group) + group.place
+        return place
+
     def sum_up(self, partial: torch.Tensor, after: Spread) -> Pending:
         """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place."""
         if not after:
@@ -113,14 +121,32 @@ class Mesh:
 
         def across() -> None:
             summed.wait()
-            self.copies.all_reduce(mine).wait()
+            (self.copies.reduce_scatter if "data" in after else self.copies.all_reduce)(mine).wait()
 
         return Pending(finish=across)
 
-    def spread_out(self, whole: torch.Tensor, before: Spread, after: Spread) -> Pending:
-        """Start to fill `whole`, in place, from what each rank has of it: nothing is sent where it is as
-        whole as it shall be."""
-        return Pending() if before == after else self.shard.all_gather(whole)
+    def spread_out(self, tensor: torch.Tensor, before: Spread, after: Spread) -> Pending:
+        """Start to fill `tensor`, in place, from what each rank has of it.
+
+        Args:
+            tensor: what each rank shall have, cut over `after`; the part cut over `before` is in its place.
+        """
+        levels = [axis for axis in before if axis not in after]
+        parts = [tensor]
+        for axis in levels[:-1]:
+            parts.append(self._group_along(axis).slice_of(parts[-1], self._group_along(axis).place))
+        if not levels:
+            return Pending()
+        finest = self._group_along(levels[-1]).all_gather(parts[-1])
+        if len(levels) == 1:
+            return finest
+
+        def outwards() -> None:
+            finest.wait()
+            for axis, part in zip(reversed(levels[:-1]), reversed(parts[:-1]), strict=True):
+                self._group_along(axis).all_gather(part).wait()
+
+        return Pending(finish=outwards)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy rank 0's `tensor` into everyone's, in place."""
@@ -145,9 +171,15 @@ class Mesh:
 
     def largest(self, number: int) -> int:
         """The largest of the data ranks' numbers."""
-        everyones = [0.0] * self.data_ranks
-        everyones[self.data_rank] = float(number)
-        return round(max(self.total(*everyones)))
+        return round(max(row[0] for row in self.everyones(number)))
+
+    def everyones(self, *numbers: float) -> list[list[float]]:
+        """Each data rank's few numbers, by data rank."""
+        width = len(numbers)
+        table = [0.0] * (width * self.data_ranks)
+        table[width * self.data_rank : width * (self.data_rank + 1)] = numbers
+        sums = self.total(*table)
+        return [sums[start : start + width] for start in range(0, len(sums), width)]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""
@@ -213,6 +245,9 @@ class Mesh:
         """End the process group if it was started here."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _group_along(self, axis: str) -> Group:
+        return self.shard if axis == "shard" else self.copies
 
     def _group_of(self, key: Callable[[int], int]) -> Group:
         """The data ranks whose place among them has the same key as this rank's."""

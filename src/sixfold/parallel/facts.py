@@ -6,12 +6,14 @@ The plan decides from these; nothing is changed and no tensor's content is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from sixfold.base.errors import ModelError
 from sixfold.plan.units import ParameterFacts
 
 DTYPE_NAMES = {
@@ -46,21 +48,35 @@ class ModuleFacts:
     on_meta: bool
 
 
-def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = ()) -> ModuleFacts:
+def module_facts(
+    module: nn.Module,
+    groups: Iterable[Iterable[nn.Parameter]] = (),
+    *,
+    blocks: Sequence[str] | None = None,
+) -> ModuleFacts:
     """Read the facts of `module`.
 
     Args:
         groups: the optimizer's parameter groups, when there is one already.
+        blocks: name patterns of the blocks; None for the repeated ones.
+
+    Raises:
+        ModelError: a pattern fits no module.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group}
-    blocks = repeated_blocks(module)
+    names = repeated_blocks(module) if blocks is None else named_blocks(module, blocks)
     first_name: dict[nn.Parameter, str] = {}
     aliases: dict[str, str] = {}
+    block_of: dict[nn.Parameter, str | None] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
+        block = _block_of(name, names)
         if parameter in first_name:
             aliases[name] = first_name[parameter]
+            # What several blocks share belongs to none of them.
+            block_of[parameter] = block if block == block_of[parameter] else None
         else:
             first_name[parameter] = name
+            block_of[parameter] = block
     parameters = tuple(
         ParameterFacts(
             name=name,
@@ -68,7 +84,7 @@ def module_facts(module: nn.Module, groups: Iterable[Iterable[nn.Parameter]] = (
             dtype=dtype_name(parameter.dtype),
             trainable=parameter.requires_grad,
             group=group_of.get(parameter, 0),
-            block=_block_of(name, blocks),
+            block=block_of[parameter],
         )
         for parameter, name in first_name.items()
     )
@@ -98,5 +114,27 @@ def repeated_blocks(module: nn.Module) -> list[str]:
     return blocks
 
 
-def _block_of(name: str, blocks: list[str]) -> int | None:
-    return next((index for index, block in enumerate(blocks) if name.startswith(block + ".")), None)
+def named_blocks(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that a pattern fits and that lie inside no other such module.
+
+    Raises:
+        ModelError: a pattern fits no module.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                f"layout.blocks: {pattern!r} fits none of {len(names)} modules of {type(module).__name__}",
+                rule="layout.blocks names modules as module.named_modules() does; * stands for any part",
+                fix=f"take names like {', '.join(map(repr, names[:3]))}, or leave layout.blocks unset",
+            )
+    blocks: list[str] = []
+    for name in names:
+        fits = any(fnmatchcase(name, pattern) for pattern in patterns)
+        if fits and not any(name.startswith(block + ".") for block in blocks):
+            blocks.append(name)
+    return blocks
+
+
+def _block_of(name: str, blocks: Sequence[str]) -> str | None:
+    return next((block for block in blocks if name.startswith(block + ".")), None)

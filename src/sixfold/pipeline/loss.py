@@ -119,15 +119,19 @@ class LossForm:
         self._shift: int | None = None
         self.is_settled = False
 
-    def settle(self, batch: Batch, streams: Streams, mesh: Mesh) -> None:
+    def settle(self, batch: Batch, streams: Streams, mesh: Mesh, meet: Callable[[], object]) -> None:
         """Find out on a real batch whether the model divides by `num_items_in_batch`.
 
         Called on every rank until some rank had samples; ranks with empty shares follow the others.
+
+        Args:
+            meet: returns when all ranks have run the model as often as they need.
         """
         found = -1
         if self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch):
             with streams.keyed("settle"), torch.no_grad():
                 found = _honoured_shift(self._module, batch)
+        meet()
         # Votes: -1 from ranks without samples or without the ability; a real shift otherwise.
         votes = mesh.total(float(found == 0), float(found == 1), float(num_samples(batch) > 0))
         for shift in (0, 1):

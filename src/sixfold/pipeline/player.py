@@ -72,6 +72,8 @@ class Player:
         self._perform: dict[Op, Callable[[_Step, Instruction], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
+            Op.SERVE_FORWARD: lambda step, instruction: self._state.serve_forward(),
+            Op.SERVE_BACKWARD: self._serve_backward,
             Op.REDUCE: self._reduce,
             Op.STEP: self._update,
             Op.PUBLISH: lambda step, instruction: self._state.publish(),
@@ -95,8 +97,9 @@ class Player:
         """
         outer, self._step = self._step, _Step(scale, counts, forwards)
         try:
-            for instruction in program.instructions:
-                self.perform(instruction)
+            with self._state.by_program():
+                for instruction in program.instructions:
+                    self.perform(instruction)
             if self._step.result is None:
                 self._state.finish_reduce()
                 self._step.result = self._start_totals(self._step)()
@@ -116,10 +119,14 @@ class Player:
             self._step = _Step(scale=1.0)
         self._count(self._step, share)
         self._step.shares[micro] = share
+        self._accumulate(self._step)
+        if self._state.reduces_with_backward:
+            self._state.open_reduce()
         self._backward(self._step, Instruction(Op.BACKWARD, 0, micro), retain_graph=retain_graph)
 
     def update(self, counts: Counts, *, has_means: bool) -> StepResult:
-        """Perform the end of a written-out step: `reduce 0 | step | publish 0`.
+        """Perform the end of a written-out step: `reduce 0 | step | publish 0`, less the reduction where
+        every backward has had its own.
 
         Args:
             counts: this rank's samples and targets.
@@ -129,7 +136,9 @@ class Player:
             if self._step is None:
                 self._step = _Step(scale=1.0)
             self._step.counts, self._step.has_means = counts, has_means
-            for instruction in Program.parse("reduce 0 | step | publish 0").instructions:
+            self._accumulate(self._step)
+            reduce = "" if self._state.reduces_with_backward else "reduce 0 |"
+            for instruction in Program.parse(f"{reduce} step | publish 0").instructions:
                 self.perform(instruction)
             assert self._step.result is not None, "the instruction step leaves a result"
             return self._step.result
@@ -158,7 +167,12 @@ class Player:
                 fix="put the forward before it in the program",
             )
         self._accumulate(step)
-        share.value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        with self._state.backward():
+            share.value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    def _serve_backward(self, step: _Step, instruction: Instruction) -> None:
+        self._accumulate(step)
+        self._state.serve_backward()
 
     def _reduce(self, step: _Step, instruction: Instruction) -> None:
         self._accumulate(step)

@@ -6,6 +6,7 @@ ranks only and forms no process group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -38,6 +39,11 @@ class Geometry:
     def degree(self, axis: str) -> int:
         """Ranks along `axis`."""
         return dict(self.degrees)[axis]
+
+    def num_parts(self, spread: Sequence[str]) -> int:
+        """Equal parts that something cut over the axes of `spread` has."""
+        parts = {"shard": self.shard, "data": self.degree("data") // self.shard}
+        return prod(parts[axis] for axis in spread)
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Where `rank` stands along `axis`, from 0."""

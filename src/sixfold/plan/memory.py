@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sixfold.base.units import bytes_text
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
+from sixfold.plan.residency import Spread
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,19 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
     Args:
         num_moments: numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum.
     """
+    row = plan.residency
     parameters = gradients = master = optimizer = 0
     for unit in plan.units:
         types = plan.precision_of(unit)
-        held = unit.numel // unit.num_slices
+
+        def part(spread: Spread, numel: int = unit.numel) -> int:
+            return numel // plan.geometry.num_parts(spread)
+
         item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
-        parameters += item_bytes * (held if plan.residency.parameters else unit.numel)
+        parameters += item_bytes * part(row.parameters)
         if unit.trainable and types is not None:
-            own = held if plan.residency.optimizer else unit.numel
-            gradients += ITEM_BYTES[types.grad] * (held if plan.residency.gradients else unit.numel)
+            own = part(row.optimizer)
+            gradients += ITEM_BYTES[types.grad] * part(row.gradients)
             master += ITEM_BYTES[types.master] * own * (types.master != types.compute)
             optimizer += ITEM_BYTES[types.master] * own * num_moments
     return Memory(parameters, gradients, master, optimizer)

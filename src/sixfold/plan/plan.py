@@ -13,7 +13,7 @@ from sixfold.base.units import bytes_text, count_text
 from sixfold.config import Config
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.precision import ITEM_BYTES, PrecisionPlan, decide_precision
-from sixfold.plan.residency import Residency, decide_residency
+from sixfold.plan.residency import ALL, Residency, decide_residency
 from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
 
 
@@ -37,17 +37,28 @@ class Plan:
         """The number types of `unit`; None where its numbers are not floating."""
         return next((types for types in self.precision if types.compute == unit.dtype), None)
 
+    def _windows_text(self) -> str:
+        sizes = [(unit.blocks, unit.numel * ITEM_BYTES.get(unit.dtype, 1)) for unit in self.units]
+        coming = [size for blocks, size in sizes if blocks]
+        staying = sum(size for blocks, size in sizes if not blocks)
+        return (
+            f"windows     {bytes_text(staying)} whole during a pass, and of {len(coming)} unit(s) of blocks "
+            f"those in use, the largest {bytes_text(max(coming, default=0))}"
+        )
+
     def __str__(self) -> str:
         trainable = sum(slot.numel for unit in self.units if unit.trainable for slot in unit.slots)
         frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
         working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
         groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
+        windows = (self._windows_text(),) if self.residency.parameters else ()
         return "\n".join(
             (
                 f"ranks       {self.geometry.world_size}: {self.geometry}",
                 f"parameters  {count_text(trainable)} trained, {count_text(frozen)} frozen, "
                 f"{bytes_text(working)} in {len(self.units)} unit(s)",
                 f"residency   {self.residency}{groups}",
+                *windows,
                 *(f"precision   {types}" for types in self.precision),
             )
         )
@@ -83,11 +94,14 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
         for facts in parameters
     ]
     geometry, residency = decide_geometry(config.layout, world_size), decide_residency(config.layout)
-    num_slices = geometry.shard if residency.is_cut else 1
-    num_copies = geometry.degree("data") // geometry.shard if residency.is_cut else 1
     return Plan(
         geometry=geometry,
         residency=residency,
         precision=tuple(dict.fromkeys(types.values())),
-        units=cut_units(working, num_slices=num_slices, num_copies=num_copies),
+        units=cut_units(
+            working,
+            num_slices=geometry.num_parts(residency.optimizer),
+            num_pieces=geometry.num_parts(ALL) if residency.is_cut else 1,
+            by_block=bool(residency.parameters),
+        ),
     )

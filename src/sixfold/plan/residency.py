@@ -1,21 +1,26 @@
 """The residency table: where each kind of model state lives, as rows of data.
 
-Chosen by `layout.zero`; read by the state engine, which derives every collective from it. A new
-variant is a new row here, never a branch elsewhere.
+Chosen by `layout.zero`, each kind overridden by its own key; read by the state engine, which derives
+every collective from it. A new variant is a new row here, never a branch elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sixfold.base.errors import PlanError
 from sixfold.config import LayoutConfig
 
 Spread = tuple[str, ...]
-"""Axes over which something is cut; () means whole on every rank."""
+"""Axes over which something is cut, the outer cut first; () means whole on every rank."""
 
 WHOLE: Spread = ()
-CUT: Spread = ("shard",)
+GROUP: Spread = ("shard",)
+ALL: Spread = ("shard", "data")
+"""Each slice of a group cut once more, over the groups."""
+
+SPREADS: dict[str, Spread] = {"whole": WHOLE, "group": GROUP, "all": ALL}
+"""By the words of `layout.parameters`, `layout.gradients` and `layout.optimizer`."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Residency:
     """Over what each kind of state is cut.
 
     Args:
-        parameters: working parameters, in the compute type.
+        parameters: working parameters, in the compute type, between their uses.
         gradients: accumulated gradients.
         optimizer: master weights and the optimizer's own state.
     """
@@ -43,28 +48,55 @@ class Residency:
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
         )
-        return ", ".join(f"{kind} {'cut over ' + '+'.join(cut) if cut else 'whole'}" for kind, cut in kinds)
+        return ", ".join(f"{kind} {_text(spread)}" for kind, spread in kinds)
+
+
+def _text(spread: Spread) -> str:
+    return f"cut over {'+'.join(spread)}" if spread else "whole"
 
 
 PRESETS: dict[int, Residency] = {
     0: Residency(WHOLE, WHOLE, WHOLE),
-    1: Residency(WHOLE, WHOLE, CUT),
-    2: Residency(WHOLE, CUT, CUT),
+    1: Residency(WHOLE, WHOLE, GROUP),
+    2: Residency(WHOLE, GROUP, GROUP),
+    3: Residency(GROUP, GROUP, GROUP),
 }
-"""By `layout.zero`. The shard axis is all data ranks unless `layout.shard` makes smaller groups of them."""
+"""By `layout.zero`. A group is all data ranks unless `layout.shard` makes smaller ones of them."""
 
 
 def decide_residency(layout: LayoutConfig) -> Residency:
-    """The row that `layout.zero` names; unset is preset 0.
+    """The row that `layout.zero` names (unset: 0), with the kinds that have a key of their own.
 
     Raises:
-        PlanError: no such row.
+        PlanError: no such row, or kinds that do not go together.
     """
     zero = layout.zero or 0
     if zero not in PRESETS:
         raise PlanError(
             f"layout.zero = {zero}",
-            rule=f"this version has residency presets: {', '.join(map(str, PRESETS))}",
+            rule=f"there are residency presets {', '.join(map(str, PRESETS))}",
             fix=f"set layout.zero = {max(PRESETS)}",
         )
-    return PRESETS[zero]
+    own = {
+        kind: SPREADS[word]
+        for kind in ("parameters", "gradients", "optimizer")
+        if (word := getattr(layout, kind)) is not None
+    }
+    row = replace(PRESETS[zero], **own)
+    if len(row.parameters) > len(row.optimizer) or row.gradients not in (WHOLE, row.optimizer):
+        finest = max(row.parameters, row.gradients, key=len)
+        changes = [
+            "layout.optimizer",
+            *(["layout.gradients"] if row.gradients not in (WHOLE, finest) else []),
+        ]
+        raise PlanError(
+            f"layout: {row}",
+            rule="parameters are cut no finer than the optimizer state they are updated from; gradients "
+            "are whole or cut like it",
+            fix="set " + " and ".join(f'{key} = "{_word(finest)}"' for key in changes),
+        )
+    return row
+
+
+def _word(spread: Spread) -> str:
+    return next(word for word, each in SPREADS.items() if each == spread)

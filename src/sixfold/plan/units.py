@@ -30,7 +30,7 @@ class ParameterFacts:
         dtype: its working type.
         trainable: whether it gets gradients.
         group: the optimizer group it belongs to.
-        block: which of the module's repeated blocks holds it, None outside of them.
+        block: name of the repeated block that holds it, None outside of them.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ParameterFacts:
     dtype: str
     trainable: bool
     group: int = 0
-    block: int | None = None
+    block: str | None = None
 
     @property
     def numel(self) -> int:
@@ -70,7 +70,9 @@ class UnitPlan:
         trainable: whether it has gradients and optimizer state.
         slots: places in order, without overlap.
         numel: elements of the flat buffer, padding included.
-        num_slices: equal slices it may be cut into.
+        num_slices: equal slices that its optimizer state is cut into.
+        blocks: names of the repeated blocks it belongs to, in module order; none for what lies outside of
+            them, and where units may hold both.
     """
 
     dtype: str
@@ -78,6 +80,7 @@ class UnitPlan:
     slots: tuple[Slot, ...]
     numel: int
     num_slices: int = 1
+    blocks: tuple[str, ...] = ()
 
     def slice_of(self, index: int) -> tuple[int, int]:
         """(start, stop) of one of the `num_slices` equal, contiguous slices."""
@@ -108,7 +111,8 @@ def cut_units(
     target_bytes: int = TARGET_BYTES,
     *,
     num_slices: int = 1,
-    num_copies: int = 1,
+    num_pieces: int = 1,
+    by_block: bool = False,
 ) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
@@ -117,20 +121,23 @@ def cut_units(
     exactly one slot.
 
     Args:
-        num_slices: ranks that a unit may be cut over; it is padded to equal slices.
-        num_copies: groups of such ranks; a slice is padded to as many equal pieces, by which the groups
-            sum it.
+        num_slices: see UnitPlan.
+        num_pieces: equal pieces that a unit is padded to, a multiple of num_slices: groups sum what they
+            share by pieces.
+        by_block: never put parameters of blocks and others into one unit, so that units can come and go
+            with their blocks.
     """
-    multiple = ALIGN * num_slices * num_copies
+    multiple = ALIGN * num_pieces
 
     def laid_out(run: Sequence[ParameterFacts]) -> UnitPlan:
-        return _lay_out(run, num_slices, multiple)
+        blocks = tuple(dict.fromkeys(facts.block for facts in run if facts.block is not None))
+        return _lay_out(run, num_slices, multiple, blocks if by_block else ())
 
-    open_runs: dict[tuple[str, bool], list[ParameterFacts]] = {}
+    open_runs: dict[tuple[str, bool, bool], list[ParameterFacts]] = {}
     done: list[tuple[int, UnitPlan]] = []
-    order: dict[tuple[str, bool], int] = {}
+    order: dict[tuple[str, bool, bool], int] = {}
     for place, facts in enumerate(parameters):
-        kind = (facts.dtype, facts.trainable)
+        kind = (facts.dtype, facts.trainable, by_block and facts.block is not None)
         run = open_runs.setdefault(kind, [])
         starts_block = not run or facts.block is None or run[-1].block != facts.block
         if run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes:
@@ -143,13 +150,16 @@ def cut_units(
     return tuple(unit for _, unit in sorted(done, key=lambda item: item[0]))
 
 
-def _lay_out(run: Sequence[ParameterFacts], num_slices: int, multiple: int) -> UnitPlan:
+def _lay_out(
+    run: Sequence[ParameterFacts], num_slices: int, multiple: int, blocks: tuple[str, ...]
+) -> UnitPlan:
     slots: list[Slot] = []
     offset = 0
     for facts in sorted(run, key=lambda facts: facts.group):
         slots.append(Slot(facts.name, facts.shape, offset, facts.group))
         offset += _round_up(facts.numel)
-    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), _round_up(offset, multiple), num_slices)
+    numel = _round_up(offset, multiple)
+    return UnitPlan(run[0].dtype, run[0].trainable, tuple(slots), numel, num_slices, blocks)
 
 
 def _bytes(run: Sequence[ParameterFacts]) -> int:

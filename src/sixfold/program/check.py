@@ -12,13 +12,17 @@ from functools import lru_cache
 from sixfold.base.errors import ProgramError
 from sixfold.program.instructions import Instruction, Op, Program
 
+_FORWARD_OF = {Op.BACKWARD: Op.FORWARD, Op.SERVE_BACKWARD: Op.SERVE_FORWARD}
+_BACKWARD_OF = {forward: backward for backward, forward in _FORWARD_OF.items()}
+
 
 @lru_cache(maxsize=256)
 def check(program: Program) -> None:
     """Raise ProgramError unless `program` can be played.
 
-    No instruction but `reduce` stands twice. Every backward follows its forward. A program with `step`
-    makes an update: every forward has its backward before it; every stage opens a reduction window, with
+    No instruction but `reduce` stands twice. Every backward follows its forward, run or served alike.
+    A program with `step` makes an update: every forward has its backward before it; every stage opens a
+    reduction window, with
     at most one backward of its own in each; after `step` comes nothing but one `publish` for
     each stage. A program without `step` publishes nothing.
     """
@@ -34,8 +38,8 @@ def _problems(program: Program) -> Iterator[tuple[str, str]]:
         place[instruction] = index
     end = place.get(Instruction(Op.STEP))
     for instruction, index in place.items():
-        if instruction.op is Op.BACKWARD:
-            forward = Instruction(Op.FORWARD, instruction.stage, instruction.micro)
+        if instruction.op in _FORWARD_OF:
+            forward = Instruction(_FORWARD_OF[instruction.op], instruction.stage, instruction.micro)
             if place.get(forward, len(place)) > index:
                 yield f"{instruction} without {forward} before it", "put the forward first"
         if instruction.op is Op.PUBLISH and (end is None or index < end):
@@ -50,8 +54,8 @@ def _problems(program: Program) -> Iterator[tuple[str, str]]:
 def _update_problems(place: dict[Instruction, int]) -> Iterator[tuple[str, str]]:
     stages = sorted({instruction.stage for instruction in place if instruction.stage is not None})
     for instruction in place:
-        if instruction.op is Op.FORWARD:
-            backward = Instruction(Op.BACKWARD, instruction.stage, instruction.micro)
+        if instruction.op in _BACKWARD_OF:
+            backward = Instruction(_BACKWARD_OF[instruction.op], instruction.stage, instruction.micro)
             if backward not in place:
                 yield f"{instruction} without {backward}", "add the backward"
     for stage in stages:

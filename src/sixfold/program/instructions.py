@@ -20,6 +20,10 @@ class Op(Enum):
     """Run a stage forward on one micro-batch and keep what backward needs."""
     BACKWARD = "backward"
     """Run that stage backward; gradients accumulate."""
+    SERVE_FORWARD = "serve-forward"
+    """Take part in the forward that other ranks run on a micro-batch this rank does not have."""
+    SERVE_BACKWARD = "serve-backward"
+    """The same for its backward."""
     REDUCE = "reduce"
     """Open the stage's reduction window: from here a unit whose gradients are complete is reduced,
     in fixed order, while later instructions run. `step` closes every window."""
@@ -32,6 +36,8 @@ class Op(Enum):
 _FIELDS = {
     Op.FORWARD: 2,
     Op.BACKWARD: 2,
+    Op.SERVE_FORWARD: 2,
+    Op.SERVE_BACKWARD: 2,
     Op.REDUCE: 1,
     Op.PUBLISH: 1,
     Op.STEP: 0,

@@ -2,13 +2,15 @@
 
 Driven by the player: `open_reduce` before the last backward, then `finish_reduce`, the optimizer,
 `publish`. Units are reduced in one fixed order, last unit first, whichever parameters were used on
-this rank. It issues collectives only through the mesh and never looks at a loss.
+this rank; where parameters are cut, `Gathering` makes them whole while they are used. It issues
+collectives only through the mesh and never looks at a loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -17,7 +19,9 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
 from sixfold.parallel import DTYPES
 from sixfold.plan import Plan, Slot
+from sixfold.state.gathering import BACKWARD, FORWARD, Gathering
 from sixfold.state.unit import Unit
+from sixfold.state.windows import ReduceWindow
 
 
 class ModelState:
@@ -25,25 +29,99 @@ class ModelState:
 
     Args:
         module: whose parameters become views of the units' buffers.
+        prefetch_bytes: bound on what is gathered ahead of its use; None for always one unit.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, prefetch_bytes: int | None = None) -> None:
         self.mesh = mesh
         self.residency = plan.residency
         self._module = module
         parameters = dict(module.named_parameters())
-        self.units = [
-            Unit(unit, plan.precision_of(unit), plan.residency, parameters, mesh) for unit in plan.units
-        ]
+        self.units: list[Unit] = []
+        for unit_plan in plan.units:
+            unit = Unit(unit_plan, plan.precision_of(unit_plan), plan.residency, parameters, mesh)
+            self.units.append(unit)
+            if self.residency.parameters:
+                unit.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
-        self._window = _ReduceWindow(self.trained)
+        self._window = ReduceWindow(self.trained)
         self._is_reduced = False
+        self._has_served = False
+        cut = self.units if self.residency.parameters else []
+        self._gathering = Gathering(module, cut, mesh, self._serve_asked, prefetch_bytes)
 
-    def share_edits(self) -> None:
+    # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
+
+    def arrive(self, what: str) -> None:
+        """Come to the call `what` of the engine; ranks in a pass are served until they come too."""
+        self._gathering.meet(what)
+
+    def largest(self, what: str, num_micro: int) -> int:
+        """`arrive`; the largest `num_micro` of all ranks, or this rank's own where nothing that is sent
+        depends on the others'."""
+        if self.residency.parameters:
+            return round(max(self._gathering.meet(what, num_micro)))
+        return self.mesh.largest(num_micro) if self.residency.gradients else num_micro
+
+    def by_program(self) -> AbstractContextManager[None]:
+        """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
+        return self._gathering.by_program()
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Inside, the one backward pass that this rank makes now."""
+        return self._gathering.backward()
+
+    def serve_forward(self) -> None:
+        """Take part in the others' forward."""
+        self._gathering.serve(FORWARD)
+
+    def serve_backward(self) -> None:
+        """Take part in the others' backward and, in an open window, in its reductions."""
+        # All at once and first: others wait for these before they gather on.
+        self._window.flush()
+        self._gathering.serve(BACKWARD)
+
+    def _serve_asked(self, kind: str) -> None:
+        if kind != BACKWARD:
+            self._gathering.serve(kind)
+            return
+        if not self._has_served:
+            self.begin()
+            self._has_served = True
+        if self.reduces_with_backward:
+            self.open_reduce()
+        self.serve_backward()
+
+    @property
+    def reduces_with_backward(self) -> bool:
+        """Whether each backward of a written-out loop ends in a reduction; all ranks are in it anyway."""
+        return bool(self.residency.parameters and self.residency.gradients)
+
+    @contextmanager
+    def whole(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[list[Unit]]:
+        """The units of `parameters` (None: all) with their working parameters whole.
+
+        Edits are lost unless `share_edits` takes them over.
+        """
+        asked = None if parameters is None else {id(parameter) for parameter in parameters}
+        units = [
+            unit
+            for unit in self.units
+            if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
+        ]
+        with self._gathering.held(units):
+            try:
+                yield units
+            finally:
+                for unit in units:
+                    unit.forget_edits()
+
+    def share_edits(self, units: Iterable[Unit]) -> None:
         """Give every rank what rank 0 has in its working parameters, and take it over."""
-        for pending in [self.mesh.broadcast(unit.working) for unit in self.units]:
+        units = list(units)
+        for pending in [self.mesh.broadcast(unit.working) for unit in units]:
             pending.wait()
-        for unit in self.units:
+        for unit in units:
             unit.absorb_edits()
 
     def undo_edits(self) -> None:
@@ -66,6 +144,9 @@ class ModelState:
 
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go."""
+        if self._has_served:  # begun already, for others
+            self._has_served = False
+            return
         self._window.abandon()
         self._is_reduced = False
         self._check_module()
@@ -74,13 +155,6 @@ class ModelState:
             unit.absorb_noted_edits()
         for unit in self.trained:
             unit.drop_grads()
-
-    def num_reduces(self, num_micro: int) -> int:
-        """How often an update of `num_micro` micro-batches on this rank is reduced, the same on every rank.
-
-        Whole gradients are held and reduced once; cut ones after every micro-batch.
-        """
-        return max(1, self.mesh.largest(num_micro)) if self.residency.gradients else 1
 
     def _check_module(self) -> None:
         known = {id(parameter) for unit in self.units for parameter in unit.parameters}
@@ -121,8 +195,9 @@ class ModelState:
         """The 2-norm of all reduced gradients, the same on every rank."""
         square = sum(float(unit.grad_square) for unit in self.trained)
         if self.residency.optimizer:
-            # Every rank has the squares of its slices, and each slice is held by `copies` ranks.
-            square = self.mesh.total(square)[0] / len(self.mesh.copies)
+            # Every rank has the squares of its slices, and some have the same ones.
+            num_slices = self.mesh.geometry.num_parts(self.residency.optimizer)
+            square = self.mesh.total(square)[0] * num_slices / self.mesh.data_ranks
         return math.sqrt(square)
 
     def non_finite(self, grad_norm: float) -> ModelError:
@@ -158,6 +233,7 @@ class ModelState:
         self._publish(self.units)
 
     def _publish(self, units: Iterable[Unit]) -> None:
+        self._gathering.refresh()
         for pending in [unit.publish() for unit in units]:
             pending.wait()
 
@@ -187,7 +263,7 @@ class ModelState:
 
     def live_bytes(self) -> tuple[int, int, int]:
         """Bytes that live from step to step: working parameters, gradients, masters."""
-        parameters = sum(_bytes_of(unit.working) for unit in self.units)
+        parameters = sum(_bytes_of(unit.part) for unit in self.units)
         gradients = sum(_bytes_of(unit.grads) for unit in self.trained if unit.grads is not None)
         masters = sum(_bytes_of(unit.master) for unit in self.trained if unit.master is not unit.held)
         return parameters, gradients, masters
@@ -195,77 +271,9 @@ class ModelState:
     def remove(self) -> None:
         """Take the hooks off the module; its parameters stay usable."""
         self._window.remove()
+        self._gathering.remove()
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:
     """Of the storage, so that a view counts as what it keeps alive."""
     return tensor.untyped_storage().nbytes()
-
-
-class _ReduceWindow:
-    """Reduces units in fixed order while backward runs.
-
-    A unit is complete when each of its parameters has received its gradient since the window was
-    opened; parameters that receive none are counted in by `close`.
-    """
-
-    def __init__(self, units: list[Unit]) -> None:
-        self._order = list(reversed(units))
-        self._missing: dict[Unit, int] = {}
-        self._next = 0
-        self._open = False
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))  # type: ignore[no-untyped-call]
-            for unit in units
-            for index, parameter in enumerate(unit.parameters)
-        ]
-
-    def open(self) -> None:
-        self._missing = {unit: len(unit.parameters) for unit in self._order}
-        self._next = 0
-        self._open = True
-
-    def abandon(self) -> None:
-        """Forget a window that an error left open."""
-        self._open = False
-
-    def flush(self) -> None:
-        while self._open and self._next < len(self._order):
-            self._start()
-
-    def close(self) -> None:
-        if not self._open:
-            return
-        self.flush()
-        for unit in self._order:
-            unit.finish_reduce()
-        self._open = False
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _start(self) -> None:
-        unit = self._order[self._next]
-        unit.home_grads()
-        unit.start_reduce()
-        self._next += 1
-
-    def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
-        def arrived(parameter: nn.Parameter) -> None:
-            unit.home_grad(index)
-            if not self._open:
-                return
-            self._missing[unit] -= 1
-            if self._missing[unit] < 0:
-                raise StateError(
-                    f"a parameter of shape {tuple(parameter.shape)} received a second gradient after its "
-                    "unit was handed to the reduction",
-                    rule="one backward pass gives each parameter its gradient once",
-                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                    "(engine.backward), which reduces in step()",
-                )
-            while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
-                self._start()
-
-        return arrived

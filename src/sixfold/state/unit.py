@@ -3,7 +3,7 @@
 Parameters become views of the working buffer and keep their identity; gradients accumulate into views of
 a gradient buffer; the optimizer updates the master, which is the working numbers themselves where both
 have the same type. Which of these are whole and which are this rank's slice is the residency's; every
-collective follows from it. Made by `ModelState`; it never decides when to reduce.
+collective follows from it. Made by `ModelState`; it never decides when to gather or to reduce.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import nn
 from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh, Pending
 from sixfold.parallel import DTYPES
-from sixfold.plan import PrecisionPlan, Residency, Slot, UnitPlan
+from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
+from sixfold.plan.residency import ALL
+from sixfold.state.absent import absent_class
 
 
 class Unit:
@@ -44,14 +46,17 @@ class Unit:
         self._mesh = mesh
         self.spread = residency.optimizer if plan.trainable else residency.parameters
         """Over what `held`, `master` and `grads` are cut."""
-        start, stop = plan.slice_of(mesh.shard.place) if self.spread else (0, plan.numel)
-        self.own = slice(start, stop)
+        self.own = self._range_of(self.spread)
         """Elements of the unit in `held`, `master` and `grads`."""
+        self.kept = self._range_of(residency.parameters)
+        """Elements of the unit in `part`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
         self.working = self._zeros(plan.numel, compute)
-        """What forward and backward read: [numel] in the compute type."""
-        self.held = self.working[self.own]
-        """This rank's own part of it: [own]."""
+        """What forward and backward read: [numel] in the compute type. Without memory while it is dropped."""
+        self.part = self._zeros(_length(self.kept), compute) if residency.parameters else self.working
+        """What this rank keeps of it: [kept]."""
+        self.held = self.part[self.own.start - self.kept.start : self.own.stop - self.kept.start]
+        """What this rank publishes of it: [own]."""
         self.master = self.held
         """What the optimizer updates: [own] in the master type."""
         self.grads: torch.Tensor | None = None
@@ -67,6 +72,17 @@ class Unit:
             self._make_trainable(precision)
         self._adopt()
         self._versions = [parameter._version for parameter in self.parameters]
+        self.is_dropped = False
+        self._classes = [type(parameter) for parameter in self.parameters]
+        names = {
+            id(parameter): slot.name for parameter, slot in zip(self.parameters, plan.slots, strict=True)
+        }
+        self._absent_classes = [absent_class(parameter, names) for parameter in self.parameters]
+
+    def _range_of(self, spread: Spread) -> slice:
+        size = self.plan.numel // self._mesh.geometry.num_parts(spread)
+        place = self._mesh.place_in(spread)
+        return slice(place * size, (place + 1) * size)
 
     def _make_trainable(self, precision: PrecisionPlan) -> None:
         if precision.master != precision.compute:
@@ -128,8 +144,8 @@ class Unit:
     def share(self) -> slice:
         """The elements of `own` that this rank writes into a checkpoint: ranks that hold the same ones
         divide them among themselves."""
-        same = self._mesh.copies if self.spread else None
-        place, count = (same.place, len(same)) if same else (self._mesh.data_rank, self._mesh.data_ranks)
+        same = [axis for axis in ALL if axis not in self.spread]
+        place, count = self._mesh.place_in(tuple(same)), self._mesh.geometry.num_parts(same)
         size = self.own.stop - self.own.start
         return slice(self.own.start + size * place // count, self.own.start + size * (place + 1) // count)
 
@@ -139,15 +155,77 @@ class Unit:
 
     def fill(self, whole: torch.Tensor) -> None:
         """Take over numbers [numel], the same on every rank, as master and working copy."""
+        self.part.copy_(whole[self.kept])
         self.master.copy_(whole[self.own])
-        self.held.copy_(self.master)
-        self.working.copy_(whole)
+
+    # Where working parameters are cut: they come and go.
+
+    @property
+    def working_bytes(self) -> int:
+        """Size of `working` while it is whole."""
+        return self.working.numel() * self.working.element_size()
+
+    def gather(self) -> Pending:
+        """Start to make `working` whole, in the memory it had before: what autograd saved of it is valid
+        again. The parameters can be used after `show`."""
+        if self.is_dropped:
+            self.working.untyped_storage().resize_(self.working_bytes)
+        self.working[self.kept].copy_(self.part)
+        return self._mesh.spread_out(self.working, self.residency.parameters, ())
+
+    def show(self) -> None:
+        """Let the parameters be used: `working` is whole."""
+        self.is_dropped = False
+        self._take_classes(self._classes)
+
+    def drop(self) -> None:
+        """Free `working`; its parameters raise when they are touched.
+
+        Raises:
+            StateError: a parameter was edited since `show`, which would be lost.
+        """
+        versions = [parameter._version for parameter in self.parameters]
+        if versions != self._versions:
+            edited = [
+                slot.name
+                for slot, now, then in zip(self.plan.slots, versions, self._versions, strict=True)
+                if now != then
+            ]
+            raise StateError(
+                f"{', '.join(edited[:4])} changed in place during a forward or backward",
+                rule="with cut parameters (layout.zero = 3) a gathered copy lives until its block has run, "
+                "so an edit of it would be lost",
+                fix="edit inside `with engine.gathered():`, or set layout.zero = 2",
+            )
+        self._take_classes(self._absent_classes)
+        self.working.untyped_storage().resize_(0)
+        self.is_dropped = True
+
+    def _take_classes(self, classes: list[type[nn.Parameter]]) -> None:
+        for parameter, kind in zip(self.parameters, classes, strict=True):
+            parameter.__class__ = kind
+
+    def _unmask(self) -> None:
+        """Their own classes for a moment: what is asked next needs no numbers."""
+        if self.is_dropped:
+            self._take_classes(self._classes)
+
+    def _mask(self) -> None:
+        if self.is_dropped:
+            self._take_classes(self._absent_classes)
 
     def check_home(self) -> None:
         """Raise if a parameter was frozen, unfrozen, or moved out of the working buffer by the user.
 
         Such a change would otherwise be trained past: its gradients would go nowhere.
         """
+        self._unmask()
+        try:
+            self._refuse_strangers()
+        finally:
+            self._mask()
+
+    def _refuse_strangers(self) -> None:
         base, size = self.working.data_ptr(), self.working.element_size()
         for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
             if parameter.requires_grad is not self.plan.trainable:
@@ -156,6 +234,8 @@ class Unit:
                     rule="what is trained is decided once, when units and optimizer are made",
                     fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
                 )
+            if self.is_dropped:
+                continue  # without numbers there is nothing that could have been replaced
             if slot.numel and parameter.data_ptr() != base + slot.offset * size:
                 raise StateError(
                     f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
@@ -179,8 +259,10 @@ class Unit:
 
     def _release(self) -> None:
         """Let go of this rank's own gradients: the parameters show none, borrowed memory goes back."""
+        self._unmask()
         for parameter in self.parameters:
             parameter.grad = None
+        self._mask()
         if self.residency.gradients and self._local is not None:
             self._mesh.scratch.give(self._local)
             self._local, self._local_views = None, []
@@ -211,8 +293,10 @@ class Unit:
 
     def home_grads(self) -> None:
         """Bring all gradients into the buffer."""
+        self._unmask()
         for index in range(len(self.parameters)):
             self.home_grad(index)
+        self._mask()
 
     def start_reduce(self) -> None:
         """Start to sum gradients over the data ranks, in the reduce type."""
@@ -249,10 +333,12 @@ class Unit:
         """Start to bring the updated master into the working parameters."""
         if self.master is not self.held:
             self.held.copy_(self.master)
-        return self._mesh.spread_out(self.working, self.spread, self.residency.parameters)
+        return self._mesh.spread_out(self.part, self.spread, self.residency.parameters)
 
     def absorb_noted_edits(self) -> None:
         """Take over edits that torch has counted since the last call (`load_state_dict`, `mul_`, ...)."""
+        if self.residency.parameters:
+            return  # `drop` has looked
         versions = [parameter._version for parameter in self.parameters]
         if versions != self._versions:
             if self.plan.trainable:
@@ -265,3 +351,14 @@ class Unit:
             edited = self.working[self.own]
             kept = edited == self.master.to(edited.dtype)
             self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
+        if self.part is not self.working:
+            self.part.copy_(self.working[self.kept])
+            self._versions = [parameter._version for parameter in self.parameters]
+
+    def forget_edits(self) -> None:
+        """Note that `working` will be overwritten from `part`."""
+        self._versions = [parameter._version for parameter in self.parameters]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)

@@ -1,0 +1,84 @@
+"""What a parameter is while its numbers are not on this rank: shape, type and name, and no numbers.
+
+A unit gives its parameters this class when it drops its working copy and their own class back when it is
+whole again. Reading freed memory would end the process without a word; a parameter of this class raises
+instead and says what to do. It frees and gathers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import StateError
+
+_HARMLESS = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                *("shape", "dtype", "device", "layout", "ndim", "names", "is_leaf", "requires_grad", "grad"),
+                *("grad_fn", "grad_dtype", "retains_grad", "itemsize", "nbytes", "is_meta", "is_sparse"),
+                *("is_cuda", "is_cpu", "is_quantized", "_version", "_backward_hooks"),
+            )
+            if hasattr(Tensor, name)
+        ),
+        *(
+            getattr(Tensor, name).__set__
+            for name in ("requires_grad", "grad", "grad_dtype")
+            if hasattr(Tensor, name)
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
+        *(Tensor.storage_offset, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
+        *(Tensor.is_contiguous, Tensor.requires_grad_, Tensor.register_hook, Tensor.__len__),
+        *(Tensor.register_post_accumulate_grad_hook, torch.is_floating_point, torch.is_complex, torch.numel),
+    }
+)
+"""What is asked about a tensor without its numbers."""
+
+
+class Absent(nn.Parameter):
+    """Base of the classes that `absent_class` makes; has no instances of its own."""
+
+    names: Mapping[int, str] = {}
+    """By `id`, of the parameters that one unit holds."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _HARMLESS:
+            return nn.Parameter.__torch_function__(func, types, args, dict(kwargs or {}))  # type: ignore[no-untyped-call]
+        what = getattr(func, "__name__", str(func)).strip("_")
+        accessor = getattr(getattr(func, "__self__", None), "__name__", None)
+        raise StateError(
+            f"{_touched(cls, args, kwargs)}: {accessor or what} outside of its forward and backward",
+            rule="with cut parameters (layout.zero = 3) a rank has a parameter's numbers only while the "
+            "block that holds it runs",
+            fix="read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); call the "
+            "model as a whole; name what runs on its own in layout.blocks",
+        )
+
+
+def _touched(cls: type[Absent], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> str:
+    given = [*args, *(kwargs or {}).values()]
+    flat = [each for one in given for each in (one if isinstance(one, list | tuple) else (one,))]
+    return next((cls.names[id(each)] for each in flat if id(each) in cls.names), "a dropped parameter")
+
+
+def absent_class(parameter: nn.Parameter, names: Mapping[int, str]) -> type[nn.Parameter]:
+    """The class that `parameter` has while it is dropped.
+
+    Args:
+        names: by `id`, of the parameters of its unit.
+    """
+    kind = type(parameter)
+    bases = (Absent,) if kind is nn.Parameter else (Absent, kind)
+    return type("Absent", bases, {"names": names, "__module__": __name__})

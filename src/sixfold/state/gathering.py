@@ -1,0 +1,411 @@
+"""Makes cut parameters whole where the model runs, and only there.
+
+Every forward or backward of the model is a pass, and in a pass all ranks gather the same units in the same
+order: the order of the first pass of its kind, which the ranks settle unit by unit. A rank that does not
+reach a unit gathers it for the others, and one without a micro-batch serves the whole pass; so no rank
+waits for one that took another way. Made by `ModelState`; it never changes a number.
+
+Which hooks, and why these: a forward pre-hook and hooks on the outputs' gradients both run before a
+recompute does. In backward a unit is dropped when an earlier block begins: autograd runs the nodes of the
+later block first, so nothing of it is left by then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from sixfold.base.errors import MeshError, StateError
+from sixfold.mesh import Mesh, Pending
+from sixfold.state.unit import Unit
+
+EVALUATION, FORWARD, BACKWARD = "forward without gradients", "forward", "backward"
+PASSES = (EVALUATION, FORWARD, BACKWARD)
+"""Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
+
+_NOTHING = -1
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How units follow each other in one kind of pass.
+
+    Args:
+        units: each once.
+        repeated: those that were wanted again after they had been dropped.
+    """
+
+    units: Sequence[Unit]
+    repeated: frozenset[Unit]
+
+
+@dataclass
+class _Pass:
+    """A pass under way.
+
+    Args:
+        order: None in the first pass of a kind.
+        todo: what is still to be gathered, where that is known, from `place` on.
+        kept: what is whole after it, on every rank.
+        stays: units that are not dropped before its end.
+        found: what was gathered, where the order is found out now.
+        behind: what a backward pass has reached on this rank.
+    """
+
+    kind: str
+    order: _Order | None
+    todo: list[Unit]
+    kept: frozenset[Unit]
+    stays: set[Unit]
+    place: int = 0
+    under_way: dict[Unit, Pending] = field(default_factory=dict)
+    found: list[Unit] = field(default_factory=list)
+    behind: set[Unit] = field(default_factory=set)
+
+
+class Gathering:
+    """Gathers and drops units of one module.
+
+    Args:
+        units: those whose parameters are cut, in module order; with none it does nothing.
+        serve: called in place of a pass that this rank has no part in, with its kind.
+        prefetch_bytes: bound on what is gathered ahead; None for always one unit.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        units: Sequence[Unit],
+        mesh: Mesh,
+        serve: Callable[[str], None],
+        prefetch_bytes: int | None,
+    ) -> None:
+        self._units = units
+        self._mesh = mesh
+        self._serve = serve
+        self._prefetch_bytes = prefetch_bytes
+        self._staying = [unit for unit in units if not unit.plan.blocks]
+        self._users: dict[str, list[Unit]] = {}
+        for unit in units:
+            for block in unit.plan.blocks:
+                self._users.setdefault(block, []).append(unit)
+        self._present: set[Unit] = set()
+        self._orders: dict[str, _Order] = {}
+        self._reached: set[Unit] = set()
+        self._pass: _Pass | None = None
+        self._is_explicit = False
+        self._is_free = True
+        self._is_held = False
+        self._depth = 0
+        self._running: list[str] = []
+        self._handles: list[RemovableHandle] = self._hook(module) if units else []
+
+    def _hook(self, module: nn.Module) -> list[RemovableHandle]:
+        handles = [
+            module.register_forward_pre_hook(self._root_begins),
+            module.register_forward_hook(self._root_ends, always_call=True),
+        ]
+        for name in self._users:
+            block = module.get_submodule(name)
+            handles += [
+                block.register_forward_pre_hook(lambda block, args, name=name: self._block_begins(name)),
+                block.register_forward_hook(
+                    lambda block, args, output, name=name: self._block_ends(name, output), always_call=True
+                ),
+            ]
+        return handles
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    # Where ranks come together.
+
+    def meet(self, what: str, number: float = 0.0) -> list[float]:
+        """Everyone's `number`, once all ranks have come to `what`; those in a pass are served till then.
+
+        Args:
+            what: a pass, which only some need to have, or any other call, which all have in common.
+
+        Raises:
+            MeshError: ranks came to different calls; on every rank.
+        """
+        if not self._units:
+            return [number]
+        self.close()
+        mine = PASSES.index(what) if what in PASSES else len(PASSES)
+        while True:
+            rows = self._mesh.everyones(mine, crc32(what.encode()), number)
+            first = min(int(row[0]) for row in rows)
+            if first == mine:
+                break
+            self._serve(PASSES[first])
+        if first == len(PASSES) and len({row[1] for row in rows}) > 1:
+            calls = self._mesh.texts(what)
+            raise MeshError(
+                "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
+                rule="with cut parameters all ranks make the same calls of the engine in the same order",
+                fix="call it on every rank, also where its result is not used",
+            )
+        return [row[2] for row in rows]
+
+    @contextmanager
+    def by_program(self) -> Iterator[None]:
+        """Inside, passes come in an order that ranks have agreed on, and nobody asks for it."""
+        was, self._is_free = self._is_free, False
+        try:
+            yield
+        finally:
+            self._is_free = was
+
+    # Passes.
+
+    def open(self, kind: str) -> None:
+        """Begin a pass; one that an error or another model's backward left open is ended first."""
+        self.close()
+        if self._is_free:
+            self.meet(kind)
+        self._start(kind)
+        self._need(self._staying)
+
+    def serve(self, kind: str) -> None:
+        """Take part in a pass without running anything."""
+        self.close()
+        self._start(kind)
+        self.close()
+
+    @contextmanager
+    def held(self, units: Iterable[Unit]) -> Iterator[None]:
+        """Whole inside the block, all at once; the model may be called there by any rank alone."""
+        for unit in (asked := [unit for unit in units if unit in set(self._units)]):
+            unit.gather().wait()
+            unit.show()
+            self._present.add(unit)
+        was, self._is_held = self._is_held, len(asked) == len(self._units)
+        try:
+            yield
+        finally:
+            self._is_held = was
+            self._drop_all_but(())
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """A backward pass inside the block."""
+        if not self._units:
+            yield
+            return
+        self.open(BACKWARD)
+        self._is_explicit = True
+        try:
+            yield
+            self.close()
+        finally:
+            self._is_explicit = False
+
+    def _start(self, kind: str) -> None:
+        order = self._orders.get(kind)
+        kept = {EVALUATION: self._present, FORWARD: {*self._staying, *self._tail()}, BACKWARD: set[Unit]()}[
+            kind
+        ]
+        repeated = order.repeated if order else frozenset[Unit]()
+        todo = [unit for unit in order.units if unit not in self._present] if order else []
+        self._pass = _Pass(kind, order, todo, frozenset(kept), {*kept, *repeated, *self._staying})
+        self._running.clear()
+
+    def _tail(self) -> list[Unit]:
+        """Units of the block that runs last: backward begins with them."""
+        order = self._orders.get(FORWARD)
+        blocks = [block for unit in order.units for block in unit.plan.blocks[-1:]] if order else []
+        return self._users[blocks[-1]] if blocks else []
+
+    def close(self) -> None:
+        """End the pass under way, if there is one: gather for others what this rank did not need."""
+        current = self._pass
+        if current is None:
+            return
+        if current.order is None:
+            self._negotiate(current, None)
+            self._orders[current.kind] = self._settled(current)
+        else:
+            self._advance(current, None)
+        self._pass = None
+        self._drop_all_but(current.kept)
+
+    def refresh(self) -> None:
+        """Drop everything: the numbers have changed."""
+        self.close()
+        self._drop_all_but(())
+
+    def _drop_all_but(self, kept: Container[Unit]) -> None:
+        for unit in self._units:
+            if unit in self._present and unit not in kept:
+                self._drop(unit)
+
+    def _drop(self, unit: Unit) -> None:
+        self._present.discard(unit)
+        unit.drop()
+
+    def _settled(self, found_in: _Pass) -> _Order:
+        """The order for later passes: what was found, then what only some way through the model needs."""
+        times = Counter(found_in.found)
+        # In backward a block can be needed only where its outputs were part of the graph on some rank.
+        reached = self._mesh.total(*(float(unit in self._reached) for unit in self._units))
+        rest = [
+            unit
+            for unit, count in zip(self._units, reached, strict=True)
+            if unit.plan.blocks and (count or found_in.kind != BACKWARD)
+        ]
+        if found_in.kind == BACKWARD:
+            rest.reverse()
+        units = tuple(dict.fromkeys((*self._staying, *times, *rest)))
+        return _Order(units, frozenset(unit for unit, count in times.items() if count > 1))
+
+    # Units.
+
+    def _need(self, units: Iterable[Unit]) -> None:
+        """Have `units` whole."""
+        for unit in units:
+            if unit in self._present:
+                continue
+            current = self._pass
+            if current is None:
+                raise StateError(
+                    f"the block of {unit.plan.slots[0].name} runs by itself",
+                    rule="with cut parameters (layout.zero = 3) the model is called as a whole, and its "
+                    "numbers are gathered as it runs",
+                    fix="call engine(...), or use the part inside `with engine.gathered():`",
+                )
+            if current.order is None:
+                self._negotiate(current, unit)
+            else:
+                self._advance(current, unit)
+        if self._pass is not None:
+            self._look_ahead(self._pass)
+
+    def _negotiate(self, current: _Pass, wanted: Unit | None) -> None:
+        """Gather what any rank wants until this one has what it wants, or nobody wants anything."""
+        mine = self._units.index(wanted) if wanted is not None else _NOTHING
+        while True:
+            everyones = [int(row[0]) for row in self._mesh.everyones(mine)]
+            chosen = min((place for place in everyones if place != _NOTHING), default=None)
+            if chosen is None:
+                return
+            unit = self._units[chosen]
+            current.found.append(unit)
+            self._complete(current, unit, keep=unit is wanted)
+            if unit is wanted:
+                return
+
+    def _advance(self, current: _Pass, wanted: Unit | None) -> None:
+        """Gather what comes next until this rank has what it wants, or to the end of the pass."""
+        while current.place < len(current.todo):
+            unit = current.todo[current.place]
+            current.place += 1
+            self._complete(current, unit, keep=unit is wanted)
+            if unit is wanted:
+                return
+        if wanted is not None:
+            raise StateError(
+                f"the block of {wanted.plan.slots[0].name} runs at another place than in the first "
+                f"{current.kind}",
+                rule="with cut parameters all ranks gather blocks in one order, that of the first pass; "
+                "blocks may be left out, but not change places",
+                fix="set layout.zero = 2, or name a part that holds these blocks in layout.blocks",
+            )
+
+    def _complete(self, current: _Pass, unit: Unit, *, keep: bool) -> None:
+        was_present = unit in self._present
+        pending = current.under_way.pop(unit, None) or unit.gather()
+        pending.wait()
+        unit.show()
+        self._present.add(unit)
+        if not keep and not was_present and unit not in current.stays:
+            self._drop(unit)
+
+    def _look_ahead(self, current: _Pass) -> None:
+        """Start to gather what comes next."""
+        ahead = 0
+        for unit in current.todo[current.place :]:
+            ahead += unit.working_bytes
+            limit = unit.working_bytes if self._prefetch_bytes is None else self._prefetch_bytes
+            if ahead > limit:
+                break
+            if unit not in current.under_way:
+                current.under_way[unit] = unit.gather()
+
+    # Hooks.
+
+    def _root_begins(self, module: nn.Module, args: object) -> None:
+        self._depth += 1
+        if self._depth == 1 and not self._is_explicit and not self._is_held:
+            self.open(FORWARD if torch.is_grad_enabled() else EVALUATION)
+
+    def _root_ends(self, module: nn.Module, args: object, output: object) -> None:
+        self._depth -= 1
+        # After an error the pass is left open: ranks must not talk while one of them is on its way out. Who
+        # goes on instead ends it with the next call.
+        has_failed = output is None and sys.exc_info()[0] is not None
+        if self._depth == 0 and not has_failed and self._pass is not None and self._pass.kind != BACKWARD:
+            self.close()
+
+    def _block_begins(self, name: str) -> None:
+        if self._running and self._pass is not None:  # a block inside a block: the outer one goes on after it
+            self._pass.stays.update(self._users[self._running[-1]])
+        self._running.append(name)
+        if self._pass is not None and self._pass.kind == BACKWARD:
+            self._backward_reaches(name)
+        else:
+            self._need(self._users[name])
+
+    def _block_ends(self, name: str, output: object) -> None:
+        if self._running:
+            self._running.pop()
+        current = self._pass
+        for tensor in tensors_in(output):
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(lambda grad: self._backward_reaches(name))  # type: ignore[no-untyped-call]
+                self._reached.update(self._users[name])
+        if current is None or current.kind == BACKWARD:
+            return  # recompute: the block's backward follows
+        for unit in self._users[name]:
+            if unit.plan.blocks[-1] == name and unit not in current.stays and unit in self._present:
+                self._drop(unit)
+
+    def _backward_reaches(self, name: str) -> None:
+        if self._is_held:
+            return
+        if self._pass is None or self._pass.kind != BACKWARD:
+            self.open(BACKWARD)  # another model's loss goes through this one
+        current = self._pass
+        assert current is not None, "opened above"
+        users = self._users[name]
+        if any(unit not in self._present for unit in users):
+            for unit in current.behind.intersection(self._present).difference(users, current.stays):
+                self._drop(unit)
+        current.behind.update(users)
+        self._need(users)
+
+
+def tensors_in(output: object) -> Iterator[torch.Tensor]:
+    """All tensors of a module's output: a tensor, a mapping, a sequence, or an object with fields."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_in(value)
+    elif hasattr(output, "__dict__"):
+        for value in vars(output).values():
+            if isinstance(value, torch.Tensor | tuple | list | Mapping):
+                yield from tensors_in(value)
