@@ -416,6 +416,8 @@ def _wrong_section(draw: random.Random, suffix: str) -> Mutant | None:
     there = draw.choice([section for section in FULL if row.key not in FULL[section]])
     if row.path in ("lr_schedule.warmup_steps",) and there == "train":
         return None  # so near to train.steps that the suggestion is that one
+    if not there and row.key in FULL:
+        return None  # a section's own name: that is `_section_as_value`
     right, row.section = row.path, there
     spoilt.sort(key=lambda each: list(FULL).index(each.section))
     return _made("wrong section", suffix, spoilt, spoilt.index(row), (row.path, right), draw)

@@ -14,8 +14,8 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-CHUNK_BYTES = 4 * 2**20
-"""Most that is handed to the system at once."""
+CHUNK_BYTES = 2**20
+"""Most that is handed to the system at once: what was summed a moment ago is copied from the cache."""
 
 Buffer = bytes | memoryview
 

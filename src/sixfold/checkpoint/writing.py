@@ -220,8 +220,8 @@ class Save:
                 for start, chunks in mine:
                     for chunk in chunks:
                         self._check()
-                        self.files.write(handle, chunk, start)
                         tally.add(number, start, chunk)
+                        self.files.write(handle, chunk, start)
                         start += len(chunk)
                 self.files.sync(handle)
         return tally.to_bytes()
