@@ -30,6 +30,7 @@ from sixfold.checkpoint.tensorfile import TAGS, Slot, TensorFile, chunks_of, ind
 MAX_FILE_BYTES = 5 * 10**9
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.002, 0.1
+_CLEARINGS = 3
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ class Save:
                 self._leave_record(record)
         except BaseException as error:
             if self.rank == 0:
-                with suppress(OSError):
-                    self.files.remove(self._temporary)
+                self._clear_up()
             if isinstance(error, OSError):
                 # Once a save is given up, rank 0 takes the folder away under the others' hands.
                 self._check()
@@ -168,6 +168,13 @@ class Save:
             raise
         if self.rank == 0 and self.keep is not None:
             prune(self._target.parent, self.keep, files=self.files)
+
+    def _clear_up(self) -> None:
+        for _ in range(_CLEARINGS):
+            with suppress(OSError):
+                self.files.remove(self._temporary)
+                return
+            time.sleep(_LAST_POLL_S)  # a rank that does not know yet has just put a file there
 
     # Meeting.
 
