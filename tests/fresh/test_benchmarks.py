@@ -43,3 +43,15 @@ def test_exchange_prints_every_exchange_of_both_transports(tmp_path: Path) -> No
     medians = json.loads(done.stdout)
     assert len(medians) == 2 * (3 * 2 + 1)
     assert all(float(value) > 0 for value in medians.values())
+
+
+def test_checkpoint_prints_its_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for row in ("raw", "sixfold", "torch.save", "distributed"):
+        cells = [line.split("|")[2:8] for line in lines if line.startswith(f"| {row} |")]
+        assert len(cells) == 1, f"{row} in\n{done.stdout}"
+        assert all(float(cell) >= 0 for cell in cells[0]), cells
+    assert "blocked" in lines[-1]

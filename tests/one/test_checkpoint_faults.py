@@ -16,16 +16,19 @@ import pytest
 import torch
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint import Content, latest, open_checkpoint, prune, save, step_folder
+from sixfold.checkpoint import Content, Keep, latest, open_checkpoint, prune, save, step_folder, whole
 from sixfold.checkpoint.files import Buffer, Files
-from sixfold.checkpoint.manifest import MANIFEST, OtherVersionError, _crc32
+from sixfold.checkpoint.manifest import MANIFEST, SUMS, OtherVersionError, _crc32
+
+
+def _weight(step: int) -> torch.Tensor:
+    """Differs from step to step in its values, never in its size."""
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
 
 
 def _content(step: int) -> Content:
-    """A state that differs from step to step in its values, never in its size."""
-    generator = torch.Generator().manual_seed(step)
-    weight = torch.randn(8, 8, generator=generator)
-    return Content(
+    weight = _weight(step)
+    return whole(
         model={"w": weight, "b": weight[0]},
         state={"step": step},
         aliases={"tied": "w"},
@@ -39,8 +42,8 @@ def _holds(folder: Path | None) -> int:
     assert folder is not None
     saved = open_checkpoint(folder)
     saved.verify()
-    assert torch.equal(saved.read_model("w"), _content(saved.step).model["w"])
-    assert torch.equal(saved.read_optimizer("w")["exp_avg"], _content(saved.step).model["w"] * 2)
+    assert torch.equal(saved.read_model("w"), _weight(saved.step))
+    assert torch.equal(saved.read_optimizer("w")["exp_avg"], _weight(saved.step) * 2)
     return saved.step
 
 
@@ -70,16 +73,19 @@ class Mortal(Files):
         self._do("make_folder", folder)
         super().make_folder(folder)
 
-    def create(self, path: Path) -> FileIO:
-        self._do("create", path)
-        return super().create(path)
+    def create(self, path: Path, size: int) -> FileIO:
+        if self._next("create", path):
+            if self.torn:
+                super().create(path, size // 2).close()
+            raise Killed
+        return super().create(path, size)
 
-    def write(self, handle: FileIO, data: Buffer) -> None:
+    def write(self, handle: FileIO, data: Buffer, offset: int) -> None:
         if self._next("write", handle.name):
             if self.torn:
-                super().write(handle, memoryview(data)[: len(data) // 2])
+                super().write(handle, memoryview(data)[: len(data) // 2], offset)
             raise Killed
-        super().write(handle, data)
+        super().write(handle, data, offset)
 
     def sync(self, handle: FileIO) -> None:
         self._do("sync", handle.name)
@@ -92,6 +98,10 @@ class Mortal(Files):
     def rename(self, source: Path, target: Path) -> None:
         self._do("rename", f"{source.name}>{target.name}")
         super().rename(source, target)
+
+    def remove_file(self, path: Path) -> None:
+        self._do("remove_file", path)
+        super().remove_file(path)
 
     def remove(self, folder: Path) -> None:
         """Not one operation for the disk: a kill leaves it half done."""
@@ -115,10 +125,10 @@ def test_a_kill_at_any_operation_leaves_the_previous_or_the_new_one(
 ) -> None:
     _save_steps(tmp_path / "before", (1, 2))
     shutil.copytree(tmp_path / "before", tmp_path / "whole")
-    whole = Mortal()
-    save(tmp_path / "whole" / target, _content(9), files=whole)
+    unhurt = Mortal()
+    save(tmp_path / "whole" / target, _content(9), files=unhurt)
     found = []
-    for last in range(len(whole.log)):
+    for last in range(len(unhurt.log)):
         root = tmp_path / f"kill-{last}"
         shutil.copytree(tmp_path / "before", root)
         with pytest.raises(Killed):
@@ -131,7 +141,7 @@ def test_a_kill_at_any_operation_leaves_the_previous_or_the_new_one(
         # And what the kill left behind neither hinders the next save nor stays.
         save(root / target, _content(9))
         assert _holds(latest(root)) == 9
-        prune(root, keep_last=3)
+        prune(root, Keep(3))
         assert {path.name for path in root.iterdir()} == {"step-00000001", "step-00000002", target}
         shutil.rmtree(root)
     assert found == sorted(found)
@@ -142,8 +152,8 @@ def test_everything_is_durable_before_it_is_named_and_the_manifest_comes_last(tm
     files = Mortal()
     save(tmp_path / "c", _content(1), files=files)
     created = [name for operation, name in files.log if operation == "create"]
-    assert len(created) == 5
-    assert created[-1] == MANIFEST
+    assert len(created) == 6
+    assert created[-2:] == [SUMS, MANIFEST]
     for name in created:
         last_write = max(i for i, entry in enumerate(files.log) if entry == ("write", name))
         assert files.log[last_write + 1] == ("sync", name)
@@ -161,10 +171,10 @@ def test_a_kill_while_pruning_leaves_the_kept_ones(tmp_path: Path) -> None:
         _save_steps(root, (1, 2, 3))
         (root / ".tmp-step-00000004").mkdir()
         try:
-            prune(root, 1, files=Mortal(last, torn=True))
+            prune(root, Keep(1), files=Mortal(last, torn=True))
         except Killed:
             assert _holds(latest(root)) == 3
-            prune(root, 1)
+            prune(root, Keep(1))
         else:
             assert last > 3
         assert [path.name for path in root.iterdir()] == ["step-00000003"]
@@ -175,18 +185,18 @@ def test_prune_keeps_the_newest_and_what_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".tmp-step-00000025").mkdir()
-    removed = prune(tmp_path, keep_last=2)
+    removed = prune(tmp_path, Keep(2))
     assert [path.name for path in removed] == ["step-00000005", "step-00000010"]
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000015", "step-00000020", "notes", ".cache"}
-    assert prune(tmp_path, keep_last=2) == ()
+    assert prune(tmp_path, Keep(2)) == ()
     with pytest.raises(CheckpointError, match="keep_last is 0"):
-        prune(tmp_path, keep_last=0)
+        prune(tmp_path, Keep(0))
 
 
 def test_the_newest_is_the_one_saved_last_also_after_going_back(tmp_path: Path) -> None:
     _save_steps(tmp_path, (3, 6, 9, 4))
     assert latest(tmp_path) == step_folder(tmp_path, 4)
-    prune(tmp_path, keep_last=1)
+    prune(tmp_path, Keep(1))
     assert latest(tmp_path) == step_folder(tmp_path, 4)
 
 
@@ -291,11 +301,11 @@ def test_a_file_that_goes_away_after_opening_is_named(checkpoint: Path) -> None:
 
 def test_another_format_version_is_refused_and_never_passed_over(checkpoint: Path) -> None:
     body = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps({**body, "version": 2}))
-    with pytest.raises(OtherVersionError, match="format version 2"):
+    (checkpoint / MANIFEST).write_text(json.dumps({**body, "version": 3}))
+    with pytest.raises(OtherVersionError, match="format version 3"):
         open_checkpoint(checkpoint)
     save(checkpoint.parent / "b", _content(2))
-    with pytest.raises(OtherVersionError, match="format version 2"):
+    with pytest.raises(OtherVersionError, match="format version 3"):
         latest(checkpoint.parent)
 
 
@@ -325,12 +335,11 @@ class Limited(Files):
     def __init__(self, room: int = 10**9, refuse: str = "", code: int = 0) -> None:
         self.room, self.refuse, self.code = room, refuse, code
 
-    def write(self, handle: FileIO, data: Buffer) -> None:
-        if len(data) > self.room:
-            super().write(handle, memoryview(data)[: self.room])
+    def create(self, path: Path, size: int) -> FileIO:
+        self.room -= size
+        if self.room < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.room -= len(data)
-        super().write(handle, data)
+        return super().create(path, size)
 
     def sync(self, handle: FileIO) -> None:
         if self.refuse == "sync":
@@ -422,7 +431,7 @@ def test_a_real_full_disk(small_disk: Path, checked: bool) -> None:
             return super().free_bytes(folder) if checked else 10**12
 
     save(step_folder(small_disk, 1), _content(1))
-    large = Content({"w": torch.zeros(600_000)}, {"step": 2})
+    large = whole({"w": torch.zeros(600_000)}, {"step": 2})
     with pytest.raises(CheckpointError, match=r"No space left.*2\.3 MiB needed"):
         save(step_folder(small_disk, 2), large, files=Boundless())
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]

@@ -6,6 +6,7 @@ import ast
 import json
 import zlib
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from safetensors import safe_open
 
 import sixfold
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint import Content, open_checkpoint, save, untie
-from sixfold.checkpoint.files import CHUNK_BYTES, Buffer, Files, join_crc32
+from sixfold.checkpoint import MODEL, Content, Piece, open_checkpoint, ranges, save, untie, whole
+from sixfold.checkpoint.files import CHUNK_BYTES, Buffer, Files
+from sixfold.checkpoint.manifest import MANIFEST, SUMS
+from sixfold.checkpoint.sums import CELL_BYTES, Cells, Tally, join_crc32, joined
 from sixfold.checkpoint.tensorfile import DTYPES
 
 
@@ -48,7 +51,7 @@ def _every_kind() -> dict[str, torch.Tensor]:
 
 def _content(model: dict[str, torch.Tensor] | None = None, step: int = 3) -> Content:
     model = model if model is not None else {"w": torch.randn(4, 3), "b": torch.randn(4)}
-    return Content(model=model, state={"step": step})
+    return whole(model=model, state={"step": step})
 
 
 def test_every_type_and_shape_round_trips_and_safetensors_reads_the_same(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_the_whole_state_comes_back(tmp_path: Path) -> None:
     }
     model = {"a.weight": weight, "odd/name": torch.randn(2), "frozen": torch.randn(1)}
     state = {"step": 12, "seed": 2**62, "lr": 0.1, "betas": (0.9, 0.999), "none": None, "deep": {"ß": [True]}}
-    content = Content(model, state, {"tied": "a.weight"}, optimizer, {"config.json": b'{"a": 1}'})
+    content = whole(model, state, {"tied": "a.weight"}, optimizer, {"config.json": b'{"a": 1}'})
     save(tmp_path / "run" / "step-00000012", content)
     saved = open_checkpoint(tmp_path / "run" / "step-00000012")
     assert saved.step == 12
@@ -139,12 +142,12 @@ def test_untie_finds_ties_and_only_ties() -> None:
 
 def test_load_model_accounts_for_every_tensor(tmp_path: Path) -> None:
     model = {"wte": torch.randn(4, 2), "h.0.weight": torch.randn(2, 2), "h.0.bias": torch.randn(2)}
-    save(tmp_path / "c", Content(model, {"step": 1}, {"head": "wte"}))
+    save(tmp_path / "c", whole(model, {"step": 1}, {"head": "wte"}))
     saved = open_checkpoint(tmp_path / "c")
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.items()}
-    whole = {**expected, "head": expected["wte"]}
-    loaded = dict(saved.load_model(whole))
-    assert list(loaded) == list(whole)
+    every = {**expected, "head": expected["wte"]}
+    loaded = dict(saved.load_model(every))
+    assert list(loaded) == list(every)
     assert torch.equal(loaded["head"], model["wte"])
     # A tensor is accounted for by any of its names.
     assert set(
@@ -157,7 +160,7 @@ def test_load_model_accounts_for_every_tensor(tmp_path: Path) -> None:
                 }
             )
         )
-    ) == {*whole} - {"wte"}
+    ) == {*every} - {"wte"}
     wrong = {
         "module.h.0.weight": ((2, 2), torch.float32),
         "h.0.bias": ((3,), torch.bfloat16),
@@ -181,9 +184,7 @@ def test_load_model_accounts_for_every_tensor(tmp_path: Path) -> None:
 def test_unknown_names_get_their_neighbour(tmp_path: Path) -> None:
     save(
         tmp_path / "c",
-        Content(
-            {"layers.0.weight": torch.ones(1)}, {"step": 1}, optimizer={"x.weight": {"m": torch.ones(1)}}
-        ),
+        whole({"layers.0.weight": torch.ones(1)}, {"step": 1}, optimizer={"x.weight": {"m": torch.ones(1)}}),
     )
     saved = open_checkpoint(tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"did you mean 'layers\.0\.weight'"):
@@ -195,7 +196,7 @@ def test_unknown_names_get_their_neighbour(tmp_path: Path) -> None:
 
 
 def test_content_that_cannot_be_saved_is_listed_whole(tmp_path: Path) -> None:
-    content = Content(
+    content = whole(
         model={
             "meta": torch.empty(2, device="meta"),
             "sparse": torch.eye(3).to_sparse(),
@@ -204,7 +205,6 @@ def test_content_that_cannot_be_saved_is_listed_whole(tmp_path: Path) -> None:
             "both": torch.zeros(1),
         },
         aliases={"lost": "nowhere", "both": "wide"},
-        optimizer={"w": {"a/b": torch.zeros(1)}},
         state={"step": True, "bad": {"inf": float("inf"), "tensor": [torch.zeros(1)], 3: 4}},  # type: ignore[dict-item]
     )
     with pytest.raises(CheckpointError) as caught:
@@ -217,22 +217,23 @@ def test_content_that_cannot_be_saved_is_listed_whole(tmp_path: Path) -> None:
         "model '__metadata__': the name is reserved",
         "alias 'lost': its tensor 'nowhere' is not",
         "alias 'both' is stored as well",
-        "the state key 'a/b' holds '/'",
         "state.step is True",
         "state.bad.inf is inf",
         "state.bad.tensor[0] is a Tensor",
         "state.bad has the key 3",
     ):
         assert problem in text
-    assert "11 problem(s)" in text
+    assert "10 problem(s)" in text
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="the state key 'a/b' holds '/'"):
+        whole({}, {"step": 1}, optimizer={"w": {"a/b": torch.zeros(1)}})
 
 
 @pytest.mark.parametrize(
     "name", ["manifest.json", "state.json", "model.safetensors", "../escape", "a/b", "a\\b", ".hidden", ""]
 )
 def test_extra_files_have_plain_free_names(tmp_path: Path, name: str) -> None:
-    content = Content({"w": torch.ones(1)}, {"step": 1}, extra_files={name: b""})
+    content = whole({"w": torch.ones(1)}, {"step": 1}, extra_files={name: b""})
     with pytest.raises(CheckpointError, match="extra file name"):
         save(tmp_path / "c", content)
     assert list(tmp_path.iterdir()) == []
@@ -263,12 +264,66 @@ def test_sums_of_pieces_join_to_the_sum_of_the_whole() -> None:
         assert join_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(data)
 
 
-def test_the_manifest_holds_the_sum_of_every_file(tmp_path: Path) -> None:
-    save(tmp_path / "c", Content(_every_kind(), {"step": 1}, extra_files={"config.json": b"{}"}))
+@pytest.mark.parametrize("writers", [1, 2, 5])
+def test_whoever_wrote_what_the_checksums_are_those_of_the_bytes(writers: int) -> None:
+    generator = np.random.default_rng(writers)
+    data = [generator.bytes(size) for size in (3 * CELL_BYTES + 5, 7, 0, CELL_BYTES, 2 * CELL_BYTES - 1)]
+    cells = Cells(tuple(map(len, data)))
+    tallies = [Tally(cells) for _ in range(writers)]
+    for number, file in enumerate(data):
+        cuts = sorted(generator.integers(0, len(file) + 1, 12).tolist())
+        for turn, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(file)], strict=True)):
+            tallies[turn % writers].add(number, start, file[start:stop])
+    expected = [
+        zlib.crc32(file[start : start + CELL_BYTES])
+        for file in data
+        for start in range(0, len(file), CELL_BYTES)
+    ]
+    records = [tally.to_bytes() for tally in tallies]
+    assert np.frombuffer(joined(cells, records), "<u4").tolist() == expected
+    missing, twice = Tally(cells), Tally(cells)
+    missing.add(0, 0, data[0][:-1])
+    twice.add(1, 3, data[1][3:])
+    for wrong in ([*records, twice.to_bytes()], [missing.to_bytes()]):
+        with pytest.raises(AssertionError, match="once"):
+            joined(cells, wrong)
+
+
+def test_every_byte_but_the_manifest_s_has_a_checksum(tmp_path: Path) -> None:
+    save(tmp_path / "c", whole(_every_kind(), {"step": 1}, extra_files={"config.json": b"{}"}))
     manifest = open_checkpoint(tmp_path / "c").manifest
-    assert {file.name for file in manifest.files} == {"model.safetensors", "state.json", "config.json"}
-    for file in manifest.files:
-        assert zlib.crc32((tmp_path / "c" / file.name).read_bytes()) == file.crc32
+    listed = {file.name for file in manifest.files}
+    assert listed == {path.name for path in (tmp_path / "c").iterdir()} - {MANIFEST, SUMS}
+    sums = (tmp_path / "c" / SUMS).read_bytes()
+    assert zlib.crc32(sums) == manifest.sums_crc32
+    each = [zlib.crc32((tmp_path / "c" / file.name).read_bytes()) for file in manifest.files]
+    assert np.frombuffer(sums, "<u4").tolist() == each  # every file is smaller than a cell
+
+
+def test_a_piece_is_read_without_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randn(700_000)
+    save(tmp_path / "c", whole({"small": torch.ones(3), "large": large}, {"step": 1}))
+    saved = open_checkpoint(tmp_path / "c")
+    num_read = 0
+    plain = ranges._read_into
+
+    def counted(handle: FileIO, buffer: memoryview) -> int:
+        nonlocal num_read
+        num_read += plain(handle, buffer)
+        return len(buffer)
+
+    monkeypatch.setattr(ranges, "_read_into", counted)
+    cuts = [0, 1, 17, 20_000, 350_000, 700_000]
+    for start, stop in pairwise(cuts):
+        num_read, found = 0, torch.empty(stop - start)
+        saved.fill([Piece(MODEL, "large", start, found)])
+        assert torch.equal(found, large[start:stop])
+        assert num_read <= 4 * (stop - start) + 2 * CELL_BYTES
+    # Neighbours are read together: each cell once.
+    num_read, pieces = 0, [Piece(MODEL, "large", at, torch.empty(10)) for at in range(0, 100_000, 10)]
+    saved.fill(reversed(pieces))
+    assert torch.equal(torch.cat([piece.tensor for piece in pieces]), large[:100_000])
+    assert num_read <= 4 * 100_000 + 2 * CELL_BYTES
 
 
 class _Addresses(Files):
@@ -277,9 +332,9 @@ class _Addresses(Files):
     def __init__(self) -> None:
         self.writes: list[tuple[int, int]] = []
 
-    def write(self, handle: FileIO, data: Buffer) -> None:
+    def write(self, handle: FileIO, data: Buffer, offset: int) -> None:
         self.writes.append((np.frombuffer(data, np.uint8).ctypes.data, len(data)))
-        super().write(handle, data)
+        super().write(handle, data, offset)
 
 
 def test_tensors_are_written_out_of_their_own_memory_in_bounded_chunks(tmp_path: Path) -> None:

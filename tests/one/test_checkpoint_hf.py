@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sixfold.checkpoint import Content, open_checkpoint, save, untie
+from sixfold.checkpoint import open_checkpoint, save, untie, whole
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +30,7 @@ def test_from_pretrained_reads_the_folder(tmp_path: Path, tied: bool, max_file_b
     assert aliases == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
     adam = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in stored.items()}
     extra = {"config.json": config.to_json_string(use_diff=False).encode()}
-    content = Content(stored, {"step": 1}, aliases, adam, extra)
+    content = whole(stored, {"step": 1}, aliases, adam, extra)
     save(tmp_path / "c", content, max_file_bytes=max_file_bytes)
     assert len(list((tmp_path / "c").glob("model*.safetensors"))) == (
         1 if max_file_bytes > 20_000 else 5 - tied

@@ -235,6 +235,6 @@ def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.Mon
 def test_version_and_help(sixfold: Terminal) -> None:
     assert sixfold("--version") == EXIT_DONE
     assert sixfold.out.startswith("sixfold 0.")
-    for arguments in (("--help",), ("train", "-h"), ("run", "--help")):
+    for arguments in (("--help",), ("train", "-h"), ("run", "--help"), ("ckpt", "-h"), ("export", "-h")):
         assert sixfold(*arguments) == EXIT_DONE
         assert "Usage" in sixfold.out

@@ -7,6 +7,7 @@ not when nothing is changed. Runs are real, tiny and in this process.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,8 +22,9 @@ from torch.distributed import HashStore
 
 import sixfold
 import sixfold.cli.train
-from sixfold.base.errors import ConfigError, ModelError, PlanError
-from sixfold.checkpoint import open_checkpoint
+from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError
+from sixfold.checkpoint import Content, open_checkpoint
+from sixfold.checkpoint.files import Files
 from sixfold.config import Resolved, describe, load
 from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
@@ -253,6 +255,11 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "train.folder": ({}, "elsewhere", lambda bench, changes: folder_of_launch(bench, changes)),
     "checkpoint.every": ({}, 3, lambda bench, changes: bench.run(changes).checkpoints),
     "checkpoint.keep_last": ({"checkpoint.every": 1}, 3, lambda b, changes: b.run(changes).checkpoints),
+    "checkpoint.keep_every": (
+        {"checkpoint.every": 1, "checkpoint.keep_last": 1},
+        2,
+        lambda b, changes: b.run(changes).checkpoints,
+    ),
     "layout.zero": ({}, 2, lambda bench, changes: residency_text(bench, changes)),
     "layout.parameters": ({"layout.zero": 3}, "whole", lambda bench, changes: residency_text(bench, changes)),
     "layout.reduce": ({}, "each", lambda bench, changes: residency_text(bench, changes)),
@@ -417,6 +424,46 @@ def batch_stats(bench: Lab) -> None:
     assert engine(batch_stats="micro").data_ranks == 1
 
 
+def asynchronous(bench: Lab) -> None:
+    """The state is copied where training goes on meanwhile, and only there."""
+    copied: list[int] = []
+    plain = Content.snapshot
+
+    def snapshot(content: Content) -> Content:
+        copied.append(int(content.state["step"]))  # type: ignore[call-overload]
+        return plain(content)
+
+    bench.monkeypatch.setattr(Content, "snapshot", snapshot)
+    saves = {"checkpoint.every": 2, "checkpoint.keep_last": 9}
+    found = bench.run(saves).checkpoints
+    assert not copied
+    assert bench.run({**saves, "checkpoint.asynchronous": True}).checkpoints == found
+    assert len(copied) == len(found) > 1
+
+
+def when_busy(bench: Lab) -> None:
+    gate = threading.Event()
+    plain = Files.make_folder
+
+    def make_folder(files: Files, folder: Path) -> None:
+        assert gate.wait(10)
+        plain(files, folder)
+
+    bench.monkeypatch.setattr(Files, "make_folder", make_folder)
+    engine = sixfold.initialize(nn.Linear(2, 2), config={"checkpoint": {"when_busy": "refuse"}})
+    engine.save(bench.folder / "one", wait=False)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.when_busy"):
+        engine.save(bench.folder / "two", wait=False)
+    gate.set()
+    engine.close()
+    assert (bench.folder / "one").exists()
+    patient = sixfold.initialize(nn.Linear(2, 2), config={})
+    patient.save(bench.folder / "three", wait=False)
+    patient.save(bench.folder / "four", wait=False)
+    assert (bench.folder / "three").exists()
+    patient.close()
+
+
 def peak_tflops(bench: Lab) -> None:
     """mfu x peak = operations a second, which `tokens_per_s` knows too."""
     ratios = []
@@ -495,6 +542,8 @@ SPECIAL: dict[str, Callable[[Lab], None]] = {
     "train.eval_every": eval_every,
     "train.prompt": prompt,
     "train.sample_tokens": sample_tokens,
+    "checkpoint.asynchronous": asynchronous,
+    "checkpoint.when_busy": when_busy,
     "monitor.peak_tflops": peak_tflops,
     "launch.timeout_s": timeout_s,
     "launch.start_timeout_s": start_timeout_s,

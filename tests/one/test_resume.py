@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sixfold.base.errors import CheckpointError, ConfigError
-from sixfold.checkpoint import Content, save, step_folder
+from sixfold.checkpoint import save, step_folder, whole
 from sixfold.config import Resolved, load
 from sixfold.train.folder import CHECKPOINTS, CONFIG, write_config
 from sixfold.train.job import Request, resolve
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     asked = load(lab.write_config(tmp_path / "my.toml", values))
     write_config(folder, asked.decide({"precision.compute": "fp32"}, "of this test"))
     state = {"step": STEP, "samples": 8 * STEP}
-    content = Content(model={"weight": torch.zeros(2)}, aliases={}, optimizer={}, state=state, extra_files={})
+    content = whole(model={"weight": torch.zeros(2)}, aliases={}, optimizer={}, state=state, extra_files={})
     save(step_folder(folder / CHECKPOINTS, STEP), content)
     return folder
 

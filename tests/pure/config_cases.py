@@ -75,7 +75,13 @@ FULL: dict[str, dict[str, object]] = {
         "sample_tokens": 16,
         "folder": "out",
     },
-    "checkpoint": {"every": 100, "keep_last": 3},
+    "checkpoint": {
+        "every": 100,
+        "keep_last": 3,
+        "keep_every": 1000,
+        "asynchronous": True,
+        "when_busy": "refuse",
+    },
     "monitor": {"every": 2, "peak_tflops": 0.5},
     "launch": {
         "ranks": 2,
@@ -93,12 +99,13 @@ OPTIONAL = {
     "layout.compile", "layout.transport",
     "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
     "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
-    "optimizer.ema_decay", "train.steps", "train.eval_every", "checkpoint.every", "monitor.peak_tflops",
-    "launch.ranks", "launch.threads",
+    "optimizer.ema_decay", "train.steps", "train.eval_every", "checkpoint.every", "checkpoint.keep_every",
+    "monitor.peak_tflops", "launch.ranks", "launch.threads",
 }  # fmt: skip
 
 WORDS = {
     "model.batch_stats", "layout.recompute", "layout.transport", "optimizer.name", "lr_schedule.name",
+    "checkpoint.when_busy",
     *(f"layout.{kind}" for kind in ("parameters", "gradients", "optimizer")),
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip
@@ -107,7 +114,7 @@ _COUNTS = (
     "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
     "data.held_out_files", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
     "layout.pipe", "layout.context", "layout.expert", "train.steps", "train.eval_every", "checkpoint.every",
-    "checkpoint.keep_last", "monitor.every", "launch.ranks", "launch.threads",
+    "checkpoint.keep_last", "checkpoint.keep_every", "monitor.every", "launch.ranks", "launch.threads",
 )  # fmt: skip
 
 OUT_OF_RANGE: dict[str, tuple[object, ...]] = {

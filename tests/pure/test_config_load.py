@@ -580,6 +580,8 @@ REST = st.fixed_dictionaries(
         "train.folder": PATHS,
         "checkpoint.every": WHOLE,
         "checkpoint.keep_last": WHOLE,
+        "checkpoint.keep_every": WHOLE,
+        "checkpoint.asynchronous": st.booleans(),
         "monitor.every": WHOLE,
         "monitor.peak_tflops": ABOVE_ZERO,
         "launch.ranks": WHOLE,

@@ -39,7 +39,15 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("--version",), ("train", "--help"), ("run", "--help"), ("train", "-h")]
+    "arguments",
+    [
+        ("--help",),
+        ("--version",),
+        ("train", "--help"),
+        ("run", "--help"),
+        ("train", "-h"),
+        ("ckpt", "ls", "-h"),
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     code = f"import sys; sys.argv = {['sixfold', *arguments]!r}; from sixfold.cli.app import main; main()"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sixfold
 from sixfold.base.errors import StateError
+from sixfold.checkpoint import open_checkpoint
 from sixfold.engine import Engine
 from sixfold.plan import PRESETS, persistent_memory
 from sixfold.testing import Pool
@@ -160,9 +161,41 @@ def test_a_checkpoint_without_an_average_starts_one_and_one_too_many_is_left(tmp
     train(engine, 3)
     engine.save(tmp_path / "with")
     without.load(tmp_path / "with")
-    assert "ema" not in without.bound.named_state()["mix.weight"]
+    assert without.bound.state_specs()["mix.weight"].keys() == {"momentum_buffer"}
     with pytest.raises(StateError, match="ema_decay = None"):
         without.ema_state_dict()
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_save_in_the_background_holds_the_average_of_its_moment(tmp_path: Path) -> None:
+    engine = start({"zero": 2}, torch.float32, compute="bf16")
+    train(engine, 2)
+    before = engine.ema_state_dict()
+    engine.save(tmp_path / "now", wait=False)
+    train(engine, 3)
+    engine.wait_for_save()
+    saved = dict(open_checkpoint(tmp_path / "now").optimizer())
+    trained = [name for name, part in engine.module.named_parameters() if part.requires_grad]
+    for name in trained:
+        assert torch.equal(saved[name]["ema"], before[name]), name
+    after = engine.ema_state_dict()
+    assert farthest(after, before) > 0
+    engine.load(tmp_path / "now")
+    assert farthest(engine.ema_state_dict(), before) == 0.0
+
+
+@pytest.mark.ranks(1, 2)
+def test_of_a_part_that_is_loaded_the_average_starts_anew(tmp_path: Path) -> None:
+    giver, taker = start({"zero": 0}), start({"zero": 2})
+    train(giver, 2)
+    train(taker, 3)
+    kept = taker.ema_state_dict()
+    giver.save(tmp_path / "part", only="mix.*")
+    taker.load(tmp_path / "part")
+    found, given = taker.ema_state_dict(), giver.full_state_dict()
+    for name in found:
+        assert torch.equal(found[name], (given if name.startswith("mix") else kept)[name]), name
+    assert taker.num_steps == 3
 
 
 @pytest.mark.ranks(2)

@@ -120,7 +120,7 @@ def test_a_skipped_update_changes_nothing_but_the_scale() -> None:
     assert result.skipped
     assert result.loss == pytest.approx(by_hand()[1][0], rel=1e-2)
     assert farthest(engine.full_state_dict(), before) == 0.0
-    assert engine.bound.named_state() == {}
+    assert engine.bound.state_specs() == {}
     assert (engine.num_steps, engine.num_skipped) == (1, 1)
     engine.learning_rate = LearningRate("linear", 4, 0.0, 10)
     while engine.last.skipped:  # type: ignore[union-attr]

@@ -73,8 +73,7 @@ def train(engine: Engine, until: int, trace: Trace) -> None:
 def everything(engine: Engine) -> dict[str, Tensor]:
     state = {f"master {slot.name}": unit.slot_of(unit.master, slot) for unit, slot in engine.state.slots()}
     state |= {f"working {name}": parameter for name, parameter in engine.module.named_parameters()}
-    for name, values in engine.bound.named_state().items():
-        state |= {f"{key} {name}": value for key, value in values.items()}
+    state |= {f"{key} {name} {start}": part for name, key, start, part in engine.bound.state_pieces()}
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sixfold
+from sixfold.checkpoint import open_checkpoint
+from sixfold.checkpoint.together import Saving
 from sixfold.engine import Engine
 from sixfold.plan import PRESETS, cut_units, persistent_memory
 from sixfold.testing import Pool
@@ -159,12 +161,13 @@ def second_part(maker: str, layout: dict[str, Any], folder: Path) -> None:
     check(engine, by_hand(maker, STEPS))
 
 
-@pytest.mark.ranks(2)
-def test_state_of_any_shape_is_whole_on_every_rank() -> None:
-    cut, whole = start("factored", {"zero": 2}), start("factored", {"zero": 0})
-    train(cut, 2)
-    train(whole, 2)
-    mine, theirs = cut.bound.named_state(), whole.bound.named_state()
+@pytest.mark.ranks(1, 3)
+def test_state_of_any_shape_is_saved_whole_by_its_owners(tmp_path: Path) -> None:
+    engines = {"cut": start("factored", {"zero": 2}), "whole": start("factored", {"zero": 0})}
+    for name, engine in engines.items():
+        train(engine, 2)
+        engine.save(tmp_path / name)
+    mine, theirs = (dict(open_checkpoint(tmp_path / name).optimizer()) for name in engines)
     assert mine.keys() == theirs.keys()
     kinds: set[Any] = set()
     for name, state in theirs.items():
@@ -174,3 +177,17 @@ def test_state_of_any_shape_is_whole_on_every_rank() -> None:
             assert torch.allclose(mine[name][key].double(), value.double(), rtol=0, atol=1e-12)
             kinds.add((value.dim(), value.dtype))
     assert {(0, torch.int64), (1, torch.float64)} <= kinds
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_rehearsal_foresees_matrices_and_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain.TASKS[MODEL].build()
+    config = {"layout": {"zero": 1}, "precision": {"compute": "bf16"}, "optimizer": {"ema_decay": 0.9}}
+    engine = sixfold.initialize(model, config=config, optimizer=MAKERS["muon and adamw"](model))
+    foreseen: list[int] = []
+    monkeypatch.setattr(Saving, "rehearse", lambda self, folder, needed: foreseen.append(needed))
+    engine.rehearse_save(tmp_path)
+    engine.train_step(plain.TASKS[MODEL].batch(0))
+    engine.save(tmp_path)
+    entries = open_checkpoint(tmp_path).manifest.tensors
+    assert foreseen == [sum(entry.stop - entry.start for entry in entries if entry.shape)]

@@ -41,7 +41,7 @@ CARDS: dict[str, AxisCard] = {
             divides="the samples of the global batch",
             collectives=("all-reduce",),
             changes_module=False,
-            checkpoint="every rank holds the whole state; rank 0 writes it",
+            checkpoint="ranks that hold the same state write a part of it each",
             page="axes/data.md",
         ),
         AxisCard(
@@ -49,7 +49,7 @@ CARDS: dict[str, AxisCard] = {
             divides="gradients and optimizer state, over groups of neighbouring data ranks",
             collectives=("reduce-scatter", "all-gather", "all-reduce"),
             changes_module=False,
-            checkpoint="slices are gathered whole; rank 0 writes them",
+            checkpoint="every rank writes and reads the ranges of its slices",
             page="axes/shard.md",
         ),
     )

@@ -5,9 +5,26 @@ whole tensors by their global names, never anything about ranks or layout, and n
 This room never decides when to save, and never touches a module or an optimizer.
 """
 
-from sixfold.checkpoint.content import Content, untie
+from sixfold.checkpoint.content import MODEL, OPTIMIZER, Content, Piece, state_name, untie, whole
 from sixfold.checkpoint.reading import Saved, open_checkpoint
-from sixfold.checkpoint.retention import latest, prune, step_folder
+from sixfold.checkpoint.retention import Keep, latest, prune, step_folder
+from sixfold.checkpoint.tensorfile import Spec
 from sixfold.checkpoint.writing import save
 
-__all__ = ["Content", "Saved", "latest", "open_checkpoint", "prune", "save", "step_folder", "untie"]
+__all__ = [
+    "MODEL",
+    "OPTIMIZER",
+    "Content",
+    "Keep",
+    "Piece",
+    "Saved",
+    "Spec",
+    "latest",
+    "open_checkpoint",
+    "prune",
+    "save",
+    "state_name",
+    "step_folder",
+    "untie",
+    "whole",
+]

@@ -1,21 +1,21 @@
-"""What one checkpoint is to hold, and the check that it can be written and read back unchanged.
+"""What one checkpoint is to hold: logical tensors, and which elements of them one rank has.
 
-The engine builds a `Content`; `writing` takes it. All that is wrong with a content is reported at once,
-before anything is written. This module never touches the disk and never copies a tensor.
+The engine builds a `Content` on every rank; `writing` takes it. All that is wrong with a content is
+reported at once, before anything is written. This module never touches the disk.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint.tensorfile import TAGS
+from sixfold.checkpoint.tensorfile import TAGS, Spec
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -23,30 +23,119 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 
 @dataclass(frozen=True)
-class Content:
-    """The logical state of a run: whole tensors by global name, and JSON beside them.
+class Piece:
+    """Some neighbouring elements of one logical tensor: what a rank writes of it, or wants to read.
+
+    Elements are counted in row-major order of the global shape. Whoever holds something else than one
+    such run, a block of columns say, names one piece for each run.
 
     Args:
-        model: parameters and buffers under the model's own names. Of tied names only one is here.
-        aliases: each further name of a tied tensor -> its name in `model`.
-        optimizer: parameter name -> state key -> tensor of any shape; fp32 masters under "master".
-        state: everything else that a resume needs; `state["step"]`, the updates done, is required.
-            Tuples come back as lists.
-        extra_files: further files by plain name, such as the `config.json` of a Hugging Face model.
+        part: "model" or "optimizer".
+        name: the tensor's global name in that part.
+        start: its first element.
+        tensor: the elements, in any shape, type and place when they are written; contiguous on the host
+            and of the saved type when they are read into.
     """
 
-    model: Mapping[str, Tensor]
+    part: str
+    name: str
+    start: int
+    tensor: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tensor.numel()
+
+
+@dataclass(frozen=True)
+class Content:
+    """The logical state of a run, as one rank sees it.
+
+    Args:
+        specs: part -> name -> global shape and type as written. The same on every rank; it decides
+            where every byte lies. Of tied names only one is here. Optimizer state stands under
+            `state_name(parameter, key)`.
+        pieces: what this rank writes. Over all ranks every element is written once.
+        state: everything else that a resume needs; `state["step"]`, the updates done, is required.
+            Tuples come back as lists.
+        aliases: each further name of a tied tensor -> its name in the model part.
+        extra_files: further files by plain name, such as the `config.json` of a Hugging Face model.
+        only: what was asked for, where the content is a part of the model.
+    """
+
+    specs: Mapping[str, Mapping[str, Spec]]
+    pieces: Sequence[Piece]
     state: Mapping[str, JSON]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    optimizer: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    only: str | None = None
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each part under the names they have in its files."""
-        optimizer = {
-            f"{name}/{key}": tensor for name, state in self.optimizer.items() for key, tensor in state.items()
-        }
-        return {MODEL: dict(self.model), OPTIMIZER: optimizer}
+    def snapshot(self) -> Content:
+        """The same content in host memory of its own, so that the state may change.
+
+        Pieces that show the same elements share one copy.
+        """
+        copies: dict[object, Tensor] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            place = _place(tensor)
+            if place not in copies:
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            return copies[place]
+
+        return replace(self, pieces=[replace(piece, tensor=copied(piece.tensor)) for piece in self.pieces])
+
+
+def whole(
+    model: Mapping[str, Tensor],
+    state: Mapping[str, JSON],
+    aliases: Mapping[str, str] | None = None,
+    optimizer: Mapping[str, Mapping[str, Tensor]] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> Content:
+    """A content of whole tensors, for one process that has all of them.
+
+    Args:
+        model: parameters and buffers under the model's own names.
+        optimizer: parameter name -> state key -> tensor of any shape; fp32 masters under "master".
+    """
+    named = {
+        MODEL: dict(model),
+        OPTIMIZER: {
+            state_name(name, key): tensor
+            for name, values in (optimizer or {}).items()
+            for key, tensor in values.items()
+        },
+    }
+    return Content(
+        specs={
+            part: {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            for part, tensors in named.items()
+        },
+        pieces=[
+            Piece(part, name, 0, tensor)
+            for part, tensors in named.items()
+            for name, tensor in tensors.items()
+        ],
+        state=state,
+        aliases=aliases or {},
+        extra_files=extra_files or {},
+    )
+
+
+def state_name(parameter: str, key: str) -> str:
+    """The name of optimizer state in its files.
+
+    Raises:
+        CheckpointError: the key holds a slash, by which names are split again.
+    """
+    if "/" in key:
+        raise CheckpointError(
+            f"optimizer {parameter!r}: the state key {key!r} holds '/'",
+            rule="optimizer state is named parameter/key in its file",
+            fix=f"keep it under {key.replace('/', '.')!r} in the optimizer",
+        )
+    return f"{parameter}/{key}"
 
 
 def untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -59,7 +148,7 @@ def untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        place = _place(tensor)
         if tensor.numel() and tensor.data_ptr() and place in seen:
             aliases[name] = seen[place]
         else:
@@ -68,16 +157,21 @@ def untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return kept, aliases
 
 
+def _place(tensor: Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def check_content(content: Content) -> None:
     """Raise one `CheckpointError` that lists everything that keeps this content from being saved."""
+    model = content.specs.get(MODEL, {})
     problems = [
         *_tensor_problems(content),
         *(
             f"alias {alias!r}: its tensor {name!r} is not in the model part"
             for alias, name in content.aliases.items()
-            if name not in content.model
+            if name not in model
         ),
-        *(f"alias {alias!r} is stored as well" for alias in content.aliases if alias in content.model),
+        *(f"alias {alias!r} is stored as well" for alias in content.aliases if alias in model),
         *_step_problems(content.state),
         *_json_problems("state", content.state),
     ]
@@ -90,22 +184,22 @@ def check_content(content: Content) -> None:
 
 
 def _tensor_problems(content: Content) -> list[str]:
-    problems = [
-        f"optimizer {name!r}: the state key {key!r} holds '/'"
-        for name, state in content.optimizer.items()
-        for key in state
-        if "/" in key
-    ]
-    for part, tensors in content.parts().items():
-        for name, tensor in tensors.items():
+    problems = []
+    for part, specs in content.specs.items():
+        for name, spec in specs.items():
             if name == "__metadata__":
                 problems.append(f"{part} {name!r}: the name is reserved by the file format")
-            if tensor.is_meta:
-                problems.append(f"{part} {name!r}: a meta tensor has no data")
-            elif tensor.layout is not torch.strided:
-                problems.append(f"{part} {name!r}: its layout is {tensor.layout}")
-            if tensor.dtype not in TAGS:
-                problems.append(f"{part} {name!r}: its dtype is {tensor.dtype}")
+            if spec.dtype not in TAGS:
+                problems.append(f"{part} {name!r}: its dtype is {spec.dtype}")
+    for piece in content.pieces:
+        what, tensor = f"{piece.part} {piece.name!r}", piece.tensor
+        whole = content.specs.get(piece.part, {}).get(piece.name)
+        if whole is None or piece.start < 0 or piece.stop > whole.numel:
+            raise AssertionError(f"elements {piece.start} to {piece.stop} of {what} are not in {whole}")
+        if tensor.is_meta:
+            problems.append(f"{what}: a meta tensor has no data")
+        elif tensor.layout is not torch.strided:
+            problems.append(f"{what}: its layout is {tensor.layout}")
     return problems
 
 

@@ -1,39 +1,51 @@
-"""The few file operations a save is made of, and checksums that run along with them.
+"""The few file operations that saving and pruning are made of.
 
 `writing` and `retention` change the disk only through a `Files` object, so that a test can stop a save
-before any single operation or fill the disk at any byte. It knows bytes and folders, never tensors.
+before any single operation, slow one rank down or fill the disk. It knows bytes and folders, never
+tensors.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-CHUNK_BYTES = 16 * 2**20
-"""Most that is handed to the system, or summed, at once."""
+CHUNK_BYTES = 2**20
+"""Most that is handed to the system at once: what was summed a moment ago is copied from the cache."""
 
 Buffer = bytes | memoryview
 
 
 class Files:
-    """The local file system."""
+    """The local file system, or one that is mounted."""
 
     def make_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def create(self, path: Path) -> FileIO:
-        """A new, unbuffered file; one that exists already is an error."""
-        return FileIO(path, "xb")
+    def create(self, path: Path, size: int) -> FileIO:
+        """A new, unbuffered file with its room reserved; one that exists already is an error."""
+        handle = FileIO(path, "xb")
+        try:
+            _reserve(handle.fileno(), size)
+        except BaseException:
+            handle.close()
+            raise
+        return handle
 
-    def write(self, handle: FileIO, data: Buffer) -> None:
+    def reopen(self, path: Path) -> FileIO:
+        """A file that another rank has created, to write into."""
+        return FileIO(path, "r+b")
+
+    def write(self, handle: FileIO, data: Buffer, offset: int) -> None:
+        """Put `data` at `offset`, wherever other writers of the same file are."""
         rest = memoryview(data)
         while rest:
-            rest = rest[handle.write(rest) :]
+            written = os.pwrite(handle.fileno(), rest, offset)
+            rest, offset = rest[written:], offset + written
 
     def sync(self, handle: FileIO) -> None:
         os.fsync(handle.fileno())
@@ -51,66 +63,32 @@ class Files:
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
 
+    def remove_file(self, path: Path) -> None:
+        path.unlink()
+
     def remove(self, folder: Path) -> None:
         """Remove a folder with everything in it, if it is there."""
         if folder.exists():
             shutil.rmtree(folder)
 
+    def names(self, folder: Path) -> set[str]:
+        """What is in a folder; nothing where there is none. It is read anew each time: file systems
+        shared by hosts may remember for long that a single name was not there."""
+        with suppress(FileNotFoundError):
+            return set(os.listdir(folder))
+        return set()
+
     def free_bytes(self, folder: Path) -> int:
         return shutil.disk_usage(folder).free
 
 
-class Sink:
-    """One file being written: its size and crc32 are known when the last byte is.
-
-    Every byte is summed once. The sum of the file is joined from the sums of its pieces, so pieces
-    that different writers summed can be joined just as well.
-    """
-
-    def __init__(self, files: Files, handle: FileIO) -> None:
-        self._files, self._handle = files, handle
-        self.size = 0
-        self.crc32 = 0
-
-    def add(self, chunks: Iterable[Buffer]) -> int:
-        """Append one piece; returns the crc32 of that piece alone."""
-        crc, size = 0, 0
-        for chunk in chunks:
-            self._files.write(self._handle, chunk)
-            crc = zlib.crc32(chunk, crc)
-            size += len(chunk)
-        self.crc32 = join_crc32(self.crc32, crc, size)
-        self.size += size
-        return crc
-
-
-@contextmanager
-def new_file(files: Files, path: Path) -> Iterator[Sink]:
-    """A `Sink` for a new file, which is durable once the block has ended without an error."""
-    with files.create(path) as handle:
-        yield Sink(files, handle)
-        files.sync(handle)
-
-
-def join_crc32(first: int, second: int, second_bytes: int) -> int:
-    """The crc32 of A + B from crc32(A), crc32(B) and len(B), without the bytes.
-
-    Appending n bytes multiplies the sum, a polynomial over GF(2), by x^(8n) modulo the crc's own.
-    """
-    power, base = 1 << 31, 1 << 23  # x^0 and x^8; the highest bit is the lowest power
-    while second_bytes:
-        if second_bytes & 1:
-            power = _times(base, power)
-        base = _times(base, base)
-        second_bytes >>= 1
-    return _times(power, first) ^ second
-
-
-def _times(a: int, b: int) -> int:
-    product, bit = 0, 1 << 31
-    while bit:
-        if a & bit:
-            product ^= b
-        bit >>= 1
-        b = (b >> 1) ^ (0xEDB88320 if b & 1 else 0)
-    return product
+def _reserve(handle: int, size: int) -> None:
+    if not size:
+        return
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except (AttributeError, OSError) as error:
+        # Not every system and file system can; a full disk is then met by a write.
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(handle, size)

@@ -1,26 +1,29 @@
 """The manifest: the one file, written last, that makes a folder a checkpoint.
 
 `writing` makes it; `reading` and `retention` trust nothing that it does not list. It holds files with
-sizes and sums and every tensor's place, so that a reader finds any range of bytes without opening
-another header. It never holds tensor data, and nothing about the ranks that wrote it.
+sizes and every tensor's place, so that a reader finds any range of bytes without opening another
+header. It never holds tensor data, and nothing about the ranks that wrote it.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint.tensorfile import DTYPES, num_bytes
+from sixfold.checkpoint.sums import Cells
+from sixfold.checkpoint.tensorfile import DTYPES, Spec
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+SUMS = "checksums.crc32"
 FORMAT: Final = "sixfold-checkpoint"
-VERSION: Final = 1
+VERSION: Final = 2
 
 Count = Annotated[int, Field(ge=0)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -40,7 +43,6 @@ class FileEntry(_Entry):
 
     name: FileName
     size: Count
-    crc32: Crc32
 
 
 class TensorEntry(_Entry):
@@ -53,35 +55,47 @@ class TensorEntry(_Entry):
     shape: tuple[Count, ...]
     start: Count
     stop: Count
-    crc32: Crc32
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.shape, DTYPES[self.dtype])
 
 
 class Manifest(_Entry):
     """Everything a complete checkpoint holds.
 
     `serial` counts the saves into the parent folder: a run that went back to an earlier step saves
-    lower steps later, and the newest is the one saved last.
+    lower steps later, and the newest is the one saved last. `files` are all but the manifest and the
+    checksums, whose cells follow in this order; `sums_crc32` is the sum of the checksums. `only` is
+    what was asked for where it holds a part of a model.
     """
 
     format: Literal["sixfold-checkpoint"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     step: Count
     serial: Count
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
     aliases: dict[str, str]
+    sums_crc32: Crc32
+    only: str | None = None
 
     @model_validator(mode="after")
     def _places_exist(self) -> Manifest:
         sizes = {file.name: file.size for file in self.files}
         for tensor in self.tensors:
-            dtype = DTYPES.get(tensor.dtype)
+            known = tensor.dtype in DTYPES
             size = tensor.stop - tensor.start
-            if dtype is None or size != num_bytes(tensor.shape, dtype) or tensor.stop > sizes[tensor.file]:
+            if not known or size != tensor.spec.num_bytes or tensor.stop > sizes[tensor.file]:
                 raise ValueError(
                     f"the place of {tensor.part} {tensor.name!r} does not fit its shape and file"
                 )
         return self
+
+    @cached_property
+    def cells(self) -> Cells:
+        """How the checksums are counted."""
+        return Cells(tuple(file.size for file in self.files))
 
     def to_bytes(self) -> bytes:
         body = self.model_dump(mode="json")
@@ -132,7 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _size_problems(folder: Path, manifest: Manifest) -> list[str]:
     problems = []
-    for file in manifest.files:
+    sums = FileEntry(name=SUMS, size=4 * manifest.cells.num_cells)
+    for file in (*manifest.files, sums):
         try:
             size = (folder / file.name).stat().st_size
         except OSError:
@@ -147,6 +162,6 @@ def damaged(folder: Path, problems: list[str]) -> CheckpointError:
     """The error for a folder whose bytes are not those that were saved."""
     return CheckpointError(
         f"the checkpoint {folder} is damaged:\n    " + "\n    ".join(problems),
-        rule="every file has the size and the crc32 that the manifest lists",
+        rule="every file has the size and the checksums that were saved with it",
         fix="copy the files named above again from where they came, or open an earlier checkpoint",
     )

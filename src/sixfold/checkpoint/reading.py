@@ -1,7 +1,7 @@
 """Opening a checkpoint and reading tensors out of it, each verified as it is read.
 
-The engine opens a folder, checks it against the model it has, and copies tensors in one at a time. A
-reader touches only the bytes it asks for. This module never writes, and never changes a tensor's type
+The engine opens a folder, checks it against the model it has, and has its pieces filled. A reader touches
+only the bytes it asks for. This module never writes, and never changes a tensor's type
 or shape to make it fit.
 """
 
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,11 @@ import torch
 from torch import Tensor
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint.content import MODEL, OPTIMIZER
-from sixfold.checkpoint.files import CHUNK_BYTES
-from sixfold.checkpoint.manifest import STATE, FileEntry, Manifest, TensorEntry, damaged, read_manifest
+from sixfold.checkpoint.content import MODEL, OPTIMIZER, Piece
+from sixfold.checkpoint.manifest import STATE, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.ranges import Ranges
 from sixfold.checkpoint.retention import latest, old_name
-from sixfold.checkpoint.tensorfile import DTYPES, Shape, chunks_of
+from sixfold.checkpoint.tensorfile import Spec
 
 _NUM_NEAR_NAMES = 20
 """Missing names that get their nearest spelling; the search is slow and one prefix explains them all."""
@@ -102,11 +99,26 @@ class Saved:
         """Names of the parameters that have optimizer state."""
         return tuple(self._optimizer)
 
+    @cached_property
+    def optimizer_specs(self) -> dict[str, dict[str, Spec]]:
+        """Parameter name -> state key -> global shape and type."""
+        return {
+            name: {key: entry.spec for key, entry in entries.items()}
+            for name, entries in self._optimizer.items()
+        }
+
     def read_model(self, name: str) -> Tensor:
         """One tensor of the model part, on the CPU, by its name or an alias."""
         entry = self._entries[MODEL].get(self.aliases.get(name, name))
         if entry is None:
             raise self._unknown(name, self.model_names)
+        return self._read(entry)
+
+    def read(self, part: str, name: str) -> Tensor:
+        """One tensor of either part by its name in the files."""
+        entry = self._entries.get(part, {}).get(name)
+        if entry is None:
+            raise self._unknown(name, tuple(self._entries.get(part, {})))
         return self._read(entry)
 
     def read_optimizer(self, name: str) -> dict[str, Tensor]:
@@ -117,11 +129,11 @@ class Saved:
 
     def read_file(self, name: str) -> bytes:
         """One whole file, such as an extra file."""
-        entry = next((file for file in self.manifest.files if file.name == name), None)
-        if entry is None:
-            raise self._unknown(name, [file.name for file in self.manifest.files])
-        data = bytearray(entry.size)
-        self._fill(entry.name, 0, memoryview(data), entry.crc32)
+        sizes = {file.name: file.size for file in self.manifest.files}
+        if name not in sizes:
+            raise self._unknown(name, tuple(sizes))
+        data = bytearray(sizes[name])
+        self._ranges.fill(name, [(0, memoryview(data))])
         return bytes(data)
 
     def model(self) -> Iterator[tuple[str, Tensor]]:
@@ -144,6 +156,14 @@ class Saved:
         Raises:
             CheckpointError: at the call, before anything is read: lists all that does not fit.
         """
+        self.check_model(expected, strict=strict)
+        known = set(self.model_names)
+        return ((name, self.read_model(name)) for name in expected if name in known)
+
+    def check_model(
+        self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]], *, strict: bool = True
+    ) -> None:
+        """The check of `load_model` alone."""
         problems = self._mismatches(expected)
         if strict:
             problems = [*self._unaccounted(expected), *problems]
@@ -155,21 +175,38 @@ class Saved:
                 fix="build the model that was saved, or read tensors with `read_model` and convert them"
                 + ("; strict=False accepts missing and extra names" if strict else ""),
             )
-        known = set(self.model_names)
-        return ((name, self.read_model(name)) for name in expected if name in known)
 
-    def verify(self) -> None:
-        """Read every file and compare its crc32; raises one `CheckpointError` naming all damaged files."""
-        problems = []
-        for file in self.manifest.files:
-            try:
-                self._sum(file)
-            except CheckpointError as error:
-                problems.append(error.given.splitlines()[-1].strip())
-        if problems:
-            raise damaged(self.folder, problems)
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Read each piece's elements into its tensor; on the disk nothing else is touched, but for at most
+        64 KiB beyond each end of a run of neighbouring pieces.
+
+        Raises:
+            CheckpointError: damaged; what was filled is not to be used.
+        """
+        wanted: dict[str, list[tuple[int, memoryview]]] = {}
+        for piece in pieces:
+            entry = self._entries[piece.part].get(piece.name)
+            if entry is None:
+                raise self._unknown(piece.name, tuple(self._entries[piece.part]))
+            if piece.tensor.dtype != entry.spec.dtype or piece.stop > entry.spec.numel:
+                raise AssertionError(
+                    f"{piece.name}: {entry.spec} cannot fill {piece.tensor.dtype} to {piece.stop}"
+                )
+            start = entry.start + piece.start * entry.spec.dtype.itemsize
+            wanted.setdefault(entry.file, []).append((start, _memory_of(piece.tensor)))
+        for file, ranges in wanted.items():
+            self._ranges.fill(file, ranges)
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Compare files with their checksums, all of them where none are named; raises one
+        `CheckpointError` that lists the damaged ones."""
+        self._ranges.verify(files)
 
     # How names lead to bytes.
+
+    @cached_property
+    def _ranges(self) -> Ranges:
+        return Ranges(self.folder, self.manifest)
 
     @cached_property
     def _entries(self) -> dict[str, dict[str, TensorEntry]]:
@@ -194,8 +231,8 @@ class Saved:
                 continue
             if entry.shape != tuple(shape):
                 problems.append(f"{name}: shape {list(entry.shape)} saved, {list(shape)} expected")
-            if DTYPES[entry.dtype] != dtype:
-                problems.append(f"{name}: {DTYPES[entry.dtype]} saved, {dtype} expected")
+            if entry.spec.dtype != dtype:
+                problems.append(f"{name}: {entry.spec.dtype} saved, {dtype} expected")
         return problems
 
     def _unaccounted(self, expected: Iterable[str]) -> list[str]:
@@ -219,50 +256,16 @@ class Saved:
         )
 
     def _read(self, entry: TensorEntry) -> Tensor:
-        shape: Shape = entry.shape
-        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._fill(entry.file, entry.start, data, entry.crc32, what=f" in {entry.part} {entry.name!r}")
+        tensor = torch.empty(entry.shape, dtype=entry.spec.dtype)
+        self.fill([Piece(entry.part, entry.name, 0, tensor)])
         return tensor
-
-    def _fill(self, file: str, start: int, data: memoryview, crc32: int, what: str = "") -> None:
-        """Read `len(data)` bytes from `start` into `data` and compare their sum."""
-        crc = 0
-        with self._opened(file) as handle:
-            handle.seek(start)
-            for chunk in chunks_of(data):
-                crc = zlib.crc32(chunk[: _read_into(handle, chunk)], crc)
-        if crc != crc32:
-            raise damaged(self.folder, [f"{file}: crc32 {crc:08x}{what}, the manifest says {crc32:08x}"])
-
-    def _sum(self, file: FileEntry) -> None:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, file.size)))
-        crc = 0
-        with self._opened(file.name) as handle:
-            while size := _read_into(handle, buffer):
-                crc = zlib.crc32(buffer[:size], crc)
-        if crc != file.crc32:
-            raise damaged(self.folder, [f"{file.name}: crc32 {crc:08x}, the manifest says {file.crc32:08x}"])
-
-    @contextmanager
-    def _opened(self, file: str) -> Iterator[FileIO]:
-        try:
-            with FileIO(self.folder / file, "rb") as handle:
-                yield handle
-        except OSError as error:
-            raise damaged(self.folder, [f"{file}: {error.strerror}"]) from error
-
-
-def _read_into(handle: FileIO, buffer: memoryview) -> int:
-    """Fill the buffer as far as the file goes; returns the bytes read."""
-    filled = 0
-    while filled < len(buffer):
-        size = handle.readinto(buffer[filled:])
-        if not size:
-            break
-        filled += size
-    return filled
 
 
 def _near(name: str, names: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(name, list(names), n=1)), None)
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise AssertionError(f"strides {tensor.stride()} on {tensor.device}: not contiguous host memory")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -8,6 +8,7 @@ removed. It reads manifests, never tensors.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from sixfold.base.errors import CheckpointError
@@ -18,6 +19,37 @@ _TEMPORARY = ".tmp-"
 _OLD = ".old-"
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which complete checkpoints of a folder stay.
+
+    Args:
+        last: as many of the newest.
+        every: besides, those after a multiple of so many updates; None: no others.
+
+    Raises:
+        CheckpointError: fewer than one.
+    """
+
+    last: int
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("last", self.last), ("every", self.every)):
+            if value is not None and value < 1:
+                raise CheckpointError(
+                    f"keep_{name} is {value}",
+                    rule="at least the newest checkpoint is kept, and steps are counted from 1",
+                    fix=f"set checkpoint.keep_{name} to 1 or more",
+                )
+
+    def surplus(self, steps: list[int]) -> list[int]:
+        """Places in `steps`, oldest save first, of what goes."""
+        return [
+            place for place, step in enumerate(steps[: -self.last]) if self.every is None or step % self.every
+        ]
 
 
 def step_folder(parent: Path, step: int) -> Path:
@@ -44,25 +76,20 @@ def latest(folder: Path | str) -> Path | None:
         OtherVersionError: one of them was written by another version of the format; passing over it
             would silently go back in the run.
     """
-    found = _complete(Path(folder))
+    found = complete(Path(folder))
     return found[-1][0] if found else None
 
 
-def prune(folder: Path | str, keep_last: int, *, files: Files | None = None) -> tuple[Path, ...]:
-    """Remove all complete checkpoints but the newest `keep_last`, and what broken saves left behind.
+def prune(folder: Path | str, keep: Keep, *, files: Files | None = None) -> tuple[Path, ...]:
+    """Remove all complete checkpoints but those to keep, and what broken saves left behind.
 
     To be called while no save into this folder is under way. Returns the checkpoints removed.
     """
-    if keep_last < 1:
-        raise CheckpointError(
-            f"keep_last is {keep_last}",
-            rule="at least the newest checkpoint is kept",
-            fix="set checkpoint.keep_last to 1 or more",
-        )
     files, folder = files or Files(), Path(folder)
+    leftovers, surplus = removable(folder, keep)
     try:
-        _remove_leftovers(folder, files)
-        surplus = tuple(path for path, _ in _complete(folder)[:-keep_last])
+        for path in leftovers:
+            files.remove(path)
         for path in surplus:
             # Out of sight in one operation, so that a kill leaves no half checkpoint under a good name.
             files.rename(path, temporary_name(path))
@@ -76,24 +103,36 @@ def prune(folder: Path | str, keep_last: int, *, files: Files | None = None) -> 
     return surplus
 
 
+def removable(folder: Path, keep: Keep) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """What `prune` would remove: leftovers of broken saves, and complete checkpoints."""
+    found = complete(folder)
+    places = keep.surplus([manifest.step for _, manifest in found])
+    return tuple(_leftovers(folder, {path for path, _ in found})), tuple(found[at][0] for at in places)
+
+
 def next_serial(folder: Path) -> int:
     """The serial number of the next save into a folder: one more than any that is readable there."""
-    found = (manifest.serial for _, manifest in _scan(folder) if isinstance(manifest, Manifest))
+    found = (manifest.serial for _, manifest in scan(folder) if isinstance(manifest, Manifest))
     return 1 + max(found, default=0)
 
 
-def _remove_leftovers(folder: Path, files: Files) -> None:
-    complete = {path for path, _ in _complete(folder)}
-    for path in sorted(folder.glob(".*-*")):
-        replaced = path.name.startswith(_OLD) and path.with_name(path.name.removeprefix(_OLD)) in complete
-        if path.is_dir() and (replaced or path.name.startswith(_TEMPORARY)):
-            files.remove(path)
+def _leftovers(folder: Path, complete: set[Path]) -> list[Path]:
+    """Temporary folders, and replaced checkpoints whose replacement is there."""
+    return [
+        path
+        for path in sorted(folder.glob(".*-*"))
+        if path.is_dir()
+        and (
+            path.name.startswith(_TEMPORARY)
+            or (path.name.startswith(_OLD) and path.with_name(path.name.removeprefix(_OLD)) in complete)
+        )
+    ]
 
 
-def _complete(folder: Path) -> list[tuple[Path, Manifest]]:
+def complete(folder: Path) -> list[tuple[Path, Manifest]]:
     """Complete checkpoints, oldest first."""
     found = []
-    for path, manifest in _scan(folder):
+    for path, manifest in scan(folder):
         if isinstance(manifest, OtherVersionError):
             raise manifest
         if isinstance(manifest, Manifest):
@@ -103,8 +142,8 @@ def _complete(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda pair: (pair[1].serial, pair[1].step, pair[0].name))
 
 
-def _scan(folder: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
-    """Every folder that could be a checkpoint, with its manifest or what is wrong with it."""
+def scan(folder: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
+    """Every folder inside that could be a checkpoint, with its manifest or what is wrong with it."""
     if not folder.is_dir():
         return []
     found: list[tuple[Path, Manifest | CheckpointError]] = []

@@ -43,12 +43,27 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Spec:
+    """A logical tensor without its numbers: global shape, and type as written."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Slot:
     """Where one whole tensor lies: bytes `start` to `stop`, counted from the start of the file."""
 
     name: str
-    shape: Shape
-    dtype: torch.dtype
+    spec: Spec
     start: int
     stop: int
 
@@ -66,21 +81,15 @@ class TensorFile:
         return self.slots[-1].stop
 
 
-def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def plan_files(
-    part: str, specs: Mapping[str, tuple[Shape, torch.dtype]], max_file_bytes: int
-) -> tuple[TensorFile, ...]:
+def plan_files(part: str, specs: Mapping[str, Spec], max_file_bytes: int) -> tuple[TensorFile, ...]:
     """Lay tensors into `<part>.safetensors`, or into several numbered files of at most that much data.
 
     Tensors keep the given order from file to file; one larger than a file gets a file of its own.
     """
     groups: list[list[str]] = []
     filled = 0
-    for name, (shape, dtype) in specs.items():
-        size = num_bytes(shape, dtype)
+    for name, spec in specs.items():
+        size = spec.num_bytes
         if not groups or filled + size > max_file_bytes:
             groups.append([])
             filled = 0
@@ -95,23 +104,27 @@ def plan_files(
     )
 
 
-def _lay_out(file: str, specs: Mapping[str, tuple[Shape, torch.dtype]]) -> TensorFile:
+def _lay_out(file: str, specs: Mapping[str, Spec]) -> TensorFile:
     # Wide types first keeps every tensor aligned to its own element size, so readers can map the file.
-    ordered = sorted(specs, key=lambda name: -specs[name][1].itemsize)
+    ordered = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     offsets: dict[str, tuple[int, int]] = {}
     end = 0
     for name in ordered:
-        offsets[name] = (end, end + num_bytes(*specs[name]))
+        offsets[name] = (end, end + specs[name].num_bytes)
         end = offsets[name][1]
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name in ordered:
-        shape, dtype = specs[name]
-        entries[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
+        spec = specs[name]
+        entries[name] = {
+            "dtype": TAGS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": list(offsets[name]),
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     at = len(header)
-    slots = (Slot(name, *specs[name], at + offsets[name][0], at + offsets[name][1]) for name in ordered)
+    slots = (Slot(name, specs[name], at + offsets[name][0], at + offsets[name][1]) for name in ordered)
     return TensorFile(file, header, tuple(slots))
 
 
@@ -128,6 +141,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def chunks_of(data: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
+def chunks_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """Its bytes as `dtype` in row-major order, a chunk in memory at a time."""
+    flat = tensor.detach().reshape(-1)
+    step = CHUNK_BYTES // max(dtype.itemsize, flat.dtype.itemsize)
+    for start in range(0, flat.numel(), step):
+        yield bytes_of(flat[start : start + step].to(dtype))

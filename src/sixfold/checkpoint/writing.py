@@ -1,8 +1,9 @@
-"""Saving: a folder appears under its name complete, or not at all.
+"""Saving: every rank writes its own bytes; the folder appears under its name complete, or not at all.
 
-The engine calls `save` on the one rank that writes. Files go into a hidden sibling folder and are made
-durable, the manifest last; then the folder is renamed. A kill at any moment leaves the previous or the
-new checkpoint to find. It copies no tensor that already lies contiguous on the host, and never pickles.
+`Saving` runs one `Save` on every rank, in a thread. Rank 0 makes the files at full size in a hidden sibling
+folder; each rank writes its ranges, makes them durable and leaves a record of their checksums; when
+rank 0 has all records it writes the manifest and renames the folder. Ranks meet through names in that
+folder alone. A kill at any moment leaves the previous or the new checkpoint. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -10,41 +11,70 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from sixfold.base.errors import CheckpointError, SaveError
 from sixfold.base.units import bytes_text
-from sixfold.checkpoint.content import Content, check_content
-from sixfold.checkpoint.files import Buffer, Files, new_file
-from sixfold.checkpoint.manifest import MANIFEST, STATE, FileEntry, Manifest, TensorEntry, read_manifest
-from sixfold.checkpoint.retention import next_serial, old_name, temporary_name
-from sixfold.checkpoint.tensorfile import TAGS, TensorFile, bytes_of, chunks_of, index_json, plan_files
+from sixfold.checkpoint.content import Content, Piece, check_content
+from sixfold.checkpoint.files import Buffer, Files
+from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS, FileEntry, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.retention import Keep, next_serial, old_name, prune, temporary_name
+from sixfold.checkpoint.sums import Cells, Tally, joined
+from sixfold.checkpoint.tensorfile import TAGS, Slot, TensorFile, chunks_of, index_json, plan_files
 
 MAX_FILE_BYTES = 5 * 10**9
 
+_FIRST_POLL_S, _LAST_POLL_S = 0.002, 0.1
+_CLEARINGS = 3
+
 
 @dataclass(frozen=True)
-class _Plan:
-    """The files of one save, known before a byte is written."""
+class Plan:
+    """The files of one save, known on every rank before a byte is written.
+
+    Args:
+        tensor_files: pairs of part and file.
+        other_files: whole small files.
+    """
 
     tensor_files: tuple[tuple[str, TensorFile], ...]
-    """Pairs of part and file."""
     other_files: Mapping[str, bytes]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file name, in the manifest's order."""
+        tensors = {file.name: file.size for _, file in self.tensor_files}
+        return {**tensors, **{name: len(data) for name, data in self.other_files.items()}}
+
+    @property
     def num_bytes(self) -> int:
-        return sum(file.size for _, file in self.tensor_files) + sum(map(len, self.other_files.values()))
+        return sum(self.sizes.values())
+
+    @property
+    def digest(self) -> int:
+        """Equal on ranks whose tensors would lie at the same places."""
+        return zlib.crc32(b"".join(file.name.encode() + file.header for _, file in self.tensor_files))
+
+    def slots(self) -> dict[tuple[str, str], tuple[str, Slot]]:
+        """(part, tensor) -> its file and place."""
+        return {
+            (part, slot.name): (file.name, slot) for part, file in self.tensor_files for slot in file.slots
+        }
+
+
+class Cancelled(Exception):
+    """The save was given up because of another rank."""
 
 
 def save(
     folder: Path | str, content: Content, *, max_file_bytes: int = MAX_FILE_BYTES, files: Files | None = None
 ) -> None:
-    """Write one checkpoint folder; one that is already there under this name is replaced.
+    """Write one checkpoint folder from one process; an earlier checkpoint of this name is replaced.
 
     Args:
         folder: the folder to appear; its parents are made.
@@ -56,37 +86,24 @@ def save(
         CheckpointError: the content cannot be saved, or the folder holds something else.
         SaveError: the disk refused. The previous checkpoint is untouched and no temporary folder is left.
     """
-    files = files or Files()
-    target = Path(os.path.abspath(folder))
     check_content(content)
-    plan = _plan(content, max_file_bytes)
-    temporary = temporary_name(target)
-    try:
-        _refuse_foreign(target)
-        files.make_folder(target.parent)
-        files.remove(temporary)
-        if files.free_bytes(target.parent) < plan.num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write(temporary, plan, content, files)
-        _commit(temporary, target, files)
-    except BaseException as error:
-        with suppress(OSError):
-            files.remove(temporary)
-        if isinstance(error, OSError):
-            raise _refused(target, plan.num_bytes, error, files) from error
-        raise
+    Save(Path(folder), content, plan(content, max_file_bytes), files=files or Files()).run()
 
 
-def _plan(content: Content, max_file_bytes: int) -> _Plan:
+def plan(content: Content, max_file_bytes: int = MAX_FILE_BYTES) -> Plan:
+    """Lay out the files of a content.
+
+    Raises:
+        CheckpointError: an extra file has a name that is taken or not plain.
+    """
     tensor_files: list[tuple[str, TensorFile]] = []
     other = {STATE: json.dumps(content.state, indent=1).encode()}
-    for part, tensors in content.parts().items():
-        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for part, specs in content.specs.items():
         planned = plan_files(part, specs, max_file_bytes)
         tensor_files += [(part, file) for file in planned]
         if len(planned) > 1:
             other[f"{part}.safetensors.index.json"] = index_json(planned)
-    taken = {MANIFEST, *other, *(file.name for _, file in tensor_files)}
+    taken = {MANIFEST, SUMS, *other, *(file.name for _, file in tensor_files)}
     for name in content.extra_files:
         if not name or name in taken or name.startswith(".") or Path(name).name != name or "\\" in name:
             raise CheckpointError(
@@ -94,7 +111,219 @@ def _plan(content: Content, max_file_bytes: int) -> _Plan:
                 rule=f"an extra file has a plain name besides {', '.join(sorted(taken))}",
                 fix=f"call it {'extra-' + Path(name).name.lstrip('.')!r}",
             )
-    return _Plan(tuple(tensor_files), {**other, **content.extra_files})
+    return Plan(tuple(tensor_files), {**other, **content.extra_files})
+
+
+@dataclass
+class Save:
+    """One rank's part in one save.
+
+    Args:
+        folder: the folder to appear.
+        key: a word of this save alone, the same on every rank, that tells its records from older ones.
+        is_cancelled: asked between operations; True makes `run` give up.
+        keep: which checkpoints beside it stay afterwards; None: all.
+    """
+
+    folder: Path
+    content: Content
+    plan: Plan
+    rank: int = 0
+    num_ranks: int = 1
+    key: str = ""
+    files: Files = field(default_factory=Files)
+    is_cancelled: Callable[[], bool] = lambda: False
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        self._target = Path(os.path.abspath(self.folder))
+        self._temporary = temporary_name(self._target)
+        self._cells = Cells(tuple(self.plan.sizes.values()))
+
+    def run(self) -> None:
+        """Do this rank's part; on rank 0 the checkpoint is complete afterwards.
+
+        Raises:
+            CheckpointError: the folder holds something else.
+            SaveError: the disk refused.
+            Cancelled: another rank could not do its part.
+        """
+        try:
+            if self.rank == 0:
+                self._create()
+            else:
+                self._await(self._ready)
+            record = self._write()
+            if self.rank == 0:
+                self._commit(record)
+            else:
+                self._leave_record(record)
+        except BaseException as error:
+            if self.rank == 0:
+                self._clear_up()
+            if isinstance(error, OSError):
+                # Once a save is given up, rank 0 takes the folder away under the others' hands.
+                self._check()
+                raise _refused(self._target, self.plan.num_bytes, error, self.files) from error
+            raise
+        if self.rank == 0 and self.keep is not None:
+            prune(self._target.parent, self.keep, files=self.files)
+
+    def _clear_up(self) -> None:
+        for _ in range(_CLEARINGS):
+            with suppress(OSError):
+                self.files.remove(self._temporary)
+                return
+            time.sleep(_LAST_POLL_S)  # a rank that does not know yet has just put a file there
+
+    # Meeting.
+
+    @property
+    def _ready(self) -> str:
+        return f"ready-{self.key}"
+
+    def _record(self, rank: int) -> str:
+        return f"record-{self.key}-{rank}"
+
+    def _await(self, *names: str) -> None:
+        pause = _FIRST_POLL_S
+        while not self.files.names(self._temporary).issuperset(names):
+            self._check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_POLL_S)
+
+    def _check(self) -> None:
+        if self.is_cancelled():
+            raise Cancelled
+
+    # The parts of a save, in order.
+
+    def _create(self) -> None:
+        """Rank 0: all files at full size, so that a full disk is met here."""
+        target, files = self._target, self.files
+        _refuse_foreign(target)
+        files.make_folder(target.parent)
+        files.remove(self._temporary)
+        if files.free_bytes(target.parent) < self.plan.num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        files.make_folder(self._temporary)
+        for name, size in self.plan.sizes.items():
+            files.create(self._temporary / name, size).close()
+        if self.num_ranks > 1:
+            files.create(self._temporary / self._ready, 0).close()
+
+    def _write(self) -> bytes:
+        """This rank's ranges, file by file; returns the record of their checksums."""
+        tally = Tally(self._cells)
+        ranges = self._ranges()
+        # Not all ranks begin with one file: a file system may take one writer of a file at a time.
+        numbered = list(enumerate(self.plan.sizes))
+        first = len(numbered) * self.rank // self.num_ranks
+        for number, name in (*numbered[first:], *numbered[:first]):
+            mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
+            if not mine and self.rank:
+                continue
+            with self.files.reopen(self._temporary / name) as handle:
+                for start, chunks in mine:
+                    for chunk in chunks:
+                        self._check()
+                        tally.add(number, start, chunk)
+                        self.files.write(handle, chunk, start)
+                        start += len(chunk)
+                self.files.sync(handle)
+        return tally.to_bytes()
+
+    def _ranges(self) -> dict[str, list[tuple[int, Iterable[Buffer]]]]:
+        """File name -> (first byte, its bytes in chunks) of each range that this rank writes."""
+        ranges: dict[str, list[tuple[int, Iterable[Buffer]]]] = {}
+        if self.rank == 0:
+            for _, file in self.plan.tensor_files:
+                ranges[file.name] = [(0, [file.header])]
+            for name, data in self.plan.other_files.items():
+                ranges[name] = [(0, [data])]
+        slots = self.plan.slots()
+        for piece in self.content.pieces:
+            file_name, slot = slots[piece.part, piece.name]
+            start = slot.start + piece.start * slot.spec.dtype.itemsize
+            ranges.setdefault(file_name, []).append((start, _chunks(piece, slot)))
+        return ranges
+
+    def _leave_record(self, record: bytes) -> None:
+        """Named when it is whole: rank 0 looks for the name."""
+        name = self._record(self.rank)
+        unfinished = self._temporary / f"unfinished-{name}"
+        with self.files.create(unfinished, 0) as handle:
+            self.files.write(handle, record, 0)
+        self.files.rename(unfinished, self._temporary / name)
+
+    def _commit(self, own_record: bytes) -> None:
+        """Rank 0: wait for all records, write checksums and manifest, and give the folder its name."""
+        others = [self._record(rank) for rank in range(1, self.num_ranks)]
+        self._await(*others)
+        records = [own_record, *((self._temporary / name).read_bytes() for name in others)]
+        sums = joined(self._cells, records)
+        for name in (*others, *([self._ready] if others else [])):
+            self.files.remove_file(self._temporary / name)
+        self._write_file(SUMS, sums)
+        self._write_file(MANIFEST, self._manifest(zlib.crc32(sums)).to_bytes())
+        self.files.sync_folder(self._temporary)
+        self._take_name()
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        with self.files.create(self._temporary / name, len(data)) as handle:
+            self.files.write(handle, data, 0)
+            self.files.sync(handle)
+
+    def _manifest(self, sums_crc32: int) -> Manifest:
+        step = self.content.state["step"]
+        if not isinstance(step, int):
+            raise AssertionError(f"check_content let the step {step!r} through")
+        slots = self.plan.slots()
+        return Manifest(
+            step=step,
+            serial=next_serial(self._target.parent),
+            files=tuple(FileEntry(name=name, size=size) for name, size in self.plan.sizes.items()),
+            # In the caller's order, not the file's.
+            tensors=tuple(
+                _entry(part, *slots[part, name])
+                for part, specs in self.content.specs.items()
+                for name in specs
+            ),
+            aliases=dict(self.content.aliases),
+            sums_crc32=sums_crc32,
+            only=self.content.only,
+        )
+
+    def _take_name(self) -> None:
+        """A folder that is not empty cannot be renamed over, so an earlier checkpoint steps aside first;
+        until the new one has the name, readers find the earlier one under its `old_name`."""
+        target, files = self._target, self.files
+        old = old_name(target)
+        if target.exists():
+            if _is_complete(target):
+                files.remove(old)
+                files.rename(target, old)
+            else:
+                files.remove(target)
+        files.rename(self._temporary, target)
+        files.sync_folder(target.parent)
+        files.remove(old)
+
+
+def _chunks(piece: Piece, slot: Slot) -> Iterator[Buffer]:
+    return chunks_of(piece.tensor, slot.spec.dtype)
+
+
+def _entry(part: str, file: str, slot: Slot) -> TensorEntry:
+    return TensorEntry(
+        part=part,
+        name=slot.name,
+        file=file,
+        dtype=TAGS[slot.spec.dtype],
+        shape=slot.spec.shape,
+        start=slot.start,
+        stop=slot.stop,
+    )
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -109,80 +338,6 @@ def _refuse_foreign(target: Path) -> None:
             if target.is_dir()
             else f"save to a new name, such as {target.with_name(target.name + '-checkpoint')}",
         )
-
-
-def _write(temporary: Path, plan: _Plan, content: Content, files: Files) -> None:
-    """All files of a plan into a new folder, the manifest last; everything is durable afterwards."""
-    serial = next_serial(temporary.parent)
-    files.make_folder(temporary)
-    parts = content.parts()
-    entries: list[FileEntry] = []
-    tensors: list[TensorEntry] = []
-    for part, file in plan.tensor_files:
-        entry, placed = _write_tensors(temporary, part, file, parts[part], files)
-        entries.append(entry)
-        tensors += placed
-    entries += [_write_bytes(temporary / name, data, files) for name, data in plan.other_files.items()]
-    step = content.state["step"]
-    if not isinstance(step, int):
-        raise AssertionError(f"check_content let the step {step!r} through")
-    manifest = Manifest(
-        step=step,
-        serial=serial,
-        files=tuple(entries),
-        tensors=tuple(tensors),
-        aliases=dict(content.aliases),
-    )
-    _write_bytes(temporary / MANIFEST, manifest.to_bytes(), files)
-    files.sync_folder(temporary)
-
-
-def _write_tensors(
-    folder: Path, part: str, file: TensorFile, tensors: Mapping[str, Tensor], files: Files
-) -> tuple[FileEntry, list[TensorEntry]]:
-    placed: dict[str, TensorEntry] = {}
-    with new_file(files, folder / file.name) as sink:
-        sink.add([file.header])
-        for slot in file.slots:
-            crc = sink.add(chunks_of(bytes_of(tensors[slot.name])))
-            placed[slot.name] = TensorEntry(
-                part=part,
-                name=slot.name,
-                file=file.name,
-                dtype=TAGS[slot.dtype],
-                shape=slot.shape,
-                start=slot.start,
-                stop=slot.stop,
-                crc32=crc,
-            )
-    entry = FileEntry(name=file.name, size=sink.size, crc32=sink.crc32)
-    return entry, [
-        placed[name] for name in tensors if name in placed
-    ]  # in the caller's order, not the file's
-
-
-def _write_bytes(path: Path, data: Buffer, files: Files) -> FileEntry:
-    with new_file(files, path) as sink:
-        sink.add([data])
-    return FileEntry(name=path.name, size=sink.size, crc32=sink.crc32)
-
-
-def _commit(temporary: Path, target: Path, files: Files) -> None:
-    """Give a complete folder its name.
-
-    A folder that is not empty cannot be renamed over, so an earlier checkpoint steps aside first; until
-    the new one has the name, readers find the earlier one under its `old_name`.
-    """
-    old = old_name(target)
-    if target.exists():
-        if _is_complete(target):
-            files.remove(old)
-            files.rename(target, old)
-        else:
-            files.remove(target)
-    files.rename(temporary, target)
-    files.sync_folder(target.parent)
-    files.remove(old)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -110,6 +110,86 @@ def run(
     raise typer.Exit(run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run))
 
 
+Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
+
+ckpt = typer.Typer(help="Look at checkpoints, compare them, clear up.", no_args_is_help=True)
+app.add_typer(ckpt, name="ckpt")
+
+
+@ckpt.command("ls")
+def ckpt_ls(folder: Folder, as_json: AsJson = False) -> None:
+    """List the checkpoints in a folder or a run folder, what is not complete first."""
+    from sixfold.cli.ckpt import list_checkpoints
+
+    raise typer.Exit(list_checkpoints(folder, as_json=as_json))
+
+
+@ckpt.command("verify")
+def ckpt_verify(folder: Folder, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint, or of all in a folder, and compare checksums."""
+    from sixfold.cli.ckpt import verify
+
+    raise typer.Exit(verify(folder, as_json=as_json))
+
+
+@ckpt.command("diff")
+def ckpt_diff(
+    first: Annotated[Path, typer.Argument(parser=_path, metavar="FIRST")],
+    second: Annotated[Path, typer.Argument(parser=_path, metavar="SECOND")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell in which tensors and counters two checkpoints differ; the exit code is 1 if they do."""
+    from sixfold.cli.ckpt import diff
+
+    raise typer.Exit(diff(first, second, as_json=as_json))
+
+
+@ckpt.command("gc")
+def ckpt_gc(
+    folder: Folder,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="Newest checkpoints that stay.")],
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", min=1, help="Those after a multiple of this stay too.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove older checkpoints and what broken saves left. Not while a run saves into the folder."""
+    from sixfold.checkpoint import Keep
+    from sixfold.cli.ckpt import collect
+
+    raise typer.Exit(collect(folder, keep=Keep(keep_last, keep_every), dry_run=dry_run, as_json=as_json))
+
+
+@ckpt.command("import")
+def ckpt_import(
+    source: Annotated[Path, typer.Argument(parser=_path, metavar="SOURCE", help="Foreign folder.")],
+    target: Target,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint from a Hugging Face folder or one of torch.distributed.checkpoint."""
+    from sixfold.cli.ckpt import import_checkpoint
+
+    raise typer.Exit(import_checkpoint(source, target, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(parser=_path, metavar="CHECKPOINT")],
+    target: Target,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy even where files could be linked.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a folder with the model alone, as Hugging Face tools read it."""
+    from sixfold.cli.ckpt import export_model
+
+    raise typer.Exit(export_model(checkpoint, target, copy=copy, dry_run=dry_run, as_json=as_json))
+
+
 def main() -> None:
     """Entry point of the `sixfold` command."""
     try:

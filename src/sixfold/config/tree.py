@@ -207,7 +207,13 @@ class CheckpointConfig(Section):
     every: Positive | None = None
     """Updates between saves. Unset: only at the end and when interrupted."""
     keep_last: Positive = 2
-    """Complete checkpoints kept in the run folder."""
+    """Newest complete checkpoints kept in the run folder."""
+    keep_every: Positive | None = None
+    """Besides, checkpoints after a multiple of so many updates are kept for good. Unset: none."""
+    asynchronous: bool = False
+    """Copy the state to host memory and train on while it is written."""
+    when_busy: Literal["wait", "refuse"] = "wait"
+    """What a save does while an earlier one is still being written."""
 
 
 class MonitorConfig(Section):

@@ -24,6 +24,7 @@ _USED = (
     *("seed", "batch.", "layout.", "precision.", "optimizer.", "lr_schedule."),
     *("train.steps", "model.batch_stats", "launch.timeout_s"),
     *("launch.start_timeout_s", "launch.save_timeout_s"),
+    *("checkpoint.asynchronous", "checkpoint.when_busy"),
 )
 """What `initialize` reads of the configuration; the rest describes the job of `sixfold train`."""
 

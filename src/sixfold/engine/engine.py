@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sixfold.base.errors import ConfigError, StateError
+from sixfold.base.errors import ConfigError
+from sixfold.checkpoint import Keep
 from sixfold.config import Resolved
 from sixfold.data.loader import Loader
+from sixfold.engine.order import Order
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh, Streams
@@ -36,7 +38,7 @@ from sixfold.pipeline import (
 )
 from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.program import Program, accumulation, check, forward_only, rehearsal
-from sixfold.state import Average, BoundOptimizer, ModelState
+from sixfold.state import BoundOptimizer, ModelState
 
 
 class Engine:
@@ -79,15 +81,14 @@ class Engine:
         self.state = state
         self.bound = bound
         self._persistence = persistence
+        self._saving = persistence.saving
         self.learning_rate = learning_rate
         self.num_steps = 0
         self.num_skipped = 0
         self.num_samples = 0
         self.last: StepResult | None = None
         self._last_weight: float | None = None
-        self._is_closed = False
         self._ending = ending
-        self._is_averaged = False
         self._streams = streams
         self._loss_form = loss_form
         self._scaler = LossScaler(plan.loss_scaling)
@@ -95,6 +96,7 @@ class Engine:
             state, bound, mesh, clip_norm=resolved.config.optimizer.clip_norm, scaler=self._scaler
         )
         self._written_out = WrittenOut(self._player)
+        self._order = Order(self._player, self._written_out, bound.average)
         compute = resolved.config.precision.compute
         self._cast = DTYPES[compute] if compute is not None else None
 
@@ -158,7 +160,7 @@ class Engine:
         Returns:
             The mean loss over the global batch before this update, the same on every rank.
         """
-        self._refuse_mixing("train_step")
+        self._order.check_idle("train_step")
         self._start_update()
         self.last = self._play("train_step", accumulation, batch)
         self._count_update(self.last)
@@ -183,7 +185,7 @@ class Engine:
 
         Parameters, optimizer state and random streams stay as they are; buffers are put back.
         """
-        self._refuse_mixing("rehearse")
+        self._order.check_idle("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._play("rehearse", rehearsal, batch)
         with torch.no_grad():
@@ -254,7 +256,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
-        self._refuse_closed("step")
+        self._order.check_open("step")
         self.state.arrive("step")
         self._start_update()
         self.last = self._written_out.step()
@@ -274,23 +276,17 @@ class Engine:
             parameters: which are needed; None for all. Where parameters are cut only their units are
                 gathered, and others may not be touched.
         """
-        self._refuse_mixing("gathered")
+        self._order.check_idle("gathered")
         self.state.arrive("gathered")
-        with torch.no_grad(), self.state.whole(parameters) as units:
-            try:
-                yield self.module
-            except BaseException:
-                self.state.undo_edits()
-                raise
-            self.state.share_edits(units)
-            self.state.share_buffers(self.module.buffers())
+        with self.state.edited(parameters):
+            yield self.module
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole logical model on the CPU, in the storage type, tied names included; copies.
 
         Every rank calls it and gets all of it.
         """
-        self._refuse_averaged("full_state_dict")
+        self._order.check_trained("full_state_dict")
         self.state.arrive("full_state_dict")
         return self._persistence.full_state_dict()
 
@@ -302,19 +298,15 @@ class Engine:
         and edits of trained weights are forgotten. For its time this rank's working parameters are there
         twice.
         """
-        average = self._average("ema")
-        self._refuse_mixing("ema")
+        average = self._order.average("ema")
+        self._order.check_idle("ema")
         self.state.arrive("ema")
-        with torch.no_grad(), average.shown():
-            self._is_averaged = True
-            try:
-                yield self.module
-            finally:
-                self._is_averaged = False
+        with torch.no_grad(), average.shown(), self._order.averaged():
+            yield self.module
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
         """`full_state_dict` with averaged weights in place of the trained ones; every rank calls it."""
-        average = self._average("ema_state_dict")
+        average = self._order.average("ema_state_dict")
         self.state.arrive("ema_state_dict")
         return self._persistence.full_state_dict(average)
 
@@ -332,13 +324,31 @@ class Engine:
         average = self.bound.average.live_bytes() if self.bound.average is not None else 0
         return Memory(parameters, gradients, master, self.bound.live_bytes(), average)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint; every rank calls it. See `sixfold.checkpoint` for the format.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        only: str | None = None,
+        wait: bool | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """Write a checkpoint; every rank calls it and writes its own part. See `sixfold.checkpoint`.
+
+        Args:
+            only: a part of the model: "adapters" for what is trained beside frozen parameters, or a
+                pattern of names such as "*.lora_*". State of the optimizer comes along where all that is
+                trained does.
+            wait: False copies the state to host memory and goes on while it is written; its end is
+                noticed by later steps, and for certain by `wait_for_save`. None: as configured.
+            keep: which checkpoints beside it stay once it is complete. None: all.
 
         Raises:
-            CheckpointError: it could not be written; what was in `folder` before is untouched.
+            SaveError: it could not be written, or an earlier save was not; on every rank. What was in
+                `folder` before is untouched.
+            CheckpointError: it cannot be saved at all, or another one is being written and
+                `checkpoint.when_busy` is "refuse".
         """
-        self._refuse_mixing("save")
+        self._order.check_idle("save")
         self.state.arrive("save")
         counters = {
             "step": self.num_steps,
@@ -349,28 +359,62 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        with self.mesh.phase("save"):
-            self._persistence.save(Path(folder).expanduser(), counters)
+        self._persistence.save(Path(folder).expanduser(), counters, only=only, wait=wait, keep=keep)
+
+    def rehearse_save(self, folder: str | Path) -> None:
+        """Find out whether checkpoints can be saved into a folder; every rank calls it, best at the start.
+
+        A tiny checkpoint is written by all ranks, read by all ranks, and removed again.
+
+        Raises:
+            SaveError: the folder cannot be written, is not the same on every rank, or has no room for one
+                checkpoint (state that the optimizer does not have yet is counted in).
+        """
+        self._order.check_idle("rehearse_save")
+        self.state.arrive("rehearse_save")
+        self._persistence.rehearse(Path(folder).expanduser())
+
+    def wait_for_save(self) -> None:
+        """Return when a save begun with `wait=False` is complete; every rank calls it.
+
+        Raises:
+            SaveError: it could not be written; on every rank.
+        """
+        if self._saving.is_under_way:
+            self.state.arrive("wait_for_save")
+            self._persistence.wait()
 
     def load(self, folder: str | Path) -> None:
-        """Continue from a checkpoint: weights, optimizer, counters; every rank calls it.
+        """Continue from a checkpoint: weights, optimizer, counters; every rank calls it and reads its part.
+
+        A part of a model (`save(only=...)`) replaces that part; without state of training it leaves
+        optimizer and counters alone.
 
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
         """
-        self._refuse_mixing("load")
+        self._order.check_idle("load")
         self.state.arrive("load")
-        with self.mesh.phase("load"):
-            counters = self._persistence.load(Path(folder).expanduser())
-        self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
-        self.num_skipped = int(counters.get("skipped", 0))
-        self._scaler.load(counters.get("loss_scale"))
-        self._last_weight = counters["last_weight"]
+        counters = self._persistence.load(Path(folder).expanduser())
+        if counters is not None:
+            self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
+            self.num_skipped = int(counters.get("skipped", 0))
+            self._scaler.load(counters.get("loss_scale"))
+            self._last_weight = counters["last_weight"]
 
     def close(self) -> None:
-        """End what `initialize` started, the process group too; take hooks and forwards off the module."""
-        self._is_closed = True
-        self._ending.close()
+        """End what `initialize` started, the process group too; take hooks and forwards off the module.
+
+        Raises:
+            SaveError: a save begun with `wait=False` could not be written.
+        """
+        if self._order.is_closed:
+            return
+        self._order.is_closed = True
+        try:
+            self.wait_for_save()
+        finally:
+            self._ending.close()
 
     def _stream(self, micro: int, forward: int = 0) -> Any:
         return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
@@ -387,41 +431,7 @@ class Engine:
         self.num_skipped += result.skipped
         self.num_samples += result.samples
         self._last_weight = result.weight
-
-    def _average(self, what: str) -> Average:
-        if self.bound.average is None:
-            raise StateError(
-                f"engine.{what} with optimizer.ema_decay = {self.resolved.config.optimizer.ema_decay}",
-                rule="averaged weights are there where an average is kept from the start",
-                fix="set optimizer.ema_decay = 0.999",
-            )
-        return self.bound.average
-
-    def _refuse_averaged(self, what: str) -> None:
-        if self._is_averaged:
-            raise StateError(
-                f"engine.{what} inside `with engine.ema():`",
-                rule="averaged weights are lent for evaluation; training and saving go by the trained ones",
-                fix=f"call engine.{what} after the block, or engine.ema_state_dict() for the averages",
-            )
-
-    def _refuse_closed(self, what: str) -> None:
-        self._refuse_averaged(what)
-        if self._is_closed:
-            raise StateError(
-                f"engine.{what} after engine.close()",
-                rule="a closed engine no longer reduces gradients",
-                fix="close the engine last, or initialize the module anew",
-            )
-
-    def _refuse_mixing(self, what: str) -> None:
-        self._refuse_closed(what)
-        if not self._player.is_idle:
-            raise StateError(
-                f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",
-                rule="an update that was begun is ended before another one, a save or an edit",
-                fix=f"call engine.step() before engine.{what}",
-            )
+        self._saving.look()  # here every rank is at the same point
 
 
 def _evaluation(num_micro: int, num_reduces: int, num_served: int) -> Program:

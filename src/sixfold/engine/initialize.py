@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sixfold.checkpoint.together import Saving
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import (
     check_agreement,
@@ -123,7 +124,14 @@ def initialize(
         bound=bound,
         loss_form=LossForm(model, loss_fn),
         persistence=Persistence(
-            model, mesh, state, bound, facts.aliases, keeps_settings=optimizer is not None
+            model,
+            mesh,
+            state,
+            bound,
+            facts.aliases,
+            keeps_settings=optimizer is not None,
+            saving=Saving(mesh),
+            asked=asked.checkpoint,
         ),
         learning_rate=learning_rate,
         ending=ending,

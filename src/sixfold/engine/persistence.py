@@ -1,27 +1,46 @@
-"""Between the engine and checkpoints: which tensors make up the whole logical model and its training.
+"""Between the engine and checkpoints: which tensors make up the model and its training, and which parts
+of them this rank has.
 
-The engine makes one `Persistence` and calls it from `save`, `load` and `full_state_dict`. The format is
-the checkpoint room's; what is whole and what is cut is the state engine's; counters are the engine's.
+The engine makes one `Persistence` and calls it from `save`, `load` and `full_state_dict`. The format and
+the writing are the checkpoint room's; what is cut is the state engine's; counters are the engine's.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sixfold.base.errors import CheckpointError, SaveError, SixfoldError
-from sixfold.checkpoint import Content, Saved, open_checkpoint
-from sixfold.checkpoint import save as write
+from sixfold.base.errors import CheckpointError, SixfoldError
+from sixfold.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Content,
+    Keep,
+    Piece,
+    Saved,
+    Spec,
+    open_checkpoint,
+    state_name,
+)
+from sixfold.checkpoint.together import Saving, raise_together
+from sixfold.config import CheckpointConfig
 from sixfold.mesh import Mesh
-from sixfold.state import Average, BoundOptimizer, ModelState
+from sixfold.plan import Slot
+from sixfold.state import Average, BoundOptimizer, ModelState, Unit, state_bytes_per_weight
 
-MASTER = "master"
+MASTER, EMA = "master", "ema"
+_BESIDE = {MASTER, EMA}
+"""Keys under which numbers of the engine's own stand among the optimizer's."""
+ADAPTERS = "adapters"
+
+State = dict[nn.Parameter, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Persistence:
         aliases: further names of tied parameters -> first name.
         keeps_settings: whether the optimizer's settings come from the checkpoint on load, as torch's
             own `load_state_dict` does it; otherwise they come from the configuration.
+        saving: the saves of this engine.
+        asked: whether saves wait, by themselves and for each other.
     """
 
     module: nn.Module
@@ -40,106 +61,266 @@ class Persistence:
     bound: BoundOptimizer
     aliases: Mapping[str, str]
     keeps_settings: bool
+    saving: Saving
+    asked: CheckpointConfig
 
     def full_state_dict(self, averages: Average | None = None) -> dict[str, torch.Tensor]:
         """The whole model on the CPU, under all its names; with averages of the trained weights, if given."""
-        averaged = averages.named() if averages is not None else {}
-        model = self._model(self.state.masters() | averaged)
+        whole = self.state.masters() | (averages.named() if averages is not None else {})
+        model = {
+            **{
+                slot.name: whole[slot.name].to(self.state.storage_type(unit))
+                for unit, slot in self.state.slots()
+            },
+            **self._persistent_buffers(),
+        }
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
 
-    def save(self, folder: Path, counters: Mapping[str, Any]) -> None:
-        """Rank 0 writes; every rank learns whether it went well, and tells the same if not."""
-        content = self._content(counters)  # on every rank: what is cut is gathered
-        failure: SixfoldError | None = None
-        if self.mesh.rank == 0:
-            try:
-                write(folder, content)
-            except SixfoldError as error:
-                failure = error
-            except Exception as error:
-                # Told like any other, or the other ranks would wait for this one.
-                failure = CheckpointError(
-                    f"{folder}: {type(error).__name__}: {error}",
-                    rule="model, optimizer state and counters can be written as tensors and plain values",
-                    fix="see the original error above this one",
+    # Saving.
+
+    def save(
+        self,
+        folder: Path,
+        counters: Mapping[str, Any],
+        *,
+        only: str | None,
+        wait: bool | None,
+        keep: Keep | None,
+    ) -> None:
+        """Begin a save, and see it through unless it goes on in the background; see `Saving.start`.
+
+        Args:
+            wait: whether to return after its end; None: as configured.
+        """
+        waits = not self.asked.asynchronous if wait is None else wait
+        with self.mesh.phase("save"):
+            self.saving.look()
+            if self.saving.is_under_way and self.asked.when_busy == "refuse":
+                raise CheckpointError(
+                    f"engine.save({str(folder)!r}) while an earlier save is being written",
+                    rule='with checkpoint.when_busy = "refuse" saves do not wait for each other',
+                    fix='save less often, or set checkpoint.when_busy = "wait"',
                 )
-                failure.__cause__ = error
-        told = self.mesh.share_text(json.dumps(_words(failure)) if failure is not None else "")
-        if failure is not None:
-            raise failure
-        if told:
-            is_disk, given, rule, fix = json.loads(told)
-            raise (SaveError if is_disk else CheckpointError)(f"rank 0: {given}", rule=rule, fix=fix)
+            self.saving.start(folder, lambda: self._content(counters, only), snapshot=not waits, keep=keep)
+            if waits:
+                self.saving.wait()
 
-    def load(self, folder: Path) -> Mapping[str, Any]:
-        """Read everything, then change anything; returns the counters."""
-        saved = open_checkpoint(folder)
-        expected = {
-            **{slot.name: (slot.shape, self.state.storage_type(unit)) for unit, slot in self.state.slots()},
-            **{name: (tuple(each.shape), each.dtype) for name, each in self._persistent_buffers().items()},
-        }
-        model = dict(saved.load_model(expected))
-        self._check_optimizer(saved, folder)
-        optimizer = {name: saved.read_optimizer(name) for name in saved.optimizer_names}
-        masters = {name: state.pop(MASTER) for name, state in optimizer.items() if MASTER in state}
-        buffers = self._persistent_buffers()
+    def wait(self) -> None:
+        """See the save under way through."""
+        with self.mesh.phase("save"):
+            self.saving.wait()
+
+    def rehearse(self, folder: Path) -> None:
+        """See `Saving.rehearse`."""
+        dtypes = {slot.group: unit.master.dtype for unit, slot in self.state.slots() if unit.plan.trainable}
+        groups = range(len(self.bound.base_lrs))
+        per_weight = state_bytes_per_weight(
+            self.bound.inners, [dtypes.get(group, torch.float32) for group in groups]
+        )
+        needed = sum(each.nbytes for each in self._persistent_buffers().values())
+        for unit, slot in self.state.slots():
+            needed += slot.numel * self.state.storage_type(unit).itemsize
+            if unit.plan.trainable:
+                beside = sum(numbers[unit].itemsize for numbers in self._beside().values() if unit in numbers)
+                needed += slot.numel * (per_weight[slot.group] + beside)
+        with self.mesh.phase("save"):
+            self.saving.rehearse(folder, needed)
+
+    def _content(self, counters: Mapping[str, Any], only: str | None) -> Content:
+        names = self._names(only)
+        slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
+        buffers = {name: each for name, each in self._persistent_buffers().items() if name in names}
+        model = {slot.name: Spec(slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
+        model |= {name: Spec(tuple(each.shape), each.dtype) for name, each in buffers.items()}
+        masters = {unit: unit.master for unit in self.state.units}
+        pieces = [Piece(MODEL, slot.name, start, part) for slot, start, part in _shares(slots, masters)]
+        if self.mesh.rank == 0:  # buffers may differ from rank to rank; rank 0's are the model's
+            pieces += [Piece(MODEL, name, 0, buffer) for name, buffer in buffers.items()]
+        state: dict[str, Any] = dict(counters)
+        optimizer: dict[str, Spec] = {}
+        if names >= self._trained():
+            specs = self.bound.state_specs()
+            optimizer = {state_name(n, key): Spec(*s) for n, keys in specs.items() for key, s in keys.items()}
+            pieces += [
+                Piece(OPTIMIZER, state_name(name, key), start, part)
+                for name, key, start, part in self.bound.state_pieces()
+            ]
+            for key, numbers in self._beside().items():
+                kept = [(unit, slot) for unit, slot in slots if unit in numbers]
+                optimizer |= {
+                    state_name(slot.name, key): Spec(slot.shape, numbers[unit].dtype) for unit, slot in kept
+                }
+                pieces += [
+                    Piece(OPTIMIZER, state_name(slot.name, key), start, part)
+                    for slot, start, part in _shares(kept, numbers)
+                ]
+            state["optimizer"] = {"kind": self.bound.kind, "groups": self.bound.settings()}
+        return Content(
+            specs={MODEL: model, OPTIMIZER: optimizer},
+            pieces=pieces,
+            state=state,
+            aliases={alias: name for alias, name in self.aliases.items() if name in names},
+            extra_files=self._model_card() if only is None else {},
+            only=only,
+        )
+
+    # Loading.
+
+    def load(self, folder: Path) -> Mapping[str, Any] | None:
+        """Read this rank's part of everything, then change anything.
+
+        Returns:
+            The counters; None for a part of the model without state of training.
+        """
+        self.wait()
+        with self.mesh.phase("load"):
+            return self._load(folder)
+
+    def _load(self, folder: Path) -> Mapping[str, Any] | None:
+        incoming: _Incoming | None = None
+        failure: SixfoldError | None = None
+        try:
+            incoming = self._read(folder)
+        except SixfoldError as error:
+            failure = error
+        raise_together(self.mesh, failure)
+        if incoming is None:
+            raise AssertionError("a rank that could not read has told of its failure")
+        for unit, values in incoming.masters.items():
+            unit.fill_own(values)
+        for unit, values in incoming.averages.items():
+            self._averages[unit].copy_(values)
+        self.state.publish_all()
         with torch.no_grad():
-            for unit in self.state.units:
-                whole = torch.zeros(unit.plan.numel, dtype=unit.master.dtype, device=unit.master.device)
-                for slot in unit.plan.slots:
-                    unit.slot_of(whole, slot).copy_(masters.get(slot.name, model[slot.name]))
-                unit.fill(whole)
-            for name, buffer in buffers.items():
-                buffer.copy_(model[name])
-        self.bound.load_named_state({name: state for name, state in optimizer.items() if state})
-        if self.keeps_settings:
-            self.bound.load_settings(saved.state["optimizer"]["groups"])
-        return saved.state
+            for name, buffer in self._persistent_buffers().items():
+                if name in incoming.buffers:
+                    buffer.copy_(incoming.buffers[name])
+        training = incoming.counters.get("optimizer")
+        if training is None:
+            return None
+        self.bound.adopt_state(incoming.optimizer)
+        if self.keeps_settings and training["groups"] is not None:
+            self.bound.load_settings(training["groups"])
+        return incoming.counters
 
-    def _check_optimizer(self, saved: Saved, folder: Path) -> None:
+    def _read(self, folder: Path) -> _Incoming:
+        saved = open_checkpoint(folder)
+        names = self._names(saved.manifest.only)
+        slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
+        buffers = {name: each for name, each in self._persistent_buffers().items() if name in names}
+        saved.check_model(
+            {slot.name: (slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
+            | {name: (tuple(each.shape), each.dtype) for name, each in buffers.items()}
+        )
+        counters = saved.state
+        if "optimizer" in counters:
+            self._check_optimizer(saved, counters["optimizer"])
+        read = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in buffers.items()}
+        pieces = [Piece(MODEL, name, 0, tensor) for name, tensor in read.items()]
+        masters = {unit: _blank(unit, unit.master, names) for unit in self.state.units}
+        averages = {unit: _blank(unit, numbers, names) for unit, numbers in self._averages.items()}
+        unsaved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        converted: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def read_into(unit: Unit, slot: Slot, mine: torch.Tensor, key: str | None) -> None:
+            part, name, dtype = MODEL, slot.name, self.state.storage_type(unit)
+            if key is not None:
+                part, name, dtype = OPTIMIZER, state_name(name, key), saved.optimizer_specs[name][key].dtype
+            target = mine if mine.dtype == dtype else torch.empty(mine.shape, dtype=dtype)
+            if target is not mine:
+                converted.append((mine, target))
+            if mine.numel():
+                pieces.append(Piece(part, name, max(0, unit.own.start - slot.offset), target))
+
+        for unit, slot in slots:
+            held = saved.optimizer_specs.get(slot.name, {})
+            mine = unit.part_of(masters[unit], slot)
+            read_into(unit, slot, mine, MASTER if MASTER in held else None)
+            if unit in averages and EMA in held:
+                read_into(unit, slot, unit.part_of(averages[unit], slot), EMA)
+            elif unit in averages:
+                # An average that was not kept starts from its weight.
+                unsaved.append((unit.part_of(averages[unit], slot), mine))
+        state, wanted = self.bound.blank_state(
+            {
+                name: {key: (spec.shape, spec.dtype) for key, spec in keys.items() if key not in _BESIDE}
+                for name, keys in saved.optimizer_specs.items()
+                if keys.keys() - _BESIDE
+            }
+        )
+        pieces += [Piece(OPTIMIZER, state_name(name, key), start, part) for name, key, start, part in wanted]
+        saved.fill(pieces)
+        for mine, source in converted + unsaved:
+            mine.copy_(source)
+        return _Incoming(masters, averages, read, state, counters)
+
+    def _check_optimizer(self, saved: Saved, settings: Mapping[str, Any]) -> None:
         kind = self.bound.kind
-        trained = {slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable}
-        held = set(saved.optimizer_names)
+        trained = {
+            slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable and slot.numel
+        }
+        held = {name for name, keys in saved.optimizer_specs.items() if keys.keys() - _BESIDE}
         # A whole group may have no state (SGD without momentum beside SGD with it).
         with_state = {group for name, group in trained.items() if name in held}
         needed = {name for name, group in trained.items() if group in with_state}
         strangers = sorted(held ^ needed)
-        settings = saved.state["optimizer"]
-        if settings["kind"] != kind or strangers or len(settings["groups"]) != len(self.bound.base_lrs):
+        # An imported checkpoint tells neither.
+        saved_kind = settings["kind"] or kind
+        num_groups = len(settings["groups"] or self.bound.base_lrs)
+        if saved_kind != kind or strangers or num_groups != len(self.bound.base_lrs):
             raise CheckpointError(
-                f"{folder} holds the state of {settings['kind']} with {len(settings['groups'])} group(s); "
-                f"here is {kind} with {len(self.bound.base_lrs)}; trained on one side only: "
+                f"{saved.folder} holds the state of {saved_kind} with {num_groups} "
+                f"group(s); here is {kind} with {len(self.bound.base_lrs)}; trained on one side only: "
                 f"{', '.join(strangers[:4]) or 'nothing'}",
                 rule="optimizer state goes to the same optimizer over the same trained parameters",
                 fix="build the optimizer that was saved, or read the weights alone with "
                 "safetensors from model.safetensors",
             )
 
-    def _content(self, counters: Mapping[str, Any]) -> Content:
-        optimizer: dict[str, dict[str, torch.Tensor]] = self.bound.named_state()
-        masters = self.state.masters()
-        for unit, slot in self.state.slots():
-            # The model part holds the master already where both have one type.
-            if unit.plan.trainable and self.state.storage_type(unit) != unit.master.dtype:
-                optimizer.setdefault(slot.name, {})[MASTER] = masters[slot.name]
-        return Content(
-            model=self._model(masters),
-            aliases=dict(self.aliases),
-            optimizer=optimizer,
-            state={
-                **counters,
-                "optimizer": {"kind": self.bound.kind, "groups": self.bound.settings()},
-            },
-            extra_files=self._model_card(),
-        )
+    # What there is.
 
-    def _model(self, masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        parameters = {
-            slot.name: masters[slot.name].to(self.state.storage_type(unit))
-            for unit, slot in self.state.slots()
+    def _names(self, only: str | None) -> set[str]:
+        """Names of parameters and buffers that `only` asks for, tied ones under their first name."""
+        every = [slot.name for _, slot in self.state.slots()] + list(self._persistent_buffers())
+        if only is None:
+            return set(every)
+        if only == ADAPTERS:
+            trained = self._trained()
+            if len(trained) == sum(1 for _ in self.state.slots()):
+                raise CheckpointError(
+                    f"only={only!r}, but all {len(trained)} parameters are trained",
+                    rule="adapters are the parameters that are trained while others are frozen",
+                    fix="set requires_grad=False on the base before sixfold.initialize, or leave out `only`",
+                )
+            return trained
+        found = {name for name in every if fnmatchcase(name, only)}
+        found |= {name for alias, name in self.aliases.items() if fnmatchcase(alias, only)}
+        if not found:
+            near = get_close_matches(only, every, n=1, cutoff=0) or ["*"]
+            raise CheckpointError(
+                f"only={only!r} fits none of {len(every)} parameters and buffers",
+                rule=f'only is "{ADAPTERS}" or a pattern for names, in which * stands for anything',
+                fix=f"for example only={near[0]!r}",
+            )
+        return found
+
+    def _trained(self) -> set[str]:
+        return {slot.name for unit, slot in self.state.slots() if unit.plan.trainable}
+
+    @property
+    def _averages(self) -> Mapping[Unit, torch.Tensor]:
+        return self.bound.average.numbers if self.bound.average is not None else {}
+
+    def _beside(self) -> dict[str, Mapping[Unit, torch.Tensor]]:
+        """Key -> numbers [own], one for each trained weight, that stand beside the optimizer's own state."""
+        # The model part holds the master already where both have one type.
+        masters = {
+            unit: unit.master
+            for unit in self.state.trained
+            if self.state.storage_type(unit) != unit.master.dtype
         }
-        return {**parameters, **self._persistent_buffers()}
+        return {MASTER: masters, EMA: self._averages}
 
     def _persistent_buffers(self) -> dict[str, torch.Tensor]:
         kept = self.module.state_dict(keep_vars=True)
@@ -151,5 +332,38 @@ class Persistence:
         return {"config.json": describe().encode()} if callable(describe) else {}
 
 
-def _words(failure: SixfoldError) -> tuple[bool, str, str, str]:
-    return isinstance(failure, SaveError), failure.given, failure.rule, failure.fix
+def _blank(unit: Unit, numbers: torch.Tensor, names: set[str]) -> torch.Tensor:
+    """Host memory for a unit's `numbers` [own], with those in it that are not to be read."""
+    blank = torch.zeros(numbers.shape, dtype=numbers.dtype)
+    for slot in unit.plan.slots:
+        if slot.name not in names:
+            unit.part_of(blank, slot).copy_(unit.part_of(numbers, slot))
+    return blank
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """What one rank has read, in host memory, before anything is changed.
+
+    Args:
+        masters: [own] of every unit.
+        averages: [own] of those that have one.
+    """
+
+    masters: Mapping[Unit, torch.Tensor]
+    averages: Mapping[Unit, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    optimizer: State
+    counters: Mapping[str, Any]
+
+
+def _shares(
+    slots: Sequence[tuple[Unit, Slot]], numbers: Mapping[Unit, torch.Tensor]
+) -> Iterator[tuple[Slot, int, torch.Tensor]]:
+    """(slot, first element, elements) of what this rank writes of `numbers` [own]."""
+    for unit, slot in slots:
+        start = max(slot.offset, unit.share.start)
+        stop = min(slot.offset + slot.numel, unit.share.stop)
+        if start < stop:
+            mine = numbers[unit][start - unit.own.start : stop - unit.own.start]
+            yield slot, start - slot.offset, mine

@@ -6,6 +6,7 @@ loss; the residency table decides where state lives.
 
 from sixfold.state.average import Average
 from sixfold.state.elementwise import elementwise_groups
+from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
 from sixfold.state.state import ModelState
@@ -21,4 +22,5 @@ __all__ = [
     "elementwise_groups",
     "make_optimizers",
     "refuse_two_definitions",
+    "state_bytes_per_weight",
 ]

@@ -13,33 +13,33 @@ import torch
 
 from sixfold.state.unit import Unit
 
-EMA = "ema"
-"""The key under which a checkpoint keeps averages, beside the optimizer's own keys."""
-
 
 class Average:
     """average <- decay * average + (1 - decay) * weight, from the weights at the start.
 
     Args:
-        units: the trained ones; each average is [own] in the master type.
+        units: the trained ones.
+
+    Attributes:
+        numbers: each unit's averages, [own] in the master type.
     """
 
     def __init__(self, units: Sequence[Unit], decay: float) -> None:
         self._decay = decay
-        self._numbers = {unit: unit.master.clone() for unit in units}
+        self.numbers: Mapping[Unit, torch.Tensor] = {unit: unit.master.clone() for unit in units}
 
     def update(self) -> None:
         """Take in the masters as they are now."""
-        for unit, average in self._numbers.items():
+        for unit, average in self.numbers.items():
             average.lerp_(unit.master, 1 - self._decay)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Averages in place of the working parameters. A collective at the beginning only, so that an error
         on one rank inside finds its way out; what was there is kept for that time."""
-        kept = {unit: unit.part.clone() for unit in self._numbers}
+        kept = {unit: unit.part.clone() for unit in self.numbers}
         try:
-            for pending in [unit.present(average) for unit, average in self._numbers.items()]:
+            for pending in [unit.present(average) for unit, average in self.numbers.items()]:
                 pending.wait()
             yield
         finally:
@@ -48,21 +48,11 @@ class Average:
 
     def named(self) -> dict[str, torch.Tensor]:
         """By parameter name, whole, in the master type. A collective where masters are cut."""
-        whole = {unit: unit.whole_of(average) for unit, average in self._numbers.items()}
+        whole = {unit: unit.whole_of(average) for unit, average in self.numbers.items()}
         return {
             slot.name: unit.slot_of(flat, slot) for unit, flat in whole.items() for slot in unit.plan.slots
         }
 
-    def load(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Inverse of `named`; what it lacks starts from its master."""
-        for unit, average in self._numbers.items():
-            average.copy_(unit.master)
-            for slot in unit.plan.slots:
-                if slot.name in named:
-                    begin = max(unit.own.start, slot.offset)
-                    mine = unit.part_of(average, slot)
-                    mine.copy_(named[slot.name].reshape(-1)[begin - slot.offset :][: mine.numel()])
-
     def live_bytes(self) -> int:
         """Bytes of all averages."""
-        return sum(average.untyped_storage().nbytes() for average in self._numbers.values())
+        return sum(average.untyped_storage().nbytes() for average in self.numbers.values())

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from sixfold.base.errors import StateError
-from sixfold.mesh import Mesh
 from sixfold.plan import Slot
-from sixfold.state.average import EMA, Average
+from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.making import kind_of
-from sixfold.state.parcels import exchange
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
+
+StatePiece: TypeAlias = tuple[str, str, int, torch.Tensor]
+"""(parameter, key, first element, elements) of one rank's optimizer state; a number for a whole tensor
+starts at 0."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class BoundOptimizer:
     Args:
         inners: the torch optimizers, the user's own objects.
         runs: what they update.
-        state: whose masters these are; its mesh gathers cut state for a checkpoint.
+        state: whose masters these are; its mesh tells everyone which state there is.
         average: of the masters, where one is kept.
         base_lrs: each group's peak learning rate.
     """
@@ -74,8 +76,7 @@ class BoundOptimizer:
     ) -> None:
         self.inners = tuple(inners)
         self._runs = runs
-        self._mesh: Mesh = state.mesh
-        self._units = state.trained
+        self._state = state
         self.average = average
         self._is_stepping = False
         for inner in inners:
@@ -135,68 +136,57 @@ class BoundOptimizer:
         """Learning rate of the first group."""
         return float(self._groups()[0]["lr"])
 
-    def named_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Optimizer state and averages by parameter name and key, in the parameters' own shapes.
+    def state_specs(self) -> dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """State that any rank has: parameter -> key -> (global shape, type), the same on every rank.
 
-        Scalars (a step count) stand under every parameter of their run. A collective where state is cut;
-        elsewhere views, not copies.
+        A collective where state is cut, of names alone: which keys there are may differ from group to
+        group, and a group may lie on other ranks alone. Numbers for a whole tensor (a step count) stand
+        under every parameter of their run. Parameters without elements have no state.
         """
-        named: dict[str, dict[str, torch.Tensor]] = {}
-        cut = [run for run in self._runs if run.unit.spread and not run.unit.plan.whole]
-        for unit, key, slots, whole in self._gathered(cut):
-            for slot, is_scalar in slots:
-                place = min(slot.offset, whole.numel() - 1)
-                value = whole[place] if is_scalar else unit.slot_of(whole, slot)
-                named.setdefault(slot.name, {})[key] = value
-        for run in (run for run in self._runs if not run.unit.spread):
-            for key, value in run.state().items():
-                for slot in run.slots:
-                    named.setdefault(slot.name, {})[key] = _part(run, slot, value)
-        named |= self._owned()
-        for name, numbers in (self.average.named() if self.average is not None else {}).items():
-            named.setdefault(name, {})[EMA] = numbers
-        return named
-
-    def _owned(self) -> dict[str, dict[str, torch.Tensor]]:
-        """State of parameters that each lie on one rank, of any shape, from their owners."""
-        spread = next((unit.spread for unit in self._units if unit.plan.whole), ())
-        if not spread:
-            return {}
-        mine = {run.slots[0].name: run.state() for run in self._runs if run.unit.plan.whole}
-        return exchange(self._mesh, spread, mine)
-
-    def _gathered(
-        self, runs: list[_Run]
-    ) -> Iterator[tuple[Unit, str, list[tuple[Slot, bool]], torch.Tensor]]:
-        """Each unit's state under each key, [numel]; with it the slots that have it, and which as a scalar.
-
-        Which keys there are may differ from group to group, and a group may lie on other ranks alone; so
-        ranks agree first. A scalar travels as a run of itself.
-        """
-        index = {unit: number for number, unit in enumerate(dict.fromkeys(run.unit for run in runs))}
-        mine = {
+        rows: Iterable[tuple[str, int, str, str, Sequence[int] | None]] = {
             (
-                index[run.unit],
+                run.slots[0].name,
+                len(run.slots),
                 key,
                 str(value.dtype).removeprefix("torch."),
-                run.slots[0].group,
-                not value.dim(),
+                None if value.shape == run.tensor.shape else tuple(value.shape),
             )
-            for run in runs
+            for run in self._runs
             for key, value in run.state().items()
         }
-        texts = self._mesh.texts(json.dumps(sorted(mine))) if index else []
-        everyones = sorted({tuple(row) for text in texts for row in json.loads(text)})
-        for unit, number in index.items():
-            for key, dtype in dict.fromkeys(row[1:3] for row in everyones if row[0] == number):
-                part = torch.zeros_like(unit.master, dtype=getattr(torch, dtype))
-                for run in runs:
-                    value = run.state().get(key) if run.unit is unit else None
-                    if value is not None:
-                        run.part_of(part).copy_(value)
-                kinds = {row[3]: row[4] for row in everyones if row[:3] == (number, key, dtype)}
-                slots = [(slot, kinds[slot.group]) for slot in unit.plan.slots if slot.group in kinds]
-                yield unit, key, slots, unit.whole_of(part)
+        if any(unit.spread for unit in self._state.trained):
+            texts = self._state.mesh.texts(json.dumps(list(rows)))
+            rows = [tuple(row) for text in texts for row in json.loads(text)]
+        specs: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+        firsts = {
+            slot.name: (unit.plan.slots, place)
+            for unit in self._state.trained
+            for place, slot in enumerate(unit.plan.slots)
+        }
+        order = {name: number for number, name in enumerate(firsts)}
+        for first, count, key, dtype, shape in sorted(rows, key=lambda row: (order[row[0]], row[2:4])):
+            slots, place = firsts[first]
+            for slot in slots[place : place + count]:
+                if slot.numel:
+                    whole = slot.shape if shape is None else tuple(shape)
+                    specs.setdefault(slot.name, {})[key] = (whole, getattr(torch, dtype))
+        return specs
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """What this rank writes of its state; over all ranks every element of `state_specs` once."""
+        for run in self._runs:
+            share = run.unit.share
+            for key, value in run.state().items():
+                for slot in filter(lambda slot: slot.numel, run.slots):
+                    if value.shape != run.tensor.shape:
+                        if share.start <= slot.offset < share.stop:
+                            yield slot.name, key, 0, value
+                        continue
+                    start = max(slot.offset, run.start, share.start)
+                    stop = min(slot.offset + slot.numel, run.stop, share.stop)
+                    if start < stop:
+                        part = value.reshape(-1)[start - run.start : stop - run.start]
+                        yield slot.name, key, start - slot.offset, part
 
     def live_bytes(self) -> int:
         """Bytes of state with one number per weight."""
@@ -207,38 +197,41 @@ class BoundOptimizer:
             if value.shape == run.tensor.shape
         )
 
-    def load_named_state(self, named: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Inverse of `named_state`.
+    def blank_state(
+        self, specs: Mapping[str, Mapping[str, tuple[Sequence[int], torch.dtype]]]
+    ) -> tuple[dict[nn.Parameter, dict[str, torch.Tensor]], list[StatePiece]]:
+        """Host memory for this rank's state of given names, shapes and types.
 
-        Raises:
-            StateError: a parameter has no entry, while others of its group have; on every rank.
+        Returns:
+            What `adopt_state` takes, and its pieces, through which the numbers come in.
         """
-        if self.average is not None:
-            self.average.load({name: state[EMA] for name, state in named.items() if EMA in state})
-        kept = {name: {key: each for key, each in named[name].items() if key != EMA} for name in named}
-        named = {name: state for name, state in kept.items() if state}
-        slots = [slot for unit in dict.fromkeys(run.unit for run in self._runs) for slot in unit.plan.slots]
-        with_state = {slot.group for slot in slots if slot.name in named}
-        missing = [slot.name for slot in slots if slot.group in with_state and slot.name not in named]
-        if missing:
-            raise StateError(
-                f"no optimizer state for {len(missing)} parameter(s): {', '.join(missing[:8])}",
-                rule="a checkpoint holds optimizer state for every parameter of a group or for none",
-                fix="load a checkpoint of the same model, or train on from its weights alone",
-            )
+        state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+        pieces: list[StatePiece] = []
+        for run in self._runs:
+            slots = [slot for slot in run.slots if slot.name in specs]
+            for key, (shape, dtype) in specs[slots[0].name].items() if slots else ():
+                if _per_tensor(key, specs, slots):
+                    flat = torch.empty(tuple(shape), dtype=dtype)
+                    pieces.append((slots[0].name, key, 0, flat))
+                else:
+                    flat = torch.zeros(run.tensor.shape, dtype=dtype)
+                    pieces += _pieces_of(run, slots, key, flat.view(-1))
+                state.setdefault(run.tensor, {})[key] = flat
+        return state, pieces
+
+    def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, torch.Tensor]]) -> None:
+        """Replace all state by what `blank_state` made."""
         for inner in self.inners:
             inner.state.clear()
-        for run in (run for run in self._runs if run.slots[0].group in with_state):
-            state: dict[str, torch.Tensor] = {}
-            for key, first in named[run.slots[0].name].items():
-                if _per_tensor(key, named, run):
-                    state[key] = first.clone()
-                    continue
-                whole = torch.zeros(run.tensor.shape, dtype=first.dtype, device=run.tensor.device)
-                for slot in run.slots:
-                    _copy_overlap(run, slot, named[slot.name][key], whole)
-                state[key] = whole
-            run.optimizer.state[run.tensor] = state
+            for group in inner.param_groups:
+                # Torch keeps a count of updates on the host unless the update itself counts.
+                counts_on_host = not (group.get("fused") or group.get("capturable"))
+                for tensor in group["params"]:
+                    if tensor in state:
+                        inner.state[tensor] = {
+                            key: value if key == "step" and counts_on_host else value.to(tensor.device)
+                            for key, value in state[tensor].items()
+                        }
 
     def settings(self) -> list[dict[str, Any]]:
         """Settings of each group that are plain numbers, texts or flags, and the peak learning rate."""
@@ -283,7 +276,16 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
             group["fused"] = True
     average = Average(state.trained, ema_decay) if ema_decay is not None else None
     bound = BoundOptimizer(inners, runs, state, average)
-    bound.load_named_state(initial)
+    blank, pieces = bound.blank_state(
+        {
+            name: {key: (value.shape, value.dtype) for key, value in values.items()}
+            for name, values in initial.items()
+            if values
+        }
+    )
+    for name, key, start, part in pieces:
+        part.view(-1).copy_(initial[name][key].reshape(-1)[start : start + part.numel()])
+    bound.adopt_state(blank)
     return bound
 
 
@@ -315,19 +317,12 @@ def _run(
     return _Run(unit, start, stop, tensor, slots, owners[slots[0].group])
 
 
-def _part(run: _Run, slot: Slot, value: torch.Tensor) -> torch.Tensor:
-    if value.shape != run.tensor.shape or run.tensor.shape == slot.shape:
-        return value
-    begin = slot.offset - run.start
-    return value[begin : begin + slot.numel].view(slot.shape)
-
-
-def _copy_overlap(run: _Run, slot: Slot, value: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy what the run holds of one parameter from `value`, in its shape, to `whole`, in the run's."""
-    start, stop = max(slot.offset, run.start), min(slot.offset + slot.numel, run.stop)
-    if start < stop:
-        part = value.reshape(-1)[start - slot.offset : stop - slot.offset]
-        whole.view(-1)[start - run.start : stop - run.start].copy_(part)
+def _pieces_of(run: _Run, slots: Sequence[Slot], key: str, flat: torch.Tensor) -> Iterator[StatePiece]:
+    """The parts of `flat`, which covers the run, that belong to each parameter."""
+    for slot in slots:
+        start, stop = max(slot.offset, run.start), min(slot.offset + slot.numel, run.stop)
+        if start < stop:
+            yield slot.name, key, start - slot.offset, flat[start - run.start : stop - run.start]
 
 
 def _is_plain(value: object) -> bool:
@@ -337,11 +332,13 @@ def _is_plain(value: object) -> bool:
     )
 
 
-def _per_tensor(key: str, named: Mapping[str, Mapping[str, torch.Tensor]], run: _Run) -> bool:
+def _per_tensor(
+    key: str, specs: Mapping[str, Mapping[str, tuple[Sequence[int], torch.dtype]]], slots: Sequence[Slot]
+) -> bool:
     # One number for a whole tensor, such as torch's count of updates under "step"; the name only
     # decides where the shapes cannot, in a run of nothing but 0-d parameters.
-    shaped = all(named[slot.name][key].shape == slot.shape for slot in run.slots)
-    return not shaped or (key == "step" and all(slot.shape == () for slot in run.slots))
+    shaped = all(tuple(specs[slot.name][key][0]) == slot.shape for slot in slots)
+    return not shaped or (key == "step" and all(slot.shape == () for slot in slots))
 
 
 def _may_fuse(inner: Optimizer, group: dict[str, Any]) -> bool:

@@ -108,35 +108,37 @@ class ModelState:
         return bool(self.residency.parameters and self.residency.reduces_each)
 
     @contextmanager
-    def whole(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[list[Unit]]:
-        """The units of `parameters` (None: all) with their working parameters whole.
-
-        Edits are lost unless `share_edits` takes them over.
-        """
+    def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """Working parameters of the units of `parameters` (None: all) whole; edits that rank 0 makes of them
+        and of buffers are everyone's afterwards, unless the block raises. A collective."""
         asked = None if parameters is None else {id(parameter) for parameter in parameters}
         units = [
             unit
             for unit in self.units
             if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
         ]
-        with self._gathering.held(units):
+        with torch.no_grad(), self._gathering.held(units):
             try:
-                yield units
+                try:
+                    yield
+                except BaseException:
+                    self._undo_edits()
+                    raise
+                self._share_edits(units)
             finally:
                 for unit in units:
                     unit.forget_edits()
 
-    def share_edits(self, units: Iterable[Unit]) -> None:
-        """Give every rank what rank 0 has in its working parameters, and take it over."""
-        units = list(units)
+    def _share_edits(self, units: list[Unit]) -> None:
         for pending in [self.mesh.broadcast(unit.working) for unit in units]:
             pending.wait()
         for unit in units:
             unit.absorb_edits()
+        self.share_buffers(self._module.buffers())
 
-    def undo_edits(self) -> None:
-        """Forget edits where this rank's masters still know better; nothing is exchanged, because an error
-        that calls for this may not have come to every rank."""
+    def _undo_edits(self) -> None:
+        # Where this rank's masters still know better; nothing is exchanged, because an error that calls for
+        # this may not have come to every rank.
         for unit in self.trained:
             if not unit.spread:
                 unit.publish().wait()
@@ -258,8 +260,15 @@ class ModelState:
 
     def publish(self) -> None:
         """Bring the updated state into the working parameters."""
+        self._publish(self.trained)
+
+    def publish_all(self) -> None:
+        """The same for frozen parameters too, after `Unit.fill_own`."""
+        self._publish(self.units)
+
+    def _publish(self, units: Iterable[Unit]) -> None:
         self._gathering.refresh()
-        for pending in [unit.publish() for unit in self.trained]:
+        for pending in [unit.publish() for unit in units]:
             pending.wait()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:

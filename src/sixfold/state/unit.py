@@ -17,6 +17,7 @@ from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh, Pending
 from sixfold.parallel import DTYPES
 from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
+from sixfold.plan.residency import ALL
 from sixfold.state.absent import absent_class
 
 
@@ -147,6 +148,19 @@ class Unit:
         whole[self.own] = mine
         self._mesh.spread_out(whole, self.spread, ()).wait()
         return whole
+
+    @property
+    def share(self) -> slice:
+        """The elements of `own` that this rank writes into a checkpoint: ranks that hold the same ones
+        divide them among themselves."""
+        same = [axis for axis in ALL if axis not in self.spread]
+        place, count = self._mesh.place_in(tuple(same)), self._mesh.geometry.num_parts(same)
+        size = self.own.stop - self.own.start
+        return slice(self.own.start + size * place // count, self.own.start + size * (place + 1) // count)
+
+    def fill_own(self, mine: torch.Tensor) -> None:
+        """Take over numbers [own] as master; `publish` brings them into the working copy."""
+        self.master.copy_(mine)
 
     def fill(self, whole: torch.Tensor) -> None:
         """Take over numbers [numel], the same on every rank, as master and working copy."""

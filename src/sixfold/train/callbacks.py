@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sixfold.checkpoint import prune, step_folder
+from sixfold.checkpoint import Keep, step_folder
 from sixfold.launch import current_session
 from sixfold.monitor.meters import StepRecord
 from sixfold.train.evaluate import bits_per_byte
@@ -72,8 +72,11 @@ class Checkpoints:
 
     def __init__(self, run: Run) -> None:
         self._every = run.resolved.config.checkpoint.every
-        self._keep = run.resolved.config.checkpoint.keep_last
-        self._saved_step = run.engine.num_steps if (run.folder / CHECKPOINTS).exists() else -1
+        asked = run.resolved.config.checkpoint
+        self._keep = Keep(asked.keep_last, asked.keep_every)
+        self._saved_step = run.engine.num_steps if run.engine.num_steps else -1
+        # An impossible save is to fail now, not after hours.
+        run.engine.rehearse_save(run.folder / CHECKPOINTS)
 
     def after_update(self, run: Run, record: StepRecord) -> None:
         if self._every is not None and record.step % self._every == 0:
@@ -82,11 +85,11 @@ class Checkpoints:
     def at_end(self, run: Run, finished: bool) -> None:
         if self._saved_step != run.engine.num_steps:
             self._save(run)
+        with current_session().saving():
+            run.engine.wait_for_save()
 
     def _save(self, run: Run) -> None:
         folder = run.folder / CHECKPOINTS
         with current_session().saving():
-            run.engine.save(step_folder(folder, run.engine.num_steps))
-            if run.is_first:
-                prune(folder, self._keep)
+            run.engine.save(step_folder(folder, run.engine.num_steps), keep=self._keep)
         self._saved_step = run.engine.num_steps

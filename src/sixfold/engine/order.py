@@ -1,0 +1,79 @@
+"""In which order calls of an engine may come.
+
+The engine asks before each call; an `Order` answers or raises with the call that would work. It keeps two
+facts, whether the engine is closed and whether averaged weights are lent, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sixfold.base.errors import StateError
+from sixfold.pipeline import Player, WrittenOut
+from sixfold.state import Average
+
+
+class Order:
+    """What has been called and not ended yet.
+
+    Args:
+        player: knows whether an update was begun.
+        written_out: knows by how many backwards.
+        average: the one that is kept, if any.
+    """
+
+    def __init__(self, player: Player, written_out: WrittenOut, average: Average | None) -> None:
+        self._player = player
+        self._written_out = written_out
+        self._average = average
+        self._is_averaged = False
+        self.is_closed = False
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, averaged weights are lent."""
+        self._is_averaged = True
+        try:
+            yield
+        finally:
+            self._is_averaged = False
+
+    def check_trained(self, what: str) -> None:
+        """Raise StateError unless the trained weights are in place."""
+        if self._is_averaged:
+            raise StateError(
+                f"engine.{what} inside `with engine.ema():`",
+                rule="averaged weights are lent for evaluation; training and saving go by the trained ones",
+                fix=f"call engine.{what} after the block, or engine.ema_state_dict() for the averages",
+            )
+
+    def check_open(self, what: str) -> None:
+        """`check_trained`, and raise StateError after `close`."""
+        self.check_trained(what)
+        if self.is_closed:
+            raise StateError(
+                f"engine.{what} after engine.close()",
+                rule="a closed engine no longer reduces gradients",
+                fix="close the engine last, or initialize the module anew",
+            )
+
+    def check_idle(self, what: str) -> None:
+        """`check_open`, and raise StateError where an update was begun and not ended."""
+        self.check_open(what)
+        if not self._player.is_idle:
+            raise StateError(
+                f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",
+                rule="an update that was begun is ended before another one, a save or an edit",
+                fix=f"call engine.step() before engine.{what}",
+            )
+
+    def average(self, what: str) -> Average:
+        """The average of the weights; StateError where none is kept."""
+        if self._average is None:
+            raise StateError(
+                f"engine.{what} with optimizer.ema_decay = None",
+                rule="averaged weights are there where an average is kept from the start",
+                fix="set optimizer.ema_decay = 0.999",
+            )
+        return self._average
