@@ -181,33 +181,42 @@ def _fairscale_fsdp(task: Task) -> Step:
     import torch
     from fairscale.nn import FullyShardedDataParallel
 
-    if task.device == "cpu":
-        _pretend_streams()
+    wrap = FullyShardedDataParallel if task.device == "cuda" else _fairscale_fsdp_on_cpu()
     options: dict[str, Any] = {"compute_device": torch.device(task.device), "flatten_parameters": True}
     if task.dtype == "bf16":
         options |= {"mixed_precision": True, "compute_dtype": torch.bfloat16, "fp32_reduce_scatter": True}
     model = task.model()
-    for name, block in enumerate(model.model.layers):
-        model.model.layers[name] = FullyShardedDataParallel(block, **options)
-    model = FullyShardedDataParallel(model, **options)
+    for place, block in enumerate(model.model.layers):
+        model.model.layers[place] = wrap(block, **options)
+    model = wrap(model, **options)
     return _loop(model, _adamw(model.parameters()))
 
 
-def _pretend_streams() -> None:
-    """Give this process CUDA streams that do nothing: FairScale asks for them without looking."""
+def _fairscale_fsdp_on_cpu() -> Any:
+    """FairScale's class with what it takes for granted: streams, which do nothing here, and a collective that
+    takes the shapes that NCCL's takes."""
     import torch
+    import torch.distributed as dist
+    from fairscale.nn import FullyShardedDataParallel
 
     class Stream:
         def wait_stream(self, other: Stream) -> None: ...
         def synchronize(self) -> None: ...
 
+    class OnCpu(FullyShardedDataParallel):  # type: ignore[misc]
+        def _setup_streams(self) -> None:
+            super()._setup_streams()
+            self._streams |= dict.fromkeys(("fp32_to_fp16", "all_gather", "post_backward"), only)
+
+    def reduce_scatter(output: Tensor, parts: Tensor, group: Any = None) -> Any:
+        return dist.reduce_scatter_tensor(output, parts.flatten(), group=group)
+
     only = Stream()
-    torch.cuda.Stream = lambda *args, **kwargs: only
     torch.cuda.current_stream = lambda *args: only
     torch.cuda.stream = lambda stream: nullcontext()
-    torch.cuda.synchronize = lambda *args: None
-    torch.cuda.is_available = lambda: True
     torch.Tensor.record_stream = lambda tensor, stream: None
+    dist._reduce_scatter_base = reduce_scatter
+    return OnCpu
 
 
 SIXFOLD = {

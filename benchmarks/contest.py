@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import socket
 import statistics
@@ -170,13 +171,13 @@ class Ranks:
 
     @staticmethod
     def _last_error(log: IO[bytes]) -> str:
-        """The last exception's line, or failing that the last line."""
+        """The last exception with what it says, or failing that the last line."""
         log.seek(0)
-        lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [
-            line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))
-        ]
-        return (errors or lines or [""])[-1].removeprefix("[rank0]: ").removeprefix("[rank1]: ")[:300]
+        text = re.sub(r"^\[rank\d+\]:\s?", "", log.read().decode(errors="replace"), flags=re.MULTILINE)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        first = errors[-1] if errors else len(lines) - 1
+        return "; ".join(lines[first : first + 3])[:400] if lines else ""
 
     def finish(self) -> None:
         """Wait for all of them; a failed one takes the others with it."""

@@ -286,15 +286,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print, or be one of the ranks."""
+def main(arguments: Sequence[str] | None = None, results: list[dict[str, Any]] | None = None) -> None:
+    """Measure and print, or be one of the ranks; `results` are added to."""
+    results = [] if results is None else results
     args = parse(arguments)
     if args.work:
         given = json.loads(args.work)
         work(Setup(**given | {"task": Task(**given["task"])}), args.competitor)
         return
     names = [name for name in COMPETITORS if any(fnmatch.fnmatch(name, only) for only in args.only)]
-    results: list[dict[str, Any]] = []
     for size in args.models:
         for dtype in args.dtype:
             task = Task(size, dtype, args.device)

@@ -1,7 +1,7 @@
 """Counts how often Python enters the library in one update: `python -m sixfold.testing.entries`.
 
-For docs/numbers.md and for whoever changes what runs in an update: these entries are what keeps an accelerator
-waiting. The reference models are left out, because a user's own would stand there. It changes nothing.
+For docs/numbers.md and for whoever changes what runs in an update: these entries keep an accelerator waiting.
+The reference models are left out, because a user's own would stand there. It changes nothing.
 """
 
 from __future__ import annotations
