@@ -27,7 +27,8 @@ from sixfold.data.corpus import prepare
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
 from sixfold.monitor.journal import read_records
-from sixfold.plan import decide_batch, decide_geometry, decide_residency
+from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
+from sixfold.state import Unit
 from sixfold.train import loop
 from sixfold.train.job import RECIPE, Request, build_model
 from tests.one import lab
@@ -231,6 +232,12 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "layout.parameters": ({"layout.zero": 3}, "whole", lambda bench, changes: residency_text(bench, changes)),
     "layout.gradients": ({"layout.zero": 2}, "whole", lambda bench, changes: residency_text(bench, changes)),
     "layout.optimizer": ({"layout.zero": 1}, "all", lambda bench, changes: residency_text(bench, changes)),
+    "layout.blocks": (
+        {"layout.zero": 3},
+        ["*.mlp"],
+        lambda bench, changes: [unit.blocks for unit in bench.engine(changes).plan.units],
+    ),
+    "layout.prefetch_mb": ({"layout.zero": 3}, 0.0, lambda bench, changes: gathered(bench, changes)),
     "layout.shard": ({"layout.zero": 2}, 1, lambda bench, changes: group_size(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "launch.ranks": ({}, 3, launcher("ranks")),
@@ -245,6 +252,29 @@ def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
 
 def residency_text(bench: Lab, changes: dict[str, Any]) -> str:
     return str(decide_residency(bench.resolved(changes).config.layout))
+
+
+def noting(verb: str, events: list[tuple[str, str]]) -> Callable[[Unit], Any]:
+    real = getattr(Unit, verb)
+
+    def noted(unit: Unit) -> Any:
+        events.append((verb, unit.plan.slots[0].name))
+        return real(unit)
+
+    return noted
+
+
+def gathered(bench: Lab, changes: dict[str, Any]) -> list[tuple[str, str]]:
+    """When units are gathered, used and dropped; the second update knows what comes next."""
+    events: list[tuple[str, str]] = []
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(cut_units, "__defaults__", (1024,))  # a unit for each block
+        for verb in ("gather", "show", "drop"):
+            patch.setattr(Unit, verb, noting(verb, events))
+        engine = bench.engine(changes)
+        for _ in range(2):
+            engine.train_step({"tokens": tokens()})
+    return events
 
 
 def group_size(bench: Lab, changes: dict[str, Any]) -> int:

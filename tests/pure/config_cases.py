@@ -80,9 +80,9 @@ OPTIONAL = {
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard",
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
-    "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master", "optimizer.betas",
-    "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.eval_every",
-    "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
+    "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
+    "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps",
+    "train.eval_every", "checkpoint.every", "monitor.peak_tflops", "launch.ranks", "launch.threads",
 }  # fmt: skip
 
 WORDS = {
@@ -134,7 +134,7 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("lr_schedule.name", "constant", "lr_schedule.final_ratio"),
     ("precision.compute", "fp64", "precision.storage"),
     ("precision.master", "bf16", "precision.compute"),
-    ("layout.zero", 0, "layout.shard"),
+    ("layout.parameters", "whole", "layout.prefetch_mb"),
     ("layout.shard", 3, "layout.data"),
     ("layout.expert", 3, "layout.data"),
     ("layout.data", 5, "layout.shard"),

@@ -375,6 +375,11 @@ def test_an_override_does_not_hide_a_fault_below(tmp_path: Path) -> None:
             ("precision.master", "precision.compute"),
         ),
         ({"layout.shard": 2}, ("layout.shard", "layout.zero")),
+        (
+            {"layout.shard": 2, "layout.zero": 1, "layout.optimizer": "whole"},
+            ("layout.shard", "layout.zero", "layout.optimizer"),
+        ),
+        ({"layout.prefetch_mb": 1.0, "layout.zero": 2}, ("layout.prefetch_mb", "layout.zero")),
         ({"optimizer.momentum": 0.5}, ("optimizer.momentum", "optimizer.name")),
     ],
 )
@@ -396,6 +401,8 @@ def test_illegal_combinations(values: dict[str, object], paths: tuple[str, ...])
         {"optimizer.name": "adagrad", "optimizer.eps": 1e-9},
         {"batch.tokens": 512, "batch.micro": 2},
         {"layout.shard": 2, "layout.zero": 3},
+        {"layout.shard": 2, "layout.optimizer": "all"},
+        {"layout.prefetch_mb": 0.0, "layout.parameters": "group", "layout.optimizer": "group"},
         {"lr_schedule.warmup_steps": 10_000},
         {"optimizer.clip_norm": 1},
     ],

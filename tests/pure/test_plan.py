@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -70,14 +72,20 @@ def test_data_takes_all_ranks_that_are_left(world_size: int) -> None:
         ({"data": 3}, "= 3 ranks, but 4 are running", "layout.data = 4"),
         ({"data": 8}, "= 8 ranks, but 4 are running", "layout.data = 4"),
         ({"shard": 3, "zero": 3}, "layout.shard = 3 with 4 data ranks", "layout.shard = 4"),
-        ({"zero": 3}, "layout.zero = 3", "layout.zero = 2"),
+        ({"zero": 3, "optimizer": "whole"}, "optimizer whole", 'layout.optimizer = "group"'),
+        ({"zero": 3, "parameters": "all"}, "parameters cut over shard+data", 'layout.optimizer = "all"'),
+        ({"zero": 0, "gradients": "group"}, "gradients cut over shard", 'layout.optimizer = "group"'),
+        ({"zero": 2, "optimizer": "all"}, "gradients cut over shard", 'layout.optimizer = "group"'),
     ],
 )
-def test_layouts_that_cannot_be_carried_out_are_refused(layout: dict[str, int], said: str, fix: str) -> None:
+def test_layouts_that_cannot_be_carried_out_are_refused(layout: dict[str, Any], said: str, fix: str) -> None:
     with pytest.raises(PlanError) as caught:
         decide(config(layout=layout), FACTS, world_size=4)
     assert said in caught.value.given
     assert fix in caught.value.fix
+    changes = re.findall(r'layout\.(\w+) = (\d+|"\w+")', caught.value.fix)
+    works = layout | {key: json.loads(value) for key, value in changes}
+    decide(config(layout=works), FACTS, world_size=4)
 
 
 # Batches.
@@ -122,7 +130,7 @@ def modules(draw: st.DrawFn) -> list[ParameterFacts]:
             dtype=draw(DTYPES),
             trainable=draw(st.booleans()),
             group=draw(st.integers(0, 2)),
-            block=block,
+            block=None if block is None else f"blocks.{block}",
         )
         for place, block in enumerate(blocks)
     ]
@@ -224,23 +232,40 @@ def test_a_plan_prints_what_is_decided() -> None:
 
 @given(modules(), st.integers(1, 4000), st.integers(1, 4), st.integers(1, 3))
 def test_slices_are_equal_and_tile_a_unit(
-    facts: list[ParameterFacts], target: int, num_slices: int, num_copies: int
+    facts: list[ParameterFacts], target: int, num_slices: int, num_groups: int
 ) -> None:
     whole = cut_units(facts, target)
     for unit, uncut in zip(
-        cut_units(facts, target, num_slices=num_slices, num_copies=num_copies), whole, strict=True
+        cut_units(facts, target, num_slices=num_slices, num_pieces=num_slices * num_groups),
+        whole,
+        strict=True,
     ):
         assert unit.slots == uncut.slots
-        assert 0 <= unit.numel - uncut.numel < ALIGN * num_slices * num_copies
+        assert 0 <= unit.numel - uncut.numel < ALIGN * num_slices * num_groups
         slices = [unit.slice_of(index) for index in range(num_slices)]
         assert (slices[0][0], slices[-1][1]) == (0, unit.numel)
         assert all(one[1] == other[0] for one, other in pairwise(slices))
-        assert {(stop - start) % (ALIGN * num_copies) for start, stop in slices} == {0}
+        assert {(stop - start) % (ALIGN * num_groups) for start, stop in slices} == {0}
         assert len({stop - start for start, stop in slices}) == 1
         inside = {place for slot in unit.slots for place in range(slot.offset, slot.offset + slot.numel)}
         gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
         assert inside | gaps == set(range(unit.numel))
         assert not inside & gaps
+
+
+@given(modules(), st.integers(1, 4000))
+def test_units_that_come_and_go_hold_whole_blocks_and_nothing_else(
+    facts: list[ParameterFacts], target: int
+) -> None:
+    by_name = {each.name: each for each in facts}
+    units = cut_units(facts, target, by_block=True)
+    assert sorted(slot.name for unit in units for slot in unit.slots) == sorted(by_name)
+    for unit in units:
+        blocks = [by_name[slot.name].block for slot in unit.slots]
+        assert unit.blocks == tuple(sorted({block for block in blocks if block is not None}))
+        assert (None in blocks) == (not unit.blocks)
+    for unit in cut_units(facts, target):
+        assert unit.blocks == ()
 
 
 def test_the_plan_says_over_how_many_ranks_state_is_cut() -> None:
@@ -255,10 +280,19 @@ def test_the_plan_says_over_how_many_ranks_state_is_cut() -> None:
 def test_cutting_divides_the_bytes_of_the_row(compute: str) -> None:
     facts = [ParameterFacts("weight", (128, 64), "fp32", True)]
     numel, width = 128 * 64, {"fp32": 4, "bf16": 2}[compute]
-    for zero, (gradients, optimizer) in {0: (1, 1), 1: (1, 4), 2: (4, 4)}.items():
-        asked = config(layout={"zero": zero}, precision={"compute": compute})
+    rows: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
+        ({"zero": 0}, (1, 1, 1)),
+        ({"zero": 1}, (1, 1, 4)),
+        ({"zero": 2}, (1, 4, 4)),
+        ({"zero": 3}, (4, 4, 4)),
+        ({"zero": 3, "shard": 2}, (2, 2, 2)),
+        ({"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}, (2, 4, 4)),
+        ({"zero": 1, "shard": 2, "optimizer": "all"}, (1, 1, 4)),
+    ]
+    for layout, (parameters, gradients, optimizer) in rows:
+        asked = config(layout=layout, precision={"compute": compute})
         memory = persistent_memory(decide(asked, facts, world_size=4), num_moments=2)
-        assert memory.parameters == width * numel
+        assert memory.parameters == width * numel // parameters
         assert memory.gradients == 4 * numel // gradients
         assert memory.master == (4 * numel // optimizer if compute == "bf16" else 0)
         assert memory.optimizer == 8 * numel // optimizer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sixfold.base.errors import ProgramError
 from sixfold.program import Instruction, Op, Program, accumulation, check, forward_only, rehearsal
 
-NUMBERS = {Op.FORWARD: 2, Op.BACKWARD: 2, Op.REDUCE: 1, Op.PUBLISH: 1, Op.STEP: 0}
+NUMBERS = dict.fromkeys(Op, 2) | {Op.REDUCE: 1, Op.PUBLISH: 1, Op.STEP: 0}
 
 
 @st.composite
@@ -39,6 +39,11 @@ def test_text_form_is_the_documented_one() -> None:
     assert str(accumulation(1, 3)) == (
         "forward 0.0 | reduce 0 | backward 0.0 | reduce 0 | reduce 0 | step | publish 0"
     )
+    assert str(accumulation(1, 2, num_served=1)) == (
+        "forward 0.0 | reduce 0 | backward 0.0 | serve-forward 0.1 | reduce 0 | serve-backward 0.1 | step | "
+        "publish 0"
+    )
+    assert str(forward_only(1, num_served=1)) == "forward 0.0 | serve-forward 0.1"
     assert str(rehearsal(1)) == "forward 0.0 | reduce 0 | backward 0.0"
 
 
@@ -57,12 +62,25 @@ def test_an_instruction_has_exactly_its_numbers(numbers: dict[str, int]) -> None
         Instruction(Op.FORWARD, **numbers)
 
 
-@given(st.integers(0, 40), st.integers(1, 40))
-def test_generated_programs_are_accepted(num_micro: int, num_reduces: int) -> None:
-    for program in (accumulation(num_micro, num_reduces), rehearsal(num_micro, num_reduces)):
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 10))
+def test_generated_programs_are_accepted(num_micro: int, num_reduces: int, num_served: int) -> None:
+    numbers = (num_micro, num_reduces, num_served)
+    for program in (accumulation(*numbers), rehearsal(*numbers)):
         check(program)
         assert program.instructions.count(Instruction(Op.REDUCE, 0)) == num_reduces
-    check(forward_only(num_micro))
+    check(forward_only(num_micro, num_served))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_ranks_that_serve_each_other_make_the_same_passes_and_windows(shares: list[int]) -> None:
+    most = max(shares)
+    serves = {Op.SERVE_FORWARD: Op.FORWARD, Op.SERVE_BACKWARD: Op.BACKWARD}
+
+    def passes(num_micro: int) -> list[tuple[Op, int | None]]:
+        program = accumulation(num_micro, max(1, most), most - num_micro)
+        return [(serves.get(item.op, item.op), item.micro) for item in program.instructions]
+
+    assert len({tuple(passes(num_micro)) for num_micro in shares}) == 1
 
 
 @given(st.integers(1, 12), st.data())
@@ -78,6 +96,19 @@ def test_a_missing_or_doubled_instruction_is_refused(num_micro: int, data: st.Da
         # A further window is legal, as long as it opens before the step.
         with pytest.raises(ProgramError):
             check(Program((*items[:doubled_at], items[place], *items[doubled_at:])))
+
+
+@pytest.mark.parametrize("op", ["forward", "serve-forward"])
+def test_a_served_pass_is_followed_by_its_backward(op: str) -> None:
+    good = f"{op} 0.0 | reduce 0 | {op.replace('forward', 'backward')} 0.0 | step | publish 0"
+    check(Program.parse(good))
+    other = {"forward": "serve-backward 0.0", "serve-forward": "backward 0.0"}[op]
+    for bad in (
+        good.replace(f"{op} 0.0 | ", ""),
+        good.replace(f"{op.replace('forward', 'backward')} 0.0", other),
+    ):
+        with pytest.raises(ProgramError):
+            check(Program.parse(bad))
 
 
 def test_an_update_without_step_is_refused() -> None:

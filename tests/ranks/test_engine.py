@@ -123,8 +123,8 @@ def test_two_losses_and_two_engines_share_a_process() -> None:
             made = torch.tanh(first.module(x))
         second.backward(-second(made).mean())
         second.step()
-    assert plain.farthest(dict(first.module.named_parameters()), maker) < 1e-12
-    assert plain.farthest(dict(second.module.named_parameters()), judge) < 1e-12
+    assert plain.farthest(first.full_state_dict(), maker) < 1e-12
+    assert plain.farthest(second.full_state_dict(), judge) < 1e-12
 
 
 def evaluate(engine: Engine) -> None:
@@ -213,7 +213,8 @@ def test_edits_under_gathered_hold_on_every_rank(compute: str, zero: int) -> Non
         module.get_parameter("frozen.weight").fill_(0.5)
     after = weights(engine)
     assert after["rare.bias"][1] == 4.0
-    assert float(engine.module.get_parameter("rare.bias")[1]) == 4.0
+    with engine.gathered() as module:
+        assert float(module.get_parameter("rare.bias")[1]) == 4.0
     assert float(after["frozen.weight"].min()) == 0.5
     untouched = before.keys() - {"rare.bias", "frozen.weight"}
     check_equal({name: before[name] for name in untouched}, {name: after[name] for name in untouched})
@@ -298,7 +299,7 @@ def test_collectives_keep_their_order_when_ranks_use_different_parameters(
     used = torch.tensor([[0, 2, 3], [3, 1, 2]])
     x = torch.randn(2, 1, 4, dtype=torch.float64)
     reference = Forked()
-    reference.load_state_dict(engine.module.state_dict())
+    reference.load_state_dict(engine.full_state_dict())
     for rank in range(2):
         (reference(x[rank], used[rank : rank + 1]) / 2).backward()
     mine = engine.data_rank
@@ -355,7 +356,7 @@ def test_recomputed_and_compiled_blocks_follow_one_process(how: str, zero: int) 
     mine = plain.cuts(plain.NUM_SAMPLES, engine.data_ranks, "uneven", 1)[engine.data_rank]
     for step in range(STEPS):
         engine.train_step(x[step][mine.start : mine.stop].clone())
-    assert plain.farthest(dict(engine.module.named_parameters()), reference) < 1e-10
+    assert plain.farthest(engine.full_state_dict(), reference) < 1e-10
     torch.compiler.reset()
 
 
@@ -452,7 +453,7 @@ def test_any_other_optimizer_sees_whole_parameters() -> None:
         task.loss(reference, task.batch(step)).backward()
         optimizer.step()
         engine.train_step(share(engine, "decoder", step))
-    assert plain.farthest(dict(engine.module.named_parameters()), reference) < 1e-10
+    assert plain.farthest(engine.full_state_dict(), reference) < 1e-10
     assert engine.bound.named_state()["model.norm.weight"]["norm"].shape == ()
 
 

@@ -176,28 +176,35 @@ def _master(master: str | None, compute: str | None) -> Verdict:
     )
 
 
-_SPREADS = ("layout.parameters", "layout.gradients", "layout.optimizer")
+_CUT_FROM = {"layout.parameters": 3, "layout.gradients": 2, "layout.optimizer": 1}
+"""The lowest preset `layout.zero` that cuts each kind of state."""
 
 
-@_rule("layout.shard", "layout.zero", *_SPREADS)
-def _shard_cuts_something(shard: int | None, zero: int | None, *spreads: str | None) -> Verdict:
-    if shard is None or zero or {"group", "all"} & set(spreads):
+def _is_cut(kind: str, zero: int | None, own: str | None) -> bool:
+    return own != "whole" if own is not None else (zero or 0) >= _CUT_FROM[kind]
+
+
+@_rule("layout.shard", "layout.zero", *_CUT_FROM)
+def _shard_cuts_something(shard: int | None, zero: int | None, *own: str | None) -> Verdict:
+    if shard is None or any(_is_cut(kind, zero, word) for kind, word in zip(_CUT_FROM, own, strict=True)):
         return None
+    works = "layout.zero = 3 (or 1 or 2)" if not any(own) else 'layout.optimizer = "group"'
     return (
-        "layout.shard is the size of the groups that model state is cut over; layout.zero = 0 (also when "
-        "unset) cuts nothing",
-        "set layout.zero = 3 (or 1 or 2), or leave layout.shard unset",
+        "layout.shard is the size of the groups that model state is cut over, and with layout.zero = "
+        f"{zero or 0}{' (as when unset)' if not zero else ''} and these layout.parameters, gradients and "
+        "optimizer nothing is cut",
+        f"set {works}, or leave layout.shard unset",
     )
 
 
 @_rule("layout.prefetch_mb", "layout.zero", "layout.parameters")
-def _prefetch_needs_cut_parameters(budget: float | None, zero: int | None, parameters: str | None) -> Verdict:
-    is_cut = parameters != "whole" if parameters is not None else zero == 3
-    if budget is None or is_cut:
+def _prefetch_needs_cut_parameters(budget: float | None, zero: int | None, own: str | None) -> Verdict:
+    if budget is None or _is_cut("layout.parameters", zero, own):
         return None
+    works = "layout.zero = 3" if own is None else 'layout.parameters = "group"'
     return (
         "layout.prefetch_mb bounds what is gathered ahead, and whole parameters are never gathered",
-        "set layout.zero = 3, or leave layout.prefetch_mb unset",
+        f"set {works}, or leave layout.prefetch_mb unset",
     )
 
 

@@ -21,7 +21,7 @@ from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import materialize, module_facts
+from sixfold.parallel import materialize, module_facts, move_buffers
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate
 from sixfold.state import ModelState, bind, build_optimizer, make_optimizer, refuse_two_definitions
@@ -81,9 +81,8 @@ def initialize(
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
     if facts.on_meta:
-        materialize(model, streams)
-    else:
-        model.to(place)
+        materialize(model, asked.seed, mesh)
+    move_buffers(model, place)
     made = make_optimizer(optimizer or build_optimizer(asked.optimizer), model)
     groups = [group["params"] for group in made.param_groups]
     facts = module_facts(model, groups, blocks=asked.layout.blocks)

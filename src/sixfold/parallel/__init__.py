@@ -4,6 +4,14 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
 from sixfold.parallel.facts import BATCH_NORMS, DTYPES, ModuleFacts, dtype_name, module_facts
-from sixfold.parallel.materialize import materialize
+from sixfold.parallel.materialize import materialize, move_buffers
 
-__all__ = ["BATCH_NORMS", "DTYPES", "ModuleFacts", "dtype_name", "materialize", "module_facts"]
+__all__ = [
+    "BATCH_NORMS",
+    "DTYPES",
+    "ModuleFacts",
+    "dtype_name",
+    "materialize",
+    "module_facts",
+    "move_buffers",
+]

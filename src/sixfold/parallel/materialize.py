@@ -1,47 +1,80 @@
 """Give a module that stands on the meta device its storage and its initial weights.
 
 Called by the engine before state exists. Every module is initialised by its own rule, under a
-generator keyed by (seed, module name), on whole shapes: the same weights for every rank count and
-layout. A model that comes with weights is never touched.
+generator keyed by (seed, module name), on whole shapes and on the CPU: the same weights for every rank
+count, layout and device. One rank draws, since all take over its numbers; the others' memory stays
+untouched, which on a CPU means that it is never taken. A model that comes with weights is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from sixfold.base.errors import ModelError
-from sixfold.mesh import Streams
+from sixfold.mesh import Mesh, Streams
 
 
-def materialize(module: nn.Module, streams: Streams) -> None:
-    """Allocate `module` on the streams' device and initialise it by its own rules.
+def materialize(module: nn.Module, seed: int, mesh: Mesh) -> None:
+    """Allocate `module` on the CPU and, on rank 0, initialise it by its own rules.
 
     Plain modules need `reset_parameters`; children go before parents, since parents may rewrite
     what their children drew. Models with `initialize_weights` (Hugging Face) bring their rules in
     `_init_weights`. Ties hold afterwards as they did before.
 
     Raises:
-        ModelError: a tensor was left without an initial value; all of them are named.
+        ModelError: a tensor was left without an initial value; all of them are named. On every rank.
     """
+    failure: Exception | None = None
+    try:
+        _materialize(module, Streams(seed, torch.device("cpu")), draws=mesh.rank == 0)
+    except Exception as error:  # also out of the model's own rules
+        failure = error
+    told = mesh.share_text(str(failure) if failure is not None else "")
+    if failure is not None:
+        raise failure
+    if told:
+        raise ModelError(
+            f"rank 0 could not initialise {type(module).__name__}: {told}",
+            rule="rank 0 draws the initial weights and all ranks take them over",
+            fix="see the error of rank 0",
+        )
+
+
+def _materialize(module: nn.Module, streams: Streams, *, draws: bool) -> None:
     ties = _ties(module)
     # What has storage already keeps its numbers, whatever a rule makes of them.
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(module).items() if not tensor.is_meta}
     module.to_empty(device=streams.device)
     _tie_again(module, ties)
+    if not draws:
+        _put_back(module, kept)
+        return
     unset = _Unset(module)
     if _method(module, "initialize_weights"):
         _by_model_rules(module, streams)
     else:
         _by_module_rules(module, streams)
+    _put_back(module, kept)
+    unset.refuse()
+
+
+def _put_back(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
     current = _tensors(module)
     with torch.no_grad():
         for name, numbers in kept.items():
             current[name].copy_(numbers)
-    unset.refuse()
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of `module` to `device`; parameters go there unit by unit."""
+    moved: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+            setattr(part, name, moved.setdefault(id(buffer), buffer.to(device)))
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -84,11 +84,16 @@ def decide_residency(layout: LayoutConfig) -> Residency:
     }
     row = replace(PRESETS[zero], **own)
     if len(row.parameters) > len(row.optimizer) or row.gradients not in (WHOLE, row.optimizer):
+        finest = max(row.parameters, row.gradients, key=len)
+        changes = [
+            "layout.optimizer",
+            *(["layout.gradients"] if row.gradients not in (WHOLE, finest) else []),
+        ]
         raise PlanError(
             f"layout: {row}",
             rule="parameters are cut no finer than the optimizer state they are updated from; gradients "
             "are whole or cut like it",
-            fix=f'set layout.optimizer = "{_word(max(row.parameters, row.gradients, key=len))}"',
+            fix="set " + " and ".join(f'{key} = "{_word(finest)}"' for key in changes),
         )
     return row
 

@@ -57,6 +57,7 @@ class _Pass:
         kept: what is whole after it, on every rank.
         stays: units that are not dropped before its end.
         found: what was gathered, where the order is found out now.
+        behind: what a backward pass has reached on this rank.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class _Pass:
     place: int = 0
     under_way: dict[Unit, Pending] = field(default_factory=dict)
     found: list[Unit] = field(default_factory=list)
+    behind: set[Unit] = field(default_factory=set)
 
 
 class Gathering:
@@ -387,8 +389,9 @@ class Gathering:
         assert current is not None, "opened above"
         users = self._users[name]
         if any(unit not in self._present for unit in users):
-            for unit in [unit for unit in self._present if unit not in users and unit not in current.stays]:
+            for unit in current.behind.intersection(self._present).difference(users, current.stays):
                 self._drop(unit)
+        current.behind.update(users)
         self._need(users)
 
 

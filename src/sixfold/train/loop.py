@@ -205,11 +205,13 @@ def _meter(run: Run) -> Meter:
 def _complete_prompt(run: Run) -> None:
     asked = run.resolved.config.train
     module = run.engine.module
-    if not run.is_first or not asked.sample_tokens or not isinstance(module, Decoder):
+    if not asked.sample_tokens or not isinstance(module, Decoder):
         return
     start = torch.tensor(
         [[run.corpus.document_mark, *run.corpus.encode(asked.prompt)]], device=run.engine.device
     )
     generator = torch.Generator(run.engine.device).manual_seed(run.resolved.config.seed)
-    tokens = generate(module, start, asked.sample_tokens, temperature=0.7, generator=generator)
-    run.say(f"\nsample\n{run.corpus.decode(tokens[0, 1:].tolist())}")
+    with run.engine.gathered():
+        if run.is_first:
+            tokens = generate(module, start, asked.sample_tokens, temperature=0.7, generator=generator)
+            run.say(f"\nsample\n{run.corpus.decode(tokens[0, 1:].tolist())}")
