@@ -15,15 +15,14 @@ from types import CodeType, FrameType
 
 import torch
 
-import sixfold
-from sixfold.engine import Engine
+from sixfold.engine import Engine, initialize
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.testing.pool import Pool
 
 PER_UNIT, PER_PARAMETER = 40, 1
 """What an update may cost: this many entries for each unit, and one small hook for each parameter."""
 
-_PACKAGE = Path(sixfold.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _SIZES = {"vocab_size": 4096, "context_length": 128, "width": 384, "num_layers": 5, "num_heads": 6}
 _WARM_UP = 2
 
@@ -63,7 +62,7 @@ def _decoder_entries(zero: int) -> tuple[Counter[str], int, int, int]:
     """On every rank: (entries of one update of the 10 M decoder, their bound, units, parameters)."""
     torch.manual_seed(0)
     model = Decoder(DecoderConfig.derive(**_SIZES))
-    engine = sixfold.initialize(model, config={"layout": {"zero": zero}})
+    engine = initialize(model, config={"layout": {"zero": zero}})
     tokens = torch.randint(_SIZES["vocab_size"], (2, _SIZES["context_length"] + 1))
     for _ in range(_WARM_UP):
         engine.train_step(tokens)
