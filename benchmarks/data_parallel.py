@@ -25,37 +25,33 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from contest import (
+    AGREEING_STEPS,
+    AGREEMENT,
+    LR,
+    SAMPLING_S,
+    SIZES,
+    RankError,
+    Ranks,
+    Step,
+    batches,
+    largest_difference,
+    make_model,
+    median_interval,
+    quit_rank,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SIXFOLD, DDP = "sixfold", "ddp"
-LR = 3e-4
-AGREEING_STEPS = 20
-AGREEMENT = {"fp32": 1e-5, "bf16": 2e-3}
-"""Largest relative difference of the two losses over the first `AGREEING_STEPS` updates."""
-SAMPLING_S = 0.005
-
-SIZES: dict[str, dict[str, int]] = {
-    "s": {"vocab_size": 4096, "width": 384, "num_layers": 5, "num_heads": 6, "length": 128, "batch": 4},
-    "m": {"vocab_size": 16384, "width": 768, "num_layers": 7, "num_heads": 12, "length": 128, "batch": 2},
-    "tiny": {"vocab_size": 64, "width": 32, "num_layers": 2, "num_heads": 2, "length": 16, "batch": 2},
-}
-"""The reference decoder: about 10, 62 and 0.03 million parameters, and one rank's batch."""
-
-Step = Callable[["Tensor"], float]
-"""One update from this rank's tokens [batch, length + 1]; returns a loss."""
+PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -81,18 +77,7 @@ class Setup:
     transport: str | None = None
 
 
-# In the ranks: torch is imported here only, so that its import counts in the time to the first step.
-
-
-def make_model(setup: Setup) -> Any:
-    """The reference decoder, the same weights on every rank and for both contestants."""
-    import torch
-
-    from sixfold.models.decoder import Decoder, DecoderConfig
-
-    sizes = {key: value for key, value in SIZES[setup.model].items() if key != "batch"}
-    torch.manual_seed(0)
-    return Decoder(DecoderConfig.derive(context_length=sizes.pop("length"), **sizes))
+# In the ranks: torch is imported there only, so that its import counts in the time to the first step.
 
 
 def sixfold_step(setup: Setup) -> Step:
@@ -104,7 +89,7 @@ def sixfold_step(setup: Setup) -> Step:
         "precision": {"compute": setup.compute},
         "optimizer": {"name": "adamw", "lr": LR, **({"clip_norm": setup.clip} if setup.clip else {})},
     }
-    return sixfold.initialize(make_model(setup), config=config).train_step
+    return sixfold.initialize(make_model(setup.model), config=config).train_step
 
 
 def ddp_step(setup: Setup) -> Step:
@@ -112,7 +97,7 @@ def ddp_step(setup: Setup) -> Step:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    model = DistributedDataParallel(make_model(setup), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(make_model(setup.model), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step(tokens: Tensor) -> float:
@@ -132,16 +117,6 @@ def ddp_step(setup: Setup) -> Step:
 CONTESTANTS: dict[str, Callable[[Setup], Step]] = {SIXFOLD: sixfold_step, DDP: ddp_step}
 
 
-def batches(setup: Setup, rank: int) -> Iterator[Tensor]:
-    """Endless batches of random tokens, different on every rank."""
-    import torch
-
-    sizes = SIZES[setup.model]
-    generator = torch.Generator().manual_seed(rank)
-    while True:
-        yield torch.randint(sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1), generator=generator)
-
-
 def run_steps(setup: Setup, rank: int) -> dict[str, Any]:
     """Alternate turns of both contestants; returns turns by contestant and the losses' difference.
 
@@ -150,7 +125,7 @@ def run_steps(setup: Setup, rank: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     contestants = {name: make(setup) for name, make in CONTESTANTS.items()}
-    feeds = {name: batches(setup, rank) for name in contestants}
+    feeds = {name: batches(setup.model, rank) for name in contestants}
     losses: dict[str, list[float]] = {name: [] for name in contestants}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     gc.collect()
@@ -166,15 +141,18 @@ def run_steps(setup: Setup, rank: int) -> dict[str, Any]:
             turns[name] += [turn] if number >= 0 else []
     ours = losses[SIXFOLD][:AGREEING_STEPS]
     theirs = [loss / setup.ranks for loss in _sum(*losses[DDP][:AGREEING_STEPS])]
-    difference = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    return {"turns": turns, "losses": (ours[0], ours[-1]), "difference": difference}
+    return {
+        "turns": turns,
+        "losses": (ours[0], ours[-1]),
+        "difference": largest_difference(ours, theirs),
+    }
 
 
 def run_start(setup: Setup, rank: int, contestant: str) -> None:
     """Report the end of the first update on stdout, then update while the parent samples memory."""
     import torch.distributed as dist
 
-    step, feed = CONTESTANTS[contestant](setup), batches(setup, rank)
+    step, feed = CONTESTANTS[contestant](setup), batches(setup.model, rank)
     step(next(feed))
     dist.barrier()
     print(json.dumps({"first_step": time.monotonic()}), flush=True)
@@ -193,13 +171,8 @@ def work(setup: Setup, contestant: str) -> None:
     if contestant in CONTESTANTS:
         run_start(setup, rank, contestant)
     else:
-        result = run_steps(setup, rank)
-        if rank == 0:
-            print(json.dumps(result), flush=True)
-    sys.stdout.flush()
-    # Not torn down: torch keeps threads of a group that was formed before its optimizers were loaded,
-    # and the interpreter's end may abort on them.
-    os._exit(0)
+        print(json.dumps(run_steps(setup, rank)), flush=True)
+    quit_rank()
 
 
 def _sum(*numbers: float) -> list[float]:
@@ -214,48 +187,16 @@ def _sum(*numbers: float) -> list[float]:
 # In the parent: start ranks, sample memory, reduce figures.
 
 
-def start_ranks(setup: Setup, contestant: str) -> list[subprocess.Popen[str]]:
+def start_ranks(setup: Setup, contestant: str) -> Ranks:
     """Start this file once per rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--work", json.dumps(asdict(setup)), "--contestant", contestant]
-    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(setup.ranks), "LOCAL_WORLD_SIZE": str(setup.ranks)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(setup.ranks)
-    ]
-
-
-def finish(ranks: Sequence[subprocess.Popen[str]]) -> None:
-    """Wait for all ranks; a failed one takes the others with it."""
-    for rank in ranks:
-        if rank.wait():
-            for other in ranks:
-                other.kill()
-            raise SystemExit(f"a rank ended with {rank.returncode}; its error stands above")
-
-
-def read_line(rank: subprocess.Popen[str], ranks: Sequence[subprocess.Popen[str]]) -> Any:
-    """The next JSON line of a rank."""
-    assert rank.stdout is not None, "ranks are started with a pipe"
-    line = rank.stdout.readline()
-    if not line:
-        finish(ranks)
-    return json.loads(line)
+    return Ranks([__file__, "--work", json.dumps(asdict(setup)), "--contestant", contestant], setup.ranks)
 
 
 def measure_steps(setup: Setup) -> dict[str, Any]:
     """The result of `run_steps`."""
     ranks = start_ranks(setup, "both")
-    result: dict[str, Any] = read_line(ranks[0], ranks)
-    finish(ranks)
+    result: dict[str, Any] = ranks.answers(setup.rounds * PATIENCE_S)[0]
+    ranks.finish()
     return result
 
 
@@ -263,36 +204,13 @@ def measure_start(setup: Setup, contestant: str) -> tuple[float, float]:
     """(seconds to the end of the first update, peak PSS in MB of all ranks together)."""
     began = time.monotonic()
     ranks = start_ranks(setup, contestant)
-    seconds = max(read_line(rank, ranks)["first_step"] for rank in ranks) - began
+    seconds = max(answer["first_step"] for answer in ranks.answers(PATIENCE_S)) - began
     peak = 0.0
-    while all(rank.poll() is None for rank in ranks):
-        peak = max(peak, sum(pss_mb(rank.pid) for rank in ranks))
+    while all(process.poll() is None for process in ranks.processes):
+        peak = max(peak, ranks.pss_mb())
         time.sleep(SAMPLING_S)
-    finish(ranks)
+    ranks.finish()
     return seconds, peak
-
-
-def pss_mb(pid: int) -> float:
-    """Proportional set size of a process, 0 when it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median and an interval that covers it with at least 95 % (of few values: their whole range).
-
-    The k-th smallest and k-th largest of n values leave the median out with probability
-    2 P(Binomial(n, 1/2) < k).
-    """
-    ordered, n = sorted(values), len(values)
-    outside, k = 0.0, 0
-    while (outside := outside + 2 * math.comb(n, k) / 2**n) <= 0.05:
-        k += 1
-    k = max(k, 1)
-    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
 
 
 def compare(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -412,7 +330,10 @@ def main() -> None:
         zero=args.zero,
         transport=args.transport,
     )
-    figures = measure(setup)
+    try:
+        figures = measure(setup)
+    except RankError as error:
+        raise SystemExit(str(error)) from error
     print(json.dumps(figures) if args.json else table(figures))
     if figures["difference"] > AGREEMENT[setup.compute]:
         raise SystemExit(

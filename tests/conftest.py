@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Two cores are shared by pytest's workers and by ranks; one compute thread each also makes sums repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["sixfold.testing.plugin"]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip(f"needs a CUDA device, and torch {torch.__version__} sees none here: NOT RUN")

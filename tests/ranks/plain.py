@@ -281,9 +281,11 @@ def groups_of(model: nn.Module, settings: dict[str, Any], num_groups: int) -> li
     ]
 
 
-def cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    """Floating fields in `dtype`."""
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+def cast(batch: Batch, dtype: torch.dtype, device: str = "cpu") -> Batch:
+    """All fields on `device`, floating ones in `dtype`."""
+    return {
+        key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()
+    }
 
 
 @dataclass
@@ -297,17 +299,23 @@ class PlainRun:
 
 @cache
 def plain_run(
-    name: str, dtype: torch.dtype, steps: int, optimizer: str, num_groups: int, clip_norm: float | None
+    name: str,
+    dtype: torch.dtype,
+    steps: int,
+    optimizer: str,
+    num_groups: int,
+    clip_norm: float | None,
+    device: str = "cpu",
 ) -> PlainRun:
     """The loop that everything is compared with."""
     task = TASKS[name]
     kind, settings = OPTIMIZERS[optimizer]
-    model = task.build().to(dtype)
+    model = task.build().to(device, dtype)
     made = kind(groups_of(model, settings, num_groups))
     losses, grad_norms = [], []
     for step in range(steps):
         made.zero_grad()
-        loss = task.loss(model, cast(task.batch(step), dtype))
+        loss = task.loss(model, cast(task.batch(step), dtype, device))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), clip_norm if clip_norm is not None else float("inf")
@@ -371,5 +379,6 @@ def farthest(found: Mapping[str, Tensor], reference: nn.Module) -> float:
     """Largest difference over all parameters, by name."""
     expected = dict(reference.named_parameters())
     return max(
-        float((found[name].double() - each.detach().double()).abs().max()) for name, each in expected.items()
+        float((found[name].double() - each.detach().cpu().double()).abs().max())
+        for name, each in expected.items()
     )

@@ -63,6 +63,16 @@ def test_compiled_blocks_with_cut_parameters(recompute: str | None) -> None:
     engine.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("zero", FACTORS["zero"])
+def test_follows_one_process_on_a_gpu(zero: int, ranks: int, rank_pool: Pool) -> None:
+    """Two ranks share the card through gloo; NCCL refuses that."""
+    first = {name: values[0] for name, values in FACTORS.items()}
+    case = first | {"zero": zero, "ranks": ranks, "accumulation": 3, "clip_norm": 0.3}
+    rank_pool.run(follow, case, device="cuda", ranks=ranks, timeout_s=120)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", FACTORS["ranks"])
 @pytest.mark.parametrize("model", FACTORS["model"])
@@ -91,13 +101,13 @@ def test_cases_cover_every_pair() -> None:
     assert len(CASES) < 40
 
 
-def follow(case: Case) -> None:
+def follow(case: Case, device: str = "cpu") -> None:
     """One case on every rank: fp64 parameters after 5 steps, fp32 losses over 20."""
     shape = (case["optimizer"], case["num_groups"], case["clip_norm"])
     is_rephrased = case["loop"] == "written_out" and plain.TASKS[case["model"]].fp32_inside
 
-    reference = plain.plain_run(case["model"], torch.float64, 5, *shape)
-    engine, losses, norms = run(case, torch.float64, 5)
+    reference = plain.plain_run(case["model"], torch.float64, 5, *shape, device)
+    engine, losses, norms = run(case, torch.float64, 5, device)
     whole = engine.full_state_dict()
     engine.close()
     # Where a model divides in fp32, dividing in another place rounds differently, and adaptive
@@ -110,17 +120,19 @@ def follow(case: Case) -> None:
     precise = 1e-6 if plain.TASKS[case["model"]].fp32_inside else 1e-12
     assert losses == pytest.approx(reference.losses, rel=precise, abs=0)
 
-    reference = plain.plain_run(case["model"], torch.float32, 20, *shape)
-    engine, losses, _ = run(case, torch.float32, 20)
+    reference = plain.plain_run(case["model"], torch.float32, 20, *shape, device)
+    engine, losses, _ = run(case, torch.float32, 20, device)
     engine.close()
     assert losses == pytest.approx(reference.losses, rel=FP32_LOSS_BOUND, abs=0)
     assert losses[-1] < losses[0]  # it learns, so 20 steps mean something
 
 
-def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float], list[float]]:
+def run(
+    case: Case, dtype: torch.dtype, steps: int, device: str = "cpu"
+) -> tuple[Engine, list[float], list[float]]:
     """The same training through the engine, each rank feeding its share."""
     task = plain.TASKS[case["model"]]
-    model = task.build().to(dtype)
+    model = task.build().to(device, dtype)
     kind, settings = plain.OPTIMIZERS[case["optimizer"]]
     config: dict[str, Any] = {"optimizer": {}, "batch": {}, "layout": {}}
     config["layout"] |= {"zero": case["zero"], "recompute": case["recompute"], "compile": case.get("compile")}
@@ -139,11 +151,13 @@ def run(case: Case, dtype: torch.dtype, steps: int) -> tuple[Engine, list[float]
     else:
         optimizer = lambda parameters: kind(plain.groups_of(model, settings, case["num_groups"]))  # noqa: E731
     with plain.small_units():
-        engine = sixfold.initialize(model, config=config, optimizer=optimizer, loss_fn=task.loss_fn)
+        engine = sixfold.initialize(
+            model, config=config, optimizer=optimizer, loss_fn=task.loss_fn, device=device
+        )
     assert (engine.optimizer is optimizer) == (case["given"] == "object")
     losses, norms = [], []
     for step in range(steps):
-        batch = plain.cast(task.batch(step), dtype)
+        batch = plain.cast(task.batch(step), dtype, device)
         share = plain.rows(
             batch, plain.cuts(plain.NUM_SAMPLES, case["ranks"], case["shares"], step)[engine.data_rank]
         )

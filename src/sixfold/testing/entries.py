@@ -1,0 +1,98 @@
+"""Counts how often Python enters the library in one update: `python -m sixfold.testing.entries`.
+
+For docs/numbers.md and for whoever changes what runs in an update: these entries keep an accelerator waiting.
+The reference models are left out, because a user's own would stand there. It changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+from sixfold.engine import Engine, initialize
+from sixfold.models.decoder import Decoder, DecoderConfig
+from sixfold.testing.pool import Pool
+
+PER_UNIT, PER_PARAMETER = 40, 1
+"""What an update may cost: this many entries for each unit, and one small hook for each parameter."""
+
+_PACKAGE = Path(__file__).parents[1]
+_SIZES = {"vocab_size": 4096, "context_length": 128, "width": 384, "num_layers": 5, "num_heads": 6}
+_WARM_UP = 2
+
+
+def entries(call: Callable[[], object]) -> Counter[str]:
+    """Run `call` and count the Python functions of the library it entered, by file and qualified name.
+
+    Resumed generators count each time, as the interpreter enters them.
+    """
+    counts: Counter[CodeType] = Counter()
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            counts[frame.f_code] += 1
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    named: Counter[str] = Counter()
+    for code, count in counts.items():
+        path = Path(code.co_filename)
+        if path.is_relative_to(_PACKAGE) and not path.is_relative_to(_PACKAGE / "models"):
+            named[f"{path.relative_to(_PACKAGE)} {code.co_qualname}"] += count
+    del named[f"{Path(__file__).relative_to(_PACKAGE)} {entries.__qualname__}"]
+    return named
+
+
+def bound(engine: Engine) -> int:
+    """The most entries that one update of `engine` may cost."""
+    units = engine.state.units
+    return PER_UNIT * len(units) + PER_PARAMETER * sum(len(unit.parameters) for unit in units)
+
+
+def _decoder_entries(zero: int) -> tuple[Counter[str], int, int, int]:
+    """On every rank: (entries of one update of the 10 M decoder, their bound, units, parameters)."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig.derive(**_SIZES))
+    engine = initialize(model, config={"layout": {"zero": zero}})
+    tokens = torch.randint(_SIZES["vocab_size"], (2, _SIZES["context_length"] + 1))
+    for _ in range(_WARM_UP):
+        engine.train_step(tokens)
+    counts = entries(lambda: engine.train_step(tokens))
+    num_parameters = len(list(model.parameters()))
+    found = counts, bound(engine), len(engine.state.units), num_parameters
+    engine.close()
+    return found
+
+
+def main() -> None:
+    """Print what one update costs on rank 0 under each preset, and which functions are entered most."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--top", type=int, default=12)
+    args = parser.parse_args()
+    with Pool() as pool:
+        for zero in args.zero:
+            counts, most, num_units, num_parameters = pool.run(
+                _decoder_entries, zero, ranks=args.ranks, timeout_s=120
+            )[0]
+            print(
+                f"preset {zero}: {counts.total()} entries an update, bound {most}; {num_units} units, "
+                f"{num_parameters} parameters: {(counts.total() - num_parameters) / num_units:.1f} a unit "
+                "beside one a parameter"
+            )
+            for name, count in counts.most_common(args.top):
+                print(f"{count:7d}  {name}")
+
+
+if __name__ == "__main__":
+    main()
