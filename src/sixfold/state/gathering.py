@@ -83,13 +83,16 @@ class Gathering:
 
     def _hook(self, module: nn.Module) -> list[RemovableHandle]:
         handles = [
-            module.register_forward_pre_hook(self._root_begins),
+            # First of all: other hooks may compute with parameters, as torch's old weight norm does.
+            module.register_forward_pre_hook(self._root_begins, prepend=True),
             module.register_forward_hook(self._root_ends, always_call=True),
         ]
         for name in self._users:
             block = module.get_submodule(name)
             handles += [
-                block.register_forward_pre_hook(lambda block, args, name=name: self._block_begins(name)),
+                block.register_forward_pre_hook(
+                    lambda block, args, name=name: self._block_begins(name), prepend=True
+                ),
                 block.register_forward_hook(
                     lambda block, args, output, name=name: self._block_ends(name, output), always_call=True
                 ),
