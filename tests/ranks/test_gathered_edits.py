@@ -217,6 +217,17 @@ def test_what_only_one_rank_begins_is_served_and_then_told() -> None:
     assert result.samples == 2
 
 
+@pytest.mark.ranks(2)
+def test_several_engines_must_be_called_alike() -> None:
+    """A rank in one engine's step cannot serve another engine's forward."""
+    one, other = (towers.start(Tower, {"zero": 3}) for _ in range(2))
+    with pytest.raises(
+        MeshError, match=r"rank 0 came to forward of Tower .*; rank 1 came to step of Tower"
+    ) as caught:
+        one(towers.data(0)[:2]) if one.data_rank == 0 else other.step()
+    assert "equally many micro-batches" in caught.value.fix
+
+
 @pytest.mark.ranks(1, 2)
 def test_a_block_by_itself_is_refused_outside_of_gathered() -> None:
     engine = towers.start(Tower, {"zero": 3})

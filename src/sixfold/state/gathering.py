@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from zlib import crc32
 
 from torch import nn
@@ -36,6 +37,8 @@ from sixfold.state.passes import (
 from sixfold.state.unit import Unit
 
 _NOTHING = -1
+_SERIALS = count()
+"""One for each engine of a process; ranks make their engines in one order."""
 
 
 class Gathering:
@@ -59,6 +62,8 @@ class Gathering:
         prefetch_bytes: int | None,
     ) -> None:
         self._units = units
+        self._serial = next(_SERIALS)
+        self._name = f"{type(module).__name__} (engine {self._serial})"
         self._mesh = mesh
         self._serve = serve
         self._leave = leave
@@ -120,19 +125,24 @@ class Gathering:
         self.close()
         mine = PASSES.index(what) if what in PASSES else len(PASSES)
         while True:
-            rows = self._mesh.everyones(mine, crc32(what.encode()), number)
+            rows = self._mesh.everyones(mine, crc32(what.encode()), self._serial, number)
             first = min(int(row[0]) for row in rows)
+            is_mixed = len({row[2] for row in rows}) > 1
+            if is_mixed or (first == len(PASSES) and len({row[1] for row in rows}) > 1):
+                raise self._disagreement(f"{what} of {self._name}" if is_mixed else what)
             if first == mine:
-                break
+                return [row[3] for row in rows]
             self._serve(PASSES[first])
-        if first == len(PASSES) and len({row[1] for row in rows}) > 1:
-            calls = self._mesh.texts(what)
-            raise MeshError(
-                "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
-                rule="with cut parameters all ranks make the same calls of the engine in the same order",
-                fix="call it on every rank, also where its result is not used",
-            )
-        return [row[2] for row in rows]
+
+    def _disagreement(self, what: str) -> MeshError:
+        calls = self._mesh.texts(what)
+        return MeshError(
+            "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
+            rule="with cut parameters all ranks make the same calls of the engine in the same order, and of "
+            "several engines the same forwards and backwards as well",
+            fix="call it on every rank, also where its result is not used; with several engines give every "
+            "rank equally many micro-batches",
+        )
 
     @contextmanager
     def by_program(self) -> Iterator[None]:
