@@ -134,6 +134,19 @@ def test_a_model_that_edits_itself_is_refused_by_name() -> None:
     assert "layout.zero = 2" in caught.value.fix
 
 
+@pytest.mark.ranks(1, 2)
+def test_gradients_of_gradients_are_refused() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    for _ in range(2):
+        x = towers.data(0)[:2].requires_grad_()
+        (slope,) = torch.autograd.grad(engine(x).sum(), x)
+        reference = towers.seeded(Tower)
+        (expected,) = torch.autograd.grad(reference(x).sum(), x)
+        assert torch.allclose(slope, expected, rtol=0, atol=1e-12)
+        with pytest.raises(StateError, match=r"create_graph=True through blocks\.5"):
+            torch.autograd.grad(engine(x).sum(), x, create_graph=True)
+
+
 # Errors that are caught.
 
 

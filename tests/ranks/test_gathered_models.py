@@ -185,6 +185,43 @@ class Skipping(Tower):
         return x
 
 
+class InPlace(Tower):
+    """Outputs of blocks are written over; a block may hand its input through."""
+
+    class Thinning(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x[0, 0] > 0.1 else x
+
+    def __init__(self) -> None:
+        super().__init__(6, InPlace.Thinning)
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).mul_(0.9)
+            x += 0.1
+            x.relu_()
+        return x + self.blocks[5](x.cos())
+
+
+class Auxiliary(Tower):
+    """Every block adds to the loss by itself, as routers do."""
+
+    class Routed(Block):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.up(x).square().mean()
+
+    def __init__(self) -> None:
+        super().__init__(5, Auxiliary.Routed)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        added = []
+        for block in self.blocks:
+            x, one = block(x)
+            added.append(one)
+        return self.head(x) + torch.stack(added[::-1]).sum()
+
+
 class Listed(nn.Sequential):
     """Blocks and nothing else, so that nothing lies outside of units that come and go."""
 
@@ -194,7 +231,22 @@ class Listed(nn.Sequential):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     kind.__name__: kind
-    for kind in (*(Twice, Nested, Outputs, Bare, FrozenInFront, Adapters, Tied, Odd, Skipping, Listed),)
+    for kind in (
+        *(
+            Twice,
+            Nested,
+            Outputs,
+            Bare,
+            FrozenInFront,
+            Adapters,
+            Tied,
+            Odd,
+            Skipping,
+            InPlace,
+            Auxiliary,
+            Listed,
+        ),
+    )
 }
 
 

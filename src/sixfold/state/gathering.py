@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import count
 from zlib import crc32
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -384,7 +385,7 @@ class Gathering:
         current = self._pass
         in_graph = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn]
         for tensor in in_graph:
-            tensor.register_hook(lambda grad: self._backward_reaches(name))  # type: ignore[no-untyped-call]
+            tensor.register_hook(lambda grad: self._gradient_reaches(name))  # type: ignore[no-untyped-call]
         if current is not None and current.kind == FORWARD:
             (self._reached if in_graph else self._unreached).update(self._users[name])
         if current is None or current.kind == BACKWARD:
@@ -392,6 +393,16 @@ class Gathering:
         for unit in self._users[name]:
             if unit.plan.blocks[-1] == name and unit not in current.stays and unit in self._present:
                 self._drop(unit)
+
+    def _gradient_reaches(self, name: str) -> None:
+        if torch.is_grad_enabled() and not self._is_held:
+            raise StateError(
+                f"a backward with create_graph=True through {name}",
+                rule="with cut parameters (layout.zero = 3) a backward of a backward would need numbers that "
+                "have been dropped",
+                fix="set layout.zero = 2",
+            )
+        self._backward_reaches(name)
 
     def _backward_reaches(self, name: str) -> None:
         if self._is_held:
