@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sixfold
 from sixfold.plan import PRESETS
@@ -26,6 +27,21 @@ class Twice(Tower):
         for place in (0, 1, 0, 2, 2):
             x = self.blocks[place](x)
         return x
+
+
+class TwiceRecomputed(Tower):
+    """The same with recompute, which hands out gradients of a block one use at a time."""
+
+    is_reentrant = True
+
+    def run(self, x: Tensor) -> Tensor:
+        for place in (0, 1, 0, 2, 2, 3):
+            x = checkpoint(self.blocks[place], x, use_reentrant=self.is_reentrant)
+        return x
+
+
+class TwiceRecomputedNewly(TwiceRecomputed):
+    is_reentrant = False
 
 
 class Holder(Block):
@@ -229,25 +245,9 @@ class Listed(nn.Sequential):
         super().__init__(nn.Linear(4, WIDTH), Block(), Block(), Block(), nn.Linear(WIDTH, 2))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind
-    for kind in (
-        *(
-            Twice,
-            Nested,
-            Outputs,
-            Bare,
-            FrozenInFront,
-            Adapters,
-            Tied,
-            Odd,
-            Skipping,
-            InPlace,
-            Auxiliary,
-            Listed,
-        ),
-    )
-}
+PLAIN = (Twice, TwiceRecomputed, TwiceRecomputedNewly, Nested, Outputs, Bare, FrozenInFront, Listed)
+ODD = (Adapters, Tied, Odd, Skipping, InPlace, Auxiliary)
+MODELS: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in (*PLAIN, *ODD)}
 
 
 @pytest.mark.ranks(1, 2, 3, 4, timeout_s=60)

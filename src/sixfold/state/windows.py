@@ -82,17 +82,9 @@ class ReduceWindow:
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
-            if self._open and (self._missing[unit] == 0 or unit not in self._left):
-                raise StateError(
-                    f"{unit.plan.slots[index].name} received a gradient after its unit was handed to the "
-                    "reduction",
-                    rule="one backward pass gives each parameter its gradient once"
-                    + ("" if self._by_arrival else ", while the block that holds it runs backward"),
-                    fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                    "(engine.backward), which reduces in step()"
-                    if self._by_arrival
-                    else "name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
-                )
+            is_late = unit not in self._left or (self._by_arrival and self._missing[unit] == 0)
+            if self._open and is_late:
+                raise self._late(unit.plan.slots[index].name)
             unit.home_grad(index)
             if not self._open:
                 return
@@ -101,3 +93,18 @@ class ReduceWindow:
                 self._start(self._left[0])
 
         return arrived
+
+    def _late(self, name: str) -> StateError:
+        if self._by_arrival:
+            return StateError(
+                f"{name} received a second gradient after its unit was handed to the reduction",
+                rule="one backward pass gives each parameter its gradient once",
+                fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
+                "(engine.backward), which reduces in step()",
+            )
+        return StateError(
+            f"{name} received a gradient after its unit was handed to the reduction",
+            rule="with cut parameters (layout.zero = 3) gradients are complete when backward comes to "
+            "an earlier block",
+            fix="name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
+        )
