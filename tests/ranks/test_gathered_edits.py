@@ -134,6 +134,19 @@ def test_a_model_that_edits_itself_is_refused_by_name() -> None:
     assert "layout.zero = 2" in caught.value.fix
 
 
+@pytest.mark.ranks(1, 2)
+def test_gradients_of_gradients_are_refused() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    for _ in range(2):
+        x = towers.data(0)[:2].requires_grad_()
+        (slope,) = torch.autograd.grad(engine(x).sum(), x)
+        reference = towers.seeded(Tower)
+        (expected,) = torch.autograd.grad(reference(x).sum(), x)
+        assert torch.allclose(slope, expected, rtol=0, atol=1e-12)
+        with pytest.raises(StateError, match=r"create_graph=True through blocks\.5"):
+            torch.autograd.grad(engine(x).sum(), x, create_graph=True)
+
+
 # Errors that are caught.
 
 
@@ -215,6 +228,17 @@ def test_what_only_one_rank_begins_is_served_and_then_told() -> None:
     assert "on every rank" in caught.value.fix
     result = engine.step()
     assert result.samples == 2
+
+
+@pytest.mark.ranks(2)
+def test_several_engines_must_be_called_alike() -> None:
+    """A rank in one engine's step cannot serve another engine's forward."""
+    one, other = (towers.start(Tower, {"zero": 3}) for _ in range(2))
+    with pytest.raises(
+        MeshError, match=r"rank 0 came to forward of Tower .*; rank 1 came to step of Tower"
+    ) as caught:
+        one(towers.data(0)[:2]) if one.data_rank == 0 else other.step()
+    assert "equally many micro-batches" in caught.value.fix
 
 
 @pytest.mark.ranks(1, 2)

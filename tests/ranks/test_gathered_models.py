@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sixfold
 from sixfold.plan import PRESETS
@@ -26,6 +27,21 @@ class Twice(Tower):
         for place in (0, 1, 0, 2, 2):
             x = self.blocks[place](x)
         return x
+
+
+class TwiceRecomputed(Tower):
+    """The same with recompute, which hands out gradients of a block one use at a time."""
+
+    is_reentrant = True
+
+    def run(self, x: Tensor) -> Tensor:
+        for place in (0, 1, 0, 2, 2, 3):
+            x = checkpoint(self.blocks[place], x, use_reentrant=self.is_reentrant)
+        return x
+
+
+class TwiceRecomputedNewly(TwiceRecomputed):
+    is_reentrant = False
 
 
 class Holder(Block):
@@ -185,6 +201,43 @@ class Skipping(Tower):
         return x
 
 
+class InPlace(Tower):
+    """Outputs of blocks are written over; a block may hand its input through."""
+
+    class Thinning(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x[0, 0] > 0.1 else x
+
+    def __init__(self) -> None:
+        super().__init__(6, InPlace.Thinning)
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).mul_(0.9)
+            x += 0.1
+            x.relu_()
+        return x + self.blocks[5](x.cos())
+
+
+class Auxiliary(Tower):
+    """Every block adds to the loss by itself, as routers do."""
+
+    class Routed(Block):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.up(x).square().mean()
+
+    def __init__(self) -> None:
+        super().__init__(5, Auxiliary.Routed)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        added = []
+        for block in self.blocks:
+            x, one = block(x)
+            added.append(one)
+        return self.head(x) + torch.stack(added[::-1]).sum()
+
+
 class Listed(nn.Sequential):
     """Blocks and nothing else, so that nothing lies outside of units that come and go."""
 
@@ -192,10 +245,9 @@ class Listed(nn.Sequential):
         super().__init__(nn.Linear(4, WIDTH), Block(), Block(), Block(), nn.Linear(WIDTH, 2))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind
-    for kind in (*(Twice, Nested, Outputs, Bare, FrozenInFront, Adapters, Tied, Odd, Skipping, Listed),)
-}
+PLAIN = (Twice, TwiceRecomputed, TwiceRecomputedNewly, Nested, Outputs, Bare, FrozenInFront, Listed)
+ODD = (Adapters, Tied, Odd, Skipping, InPlace, Auxiliary)
+MODELS: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in (*PLAIN, *ODD)}
 
 
 @pytest.mark.ranks(1, 2, 3, 4, timeout_s=60)

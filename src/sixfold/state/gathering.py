@@ -15,8 +15,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from zlib import crc32
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +38,8 @@ from sixfold.state.passes import (
 from sixfold.state.unit import Unit
 
 _NOTHING = -1
+_SERIALS = count()
+"""One for each engine of a process; ranks make their engines in one order."""
 
 
 class Gathering:
@@ -59,6 +63,8 @@ class Gathering:
         prefetch_bytes: int | None,
     ) -> None:
         self._units = units
+        self._serial = next(_SERIALS)
+        self._name = f"{type(module).__name__} (engine {self._serial})"
         self._mesh = mesh
         self._serve = serve
         self._leave = leave
@@ -83,13 +89,16 @@ class Gathering:
 
     def _hook(self, module: nn.Module) -> list[RemovableHandle]:
         handles = [
-            module.register_forward_pre_hook(self._root_begins),
+            # First of all: other hooks may compute with parameters, as torch's old weight norm does.
+            module.register_forward_pre_hook(self._root_begins, prepend=True),
             module.register_forward_hook(self._root_ends, always_call=True),
         ]
         for name in self._users:
             block = module.get_submodule(name)
             handles += [
-                block.register_forward_pre_hook(lambda block, args, name=name: self._block_begins(name)),
+                block.register_forward_pre_hook(
+                    lambda block, args, name=name: self._block_begins(name), prepend=True
+                ),
                 block.register_forward_hook(
                     lambda block, args, output, name=name: self._block_ends(name, output), always_call=True
                 ),
@@ -117,19 +126,24 @@ class Gathering:
         self.close()
         mine = PASSES.index(what) if what in PASSES else len(PASSES)
         while True:
-            rows = self._mesh.everyones(mine, crc32(what.encode()), number)
+            rows = self._mesh.everyones(mine, crc32(what.encode()), self._serial, number)
             first = min(int(row[0]) for row in rows)
+            is_mixed = len({row[2] for row in rows}) > 1
+            if is_mixed or (first == len(PASSES) and len({row[1] for row in rows}) > 1):
+                raise self._disagreement(f"{what} of {self._name}" if is_mixed else what)
             if first == mine:
-                break
+                return [row[3] for row in rows]
             self._serve(PASSES[first])
-        if first == len(PASSES) and len({row[1] for row in rows}) > 1:
-            calls = self._mesh.texts(what)
-            raise MeshError(
-                "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
-                rule="with cut parameters all ranks make the same calls of the engine in the same order",
-                fix="call it on every rank, also where its result is not used",
-            )
-        return [row[2] for row in rows]
+
+    def _disagreement(self, what: str) -> MeshError:
+        calls = self._mesh.texts(what)
+        return MeshError(
+            "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
+            rule="with cut parameters all ranks make the same calls of the engine in the same order, and of "
+            "several engines the same forwards and backwards as well",
+            fix="call it on every rank, also where its result is not used; with several engines give every "
+            "rank equally many micro-batches",
+        )
 
     @contextmanager
     def by_program(self) -> Iterator[None]:
@@ -371,7 +385,7 @@ class Gathering:
         current = self._pass
         in_graph = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn]
         for tensor in in_graph:
-            tensor.register_hook(lambda grad: self._backward_reaches(name))  # type: ignore[no-untyped-call]
+            tensor.register_hook(lambda grad: self._gradient_reaches(name))  # type: ignore[no-untyped-call]
         if current is not None and current.kind == FORWARD:
             (self._reached if in_graph else self._unreached).update(self._users[name])
         if current is None or current.kind == BACKWARD:
@@ -379,6 +393,16 @@ class Gathering:
         for unit in self._users[name]:
             if unit.plan.blocks[-1] == name and unit not in current.stays and unit in self._present:
                 self._drop(unit)
+
+    def _gradient_reaches(self, name: str) -> None:
+        if torch.is_grad_enabled() and not self._is_held:
+            raise StateError(
+                f"a backward with create_graph=True through {name}",
+                rule="with cut parameters (layout.zero = 3) a backward of a backward would need numbers that "
+                "have been dropped",
+                fix="set layout.zero = 2",
+            )
+        self._backward_reaches(name)
 
     def _backward_reaches(self, name: str) -> None:
         if self._is_held:

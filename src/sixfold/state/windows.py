@@ -83,31 +83,34 @@ class ReduceWindow:
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
         # A hook hangs on its parameter where the garbage collector cannot follow: held firmly, a unit would
-        # never be freed.
+        # never be freed. All in one function, because it runs for every parameter.
         window, home = weakref.ref(self), weakref.ref(unit)
 
         def arrived(parameter: nn.Parameter) -> None:
             here, its = window(), home()
-            if here is not None and its is not None:
-                here._arrived(its, index)
+            if here is None or its is None:
+                return
+            if here._open:
+                if its not in here._left or (here._by_arrival and here._missing[its] == 0):
+                    raise here._late(its.plan.slots[index].name)
+                here._missing[its] -= 1
+            its.home_grad(index)
+            while here._open and here._by_arrival and here._left and here._missing[here._left[0]] == 0:
+                here._start(here._left[0])
 
         return arrived
 
-    def _arrived(self, unit: Unit, index: int) -> None:
-        if self._open and (self._missing[unit] == 0 or unit not in self._left):
-            raise StateError(
-                f"{unit.plan.slots[index].name} received a gradient after its unit was handed to the "
-                "reduction",
-                rule="one backward pass gives each parameter its gradient once"
-                + ("" if self._by_arrival else ", while the block that holds it runs backward"),
+    def _late(self, name: str) -> StateError:
+        if self._by_arrival:
+            return StateError(
+                f"{name} received a second gradient after its unit was handed to the reduction",
+                rule="one backward pass gives each parameter its gradient once",
                 fix="use torch.utils.checkpoint with use_reentrant=False, or the written-out loop "
-                "(engine.backward), which reduces in step()"
-                if self._by_arrival
-                else "name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
+                "(engine.backward), which reduces in step()",
             )
-        unit.home_grad(index)
-        if not self._open:
-            return
-        self._missing[unit] -= 1
-        while self._by_arrival and self._left and self._missing[self._left[0]] == 0:
-            self._start(self._left[0])
+        return StateError(
+            f"{name} received a gradient after its unit was handed to the reduction",
+            rule="with cut parameters (layout.zero = 3) gradients are complete when backward comes to "
+            "an earlier block",
+            fix="name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
+        )
