@@ -25,6 +25,8 @@ class LossScaler:
 
     def passed(self) -> None:
         """An update was finite."""
+        if self._plan.growth_steps is None:
+            return
         self._num_finite += 1
         if self._num_finite == self._plan.growth_steps:
             self.scale *= self._plan.growth
