@@ -35,7 +35,14 @@ def legal(case: Case) -> bool:
     grouped_by_config = case["given"] == "config" and case["num_groups"] > 1
     shared_by_one = case["ranks"] == 1 and case["shares"] != "even"
     cut_in_groups = case["groups"] > 1 and (case["zero"] == 0 or case["ranks"] % case["groups"] > 0)
-    return not grouped_by_config and not shared_by_one and not cut_in_groups
+    # Ranks of different groups wait for each other without end, whatever the transport: docs/status.md.
+    uneven_in_groups = (
+        case["zero"] == 3
+        and case["groups"] > 1
+        and case["loop"] == "written_out"
+        and case["shares"] != "even"
+    )
+    return not (grouped_by_config or shared_by_one or cut_in_groups or uneven_in_groups)
 
 
 TRANSPORTS = ("host", "network")
