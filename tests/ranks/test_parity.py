@@ -35,21 +35,29 @@ def legal(case: Case) -> bool:
     grouped_by_config = case["given"] == "config" and case["num_groups"] > 1
     shared_by_one = case["ranks"] == 1 and case["shares"] != "even"
     cut_in_groups = case["groups"] > 1 and (case["zero"] == 0 or case["ranks"] % case["groups"] > 0)
-    # Ranks of different groups wait for each other without end, whatever the transport: docs/status.md.
-    uneven_in_groups = (
-        case["zero"] == 3
-        and case["groups"] > 1
-        and case["loop"] == "written_out"
-        and case["shares"] != "even"
-    )
-    return not (grouped_by_config or shared_by_one or cut_in_groups or uneven_in_groups)
+    return not grouped_by_config and not shared_by_one and not cut_in_groups
 
 
 TRANSPORTS = ("host", "network")
 CASES = with_factor(covering(FACTORS, legal), "transport", TRANSPORTS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+def known_to_hang(case: Case) -> bool:
+    """docs/status.md: over either transport, so it is not run."""
+    return (case["model"], case["ranks"], case["zero"], case["groups"], case["loop"]) == (
+        *("gpt2", 4, 3, 2),
+        "written_out",
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(run=False, reason="hangs") if known_to_hang(case) else ())
+        for case in CASES
+    ],
+    ids=label,
+)
 def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
     rank_pool.run(follow, case, ranks=case["ranks"], timeout_s=60)
 
