@@ -411,6 +411,8 @@ def _wrong_section(draw: random.Random, suffix: str) -> Mutant | None:
     there = draw.choice([section for section in FULL if row.key not in FULL[section]])
     if row.path in ("lr_schedule.warmup_steps",) and there == "train":
         return None  # so near to train.steps that the suggestion is that one
+    if row.path == "train.steps" and there == "optimizer":
+        return None  # so near to optimizer.eps that nothing stands for the missing end of the schedule
     right, row.section = row.path, there
     spoilt.sort(key=lambda each: list(FULL).index(each.section))
     return _made("wrong section", suffix, spoilt, spoilt.index(row), (row.path, right), draw)
