@@ -437,6 +437,8 @@ def _wrong_section(draw: random.Random, suffix: str) -> Mutant | None:
         return None  # so near to train.steps that the suggestion is that one
     if not there and row.key in FULL:
         return None  # at the top it is the name of a section
+    if row.path == "train.steps" and there == "optimizer":
+        return None  # so near to optimizer.eps that nothing stands for the missing end of the schedule
     right, row.section = row.path, there
     spoilt.sort(key=lambda each: list(FULL).index(each.section))
     return _made("wrong section", suffix, spoilt, spoilt.index(row), (row.path, right), draw)
