@@ -147,6 +147,7 @@ def _deepspeed(task: Task, *, stage: int) -> Step:
             "allgather_bucket_size": BUCKET_ELEMENTS,
         },
         "bf16": {"enabled": task.dtype == "bf16"},
+        "gradient_clipping": 0.0,  # its default clips to 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
