@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sixfold
 from sixfold.engine import Engine
+from sixfold.mesh.scratch import Scratch
+from sixfold.state.windows import MOST_UNDER_WAY
 from tests.ranks import plain, towers
 from tests.ranks.towers import Tower
 
@@ -66,6 +68,34 @@ def test_a_pass_gathers_each_unit_once_and_two_at_a_time() -> None:
 
 def sixfold_ranks() -> int:
     return torch.distributed.get_world_size()
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_few_units_have_whole_gradients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first backward on, also on ranks that only serve; more are never kept for later use."""
+    engine = towers.start(lambda: Tower(14), {"zero": 3})
+    size = engine.state.units[-1].plan.numel
+    out, most, take, give = 0, 0, Scratch.take, Scratch.give
+
+    def counted_take(scratch: Scratch, numel: int, dtype: torch.dtype) -> Tensor:
+        nonlocal out, most
+        out += numel == size
+        most = max(most, out)
+        return take(scratch, numel, dtype)
+
+    def counted_give(scratch: Scratch, tensor: Tensor) -> None:
+        nonlocal out
+        out -= tensor.numel() == size
+        give(scratch, tensor)
+
+    monkeypatch.setattr(Scratch, "take", counted_take)
+    monkeypatch.setattr(Scratch, "give", counted_give)
+    for loop in ("train_step", "written_out"):
+        for _ in range(2):
+            towers.step(engine, "empty", loop)
+    assert out == 0
+    # On their way, the one that follows, and the one that backward is in.
+    assert 2 <= most <= MOST_UNDER_WAY + 2
 
 
 @pytest.mark.ranks(2)

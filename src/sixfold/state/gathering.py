@@ -255,6 +255,10 @@ class Gathering:
         units = [unit for unit in (order.units if order else self._units) if unit.plan.blocks]
         return [*self._staying, *(reversed(units) if kind == BACKWARD else units)]
 
+    def _lasting_forward(self) -> frozenset[Unit]:
+        order = self._orders.get(FORWARD)
+        return order.lasting if order else frozenset(self._staying)
+
     def _settled(self, found_in: Pass) -> Order:
         """The order for later passes; every rank takes part."""
         reached, left_out, holders = (
@@ -301,6 +305,9 @@ class Gathering:
                 return
             unit = expected[chosen]
             current.found.append(unit)
+            if current.kind == BACKWARD and unit not in self._lasting_forward():
+                current.leaving.append(unit)
+                self._leave_all_before(current, unit)
             self._complete(current, unit, keep=unit is wanted)
             if unit is wanted:
                 return
