@@ -47,22 +47,7 @@ def legal(case: Case) -> bool:
 CASES = covering(FACTORS, legal)
 
 
-def known_to_hang(case: Case) -> bool:
-    """docs/status.md: over either transport, so it is not run."""
-    return (case["model"], case["ranks"], case["zero"], case["groups"], case["loop"]) == (
-        *("gpt2", 4, 3, 2),
-        "written_out",
-    )
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(run=False, reason="hangs") if known_to_hang(case) else ())
-        for case in CASES
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
     rank_pool.run(follow, case, ranks=case["ranks"], timeout_s=60)
 

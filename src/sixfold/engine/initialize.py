@@ -30,7 +30,14 @@ from sixfold.engine.persistence import Persistence
 from sixfold.engine.watch import meet, patience_of, watch
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Streams
-from sixfold.parallel import block_names, change_forwards, materialize, module_facts, move_buffers
+from sixfold.parallel import (
+    block_names,
+    change_forwards,
+    keep_pages,
+    materialize,
+    module_facts,
+    move_buffers,
+)
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide, decide_learning_rate, exchange_memory
 from sixfold.state import (
@@ -81,6 +88,8 @@ def initialize(
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
     place = torch.device(device) if device is not None else _own_device(placement)
+    if place.type == "cpu":
+        keep_pages()
     blocks = block_names(model, asked.layout.blocks)
     check_block_options(model, blocks, asked.layout, place)
     facts = module_facts(model, blocks=blocks)

@@ -13,6 +13,7 @@ from sixfold.parallel.facts import (
     module_facts,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
+from sixfold.parallel.pages import keep_pages
 
 __all__ = [
     "BATCH_NORMS",
@@ -23,6 +24,7 @@ __all__ = [
     "check_backend",
     "check_blocks",
     "dtype_name",
+    "keep_pages",
     "materialize",
     "module_facts",
     "move_buffers",

@@ -6,6 +6,7 @@ says. It sees names, shapes and types as plain data, never a tensor.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -137,14 +138,19 @@ def cut_units(
             with their blocks.
     """
     layout = _Layout(num_slices, ALIGN * num_pieces // num_slices, by_block)
+    parameters = list(parameters)
+    sizes: Counter[tuple[Kind, str]] = Counter()
+    for facts in parameters:
+        sizes[_kind(facts, by_block), facts.block or facts.name] += _bytes([facts])
     open_runs: dict[Kind, _Run] = {}
     done: dict[Kind, list[_Run]] = {}
     order: dict[int, int] = {}
     for place, facts in enumerate(parameters):
-        kind = (facts.dtype, facts.trainable, facts.whole, by_block and facts.block is not None)
+        kind = _kind(facts, by_block)
         run = open_runs.setdefault(kind, [])
         starts_block = not run or facts.block is None or run[-1].block != facts.block
-        is_full = run and starts_block and _bytes(run) + _bytes([facts]) > target_bytes
+        coming = sizes[kind, facts.block or facts.name]
+        is_full = run and starts_block and _bytes(run) + coming > target_bytes
         if is_full and layout.is_tight(run):
             done.setdefault(kind, []).append(run)
             run = open_runs[kind] = []
@@ -162,6 +168,12 @@ def cut_units(
 
 
 Kind = tuple[str, bool, bool, bool]
+
+
+def _kind(facts: ParameterFacts, by_block: bool) -> Kind:
+    return (facts.dtype, facts.trainable, facts.whole, by_block and facts.block is not None)
+
+
 _Run = list[ParameterFacts]
 
 
