@@ -83,6 +83,7 @@ class Gathering:
         self._is_explicit = False
         self._is_free = True
         self._is_held = False
+        self._num_forwards = 0  # since the last backward
         self._depth = 0
         self._running: list[str] = []
         self._handles: list[RemovableHandle] = self._hook(module) if units else []
@@ -213,8 +214,15 @@ class Gathering:
             kept=frozenset(kept),
             stays={*kept, *lasting, *self._holding},
             leaving=[unit for unit in units if unit not in lasting] if kind == BACKWARD else [],
+            is_plain=self._num_forwards == 1 and not self._has_detours(),
         )
+        self._num_forwards = 0 if kind == BACKWARD else self._num_forwards + (kind == FORWARD)
         self._running.clear()
+
+    def _has_detours(self) -> bool:
+        """Whether the first forward wanted a block twice, or several orders of them."""
+        order = self._orders.get(FORWARD)
+        return order is None or any(unit.plan.blocks for unit in order.lasting)
 
     def _tail(self) -> list[Unit]:
         """Units of the block that runs last: backward begins with them."""
@@ -254,10 +262,6 @@ class Gathering:
         order = self._orders.get(FORWARD)
         units = [unit for unit in (order.units if order else self._units) if unit.plan.blocks]
         return [*self._staying, *(reversed(units) if kind == BACKWARD else units)]
-
-    def _lasting_forward(self) -> frozenset[Unit]:
-        order = self._orders.get(FORWARD)
-        return order.lasting if order else frozenset(self._staying)
 
     def _settled(self, found_in: Pass) -> Order:
         """The order for later passes; every rank takes part."""
@@ -305,7 +309,7 @@ class Gathering:
                 return
             unit = expected[chosen]
             current.found.append(unit)
-            if current.kind == BACKWARD and unit not in self._lasting_forward():
+            if current.kind == BACKWARD and current.is_plain and unit.plan.blocks:
                 current.leaving.append(unit)
                 self._leave_all_before(current, unit)
             self._complete(current, unit, keep=unit is wanted)

@@ -49,6 +49,7 @@ class Pass:
         kept: what is whole after it, on every rank.
         stays: units that are not dropped before its end.
         leaving: of a backward pass, what ranks will be done with before its end, in the order's order.
+        is_plain: of a backward pass, that it follows one forward, in which no block was wanted twice.
         found: what was gathered, where the order is found out now.
         behind: what a backward pass has reached on this rank.
     """
@@ -59,6 +60,7 @@ class Pass:
     kept: frozenset[Unit]
     stays: set[Unit]
     leaving: list[Unit]
+    is_plain: bool
     place: int = 0
     under_way: dict[Unit, Pending] = field(default_factory=dict)
     found: list[Unit] = field(default_factory=list)
