@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 # Two cores are shared by pytest's workers and by ranks; one compute thread each also makes sums repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +23,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip(f"needs a CUDA device, and torch {torch.__version__} sees none here: NOT RUN")
+
+
+# How long an example takes says nothing on a machine with other work.
+settings.register_profile("sixfold", deadline=None)
+settings.load_profile("sixfold")
