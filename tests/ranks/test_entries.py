@@ -19,7 +19,9 @@ def called_here() -> list[int]:
 def test_counts_only_the_library() -> None:
     model = torch.nn.Linear(2, 2)
     assert entries(called_here).total() == 0
-    counts = entries(lambda: sixfold.plan.cut_units(sixfold.parallel.module_facts(model).parameters))
+    counts = entries(
+        lambda: sixfold.plan.cut_units(sixfold.parallel.module_facts(model, blocks=()).parameters)
+    )
     assert counts["plan/units.py cut_units"] == 1
     assert counts["parallel/facts.py module_facts"] == 1
 

@@ -73,7 +73,7 @@ def sixfold_ranks() -> int:
 @pytest.mark.ranks(1, 2, 3)
 def test_few_units_have_whole_gradients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first backward on, also on ranks that only serve; more are never kept for later use."""
-    engine = towers.start(lambda: Tower(14), {"zero": 3})
+    engine = towers.start(lambda: Tower(14), {"zero": 3, "transport": "network"})
     size = engine.state.units[-1].plan.numel
     out, most, take, give = 0, 0, Scratch.take, Scratch.give
 

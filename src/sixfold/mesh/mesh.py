@@ -139,6 +139,10 @@ class Mesh:
             return Pending()
         if self.host and isinstance(self._data_group, HostGroup):
             return self._data_group.all_reduce(tensor)
+        return self._meeting(tensor)
+
+    def _meeting(self, tensor: torch.Tensor) -> Pending:
+        """`all_reduce` over the process group, which all engines of a process have in common."""
         return self.dispatcher.start(
             "all-reduce", self._everyone, tensor, lambda: [dist.all_reduce(tensor, async_op=True)]
         )
@@ -252,12 +256,13 @@ class Mesh:
         return round(max(row[0] for row in self.everyones(number)))
 
     def everyones(self, *numbers: float) -> list[list[float]]:
-        """Each data rank's few numbers, by data rank."""
-        width = len(numbers)
-        table = [0.0] * (width * self.data_ranks)
-        table[width * self.data_rank : width * (self.data_rank + 1)] = numbers
-        sums = self.total(*table)
-        return [sums[start : start + width] for start in range(0, len(sums), width)]
+        """Each data rank's few numbers, by data rank; ranks that come from different engines meet too."""
+        if self.data_ranks == 1:
+            return [list(numbers)]
+        table = torch.zeros(self.data_ranks, len(numbers), dtype=torch.float64, device=self.device)
+        table[self.data_rank] = torch.tensor(numbers, dtype=torch.float64)
+        self._meeting(table).wait()
+        return [[float(number) for number in row] for row in table.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""
