@@ -51,7 +51,7 @@ def test_what_stands_against_it_is_said(change: dict[str, object], words: str) -
 
 
 def test_what_is_exchanged_is_known_before() -> None:
-    """8 bytes a gradient where it is sent in another type, and the slice of updated bf16 weights."""
+    """Gradients, in both types where they are sent in another one, and weights of which others read slices."""
     facts = [ParameterFacts("weight", (1024,), "fp32", trainable=True)]
     values = {"precision": {"compute": "bf16", "reduce": "bf16"}}
 
@@ -59,7 +59,8 @@ def test_what_is_exchanged_is_known_before() -> None:
         return exchange_memory(decide(load(values={**values, "layout": {"zero": zero}}).config, facts, 2))
 
     assert needed(0) == 1024 * (4 + 2)
-    assert needed(2) == 1024 * (4 + 2) + 512 * 2
+    assert needed(2) == 1024 * (4 + 2) + 1024 * 2
+    assert needed(3) == 1024 * (4 + 2) + 512 * 2
 
 
 def group(folder: Path, limit_file: str, used_file: str, **values: object) -> Path:

@@ -51,7 +51,7 @@ PASSES = [*["", *towers.blocks(range(6))], *DOWN]
 def test_a_pass_gathers_each_unit_once_and_two_at_a_time() -> None:
     for model in (Tower, Recomputed, RecomputedReentrant):
         reference = towers.reference(model, 3, sixfold_ranks(), "even")
-        engine = towers.start(model, {"zero": 3})
+        engine = towers.start(model, {"zero": 3, "transport": "network"})
         num_micro = -(-towers.NUM_SAMPLES // sixfold_ranks() // towers.MICRO)
         with towers.watched(engine) as watch:
             towers.step(engine, "even")
@@ -101,7 +101,7 @@ def test_few_units_have_whole_gradients_at_a_time(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.ranks(2)
 def test_nothing_is_gathered_ahead_without_a_budget() -> None:
     for budget_mb, num_ahead in ((0.0, 0), (0.001, 0), (0.003, 1), (0.009, 4)):  # a unit has 2048 bytes
-        engine = towers.start(Tower, {"zero": 3, "prefetch_mb": budget_mb})
+        engine = towers.start(Tower, {"zero": 3, "prefetch_mb": budget_mb, "transport": "network"})
         with towers.watched(engine) as watch:
             towers.step(engine)
             watch.clear()

@@ -16,7 +16,7 @@ from sixfold.engine import Engine
 from sixfold.mesh import Mesh, Pending
 from sixfold.plan import PRESETS, Memory, cut_units, persistent_memory
 from sixfold.testing import Pool
-from tests.ranks import plain
+from tests.ranks import plain, towers
 
 STEPS = 5
 Layout = dict[str, Any]
@@ -191,7 +191,7 @@ def test_bytes_per_parameter_are_those_of_the_table() -> None:
         )
         engine.train_step((torch.ones(1, numel // 8),))
         assert engine.memory() == expected == persistent_memory(engine.plan, num_moments=2), case
-        working = sum(unit.working.untyped_storage().nbytes() for unit in engine.state.units)
+        working = towers.live_bytes(engine)
         assert working == (0 if engine.plan.residency.parameters else expected.parameters), case
 
 
@@ -277,10 +277,10 @@ def lose_reductions(layout: Layout) -> None:
         nonlocal calls
         calls = 0
 
-        def sum_up(mesh: Mesh, partial: Tensor, after: Any) -> Pending:
+        def sum_up(mesh: Mesh, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
             nonlocal calls
             calls += 1
-            return real(mesh, partial, after) if calls - 1 != lost else Pending()
+            return real(mesh, partial, after, into) if calls - 1 != lost else Pending()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cut_units, "__defaults__", (4096,))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.engine import Engine
+from sixfold.mesh.cut import Copied
 from sixfold.state import Unit
 from tests.ranks import plain
 
@@ -99,9 +100,11 @@ def reference(
 def start(
     build: Callable[[], nn.Module], layout: dict[str, Any], loss: Any = mean_square, **more: Any
 ) -> Engine:
-    """An engine whose units are single blocks."""
+    """An engine whose units are single blocks. Two ranks exchange over the network, where cut parameters are
+    copied, unless `layout` says otherwise; more share memory, where they are not."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     config = {
-        "layout": layout,
+        "layout": {"transport": "network"} | layout if ranks == 2 else layout,
         "batch": {"micro": MICRO},
         "optimizer": {"name": "sgd", **RATE},
     }
@@ -148,7 +151,7 @@ class Watch:
         return [
             ",".join(unit.plan.blocks)
             for unit in self._engine.state.units
-            if unit.plan.blocks and unit.working.untyped_storage().nbytes()
+            if unit.plan.blocks and working_bytes(unit)
         ]
 
     @property
@@ -193,4 +196,11 @@ def blocks(places: Iterable[int]) -> list[str]:
 
 def live_bytes(engine: Engine) -> int:
     """Of all working copies now."""
-    return sum(unit.working.untyped_storage().nbytes() for unit in engine.state.units)
+    return sum(map(working_bytes, engine.state.units))
+
+
+def working_bytes(unit: Unit) -> int:
+    """What a working copy takes now of this rank's own memory; where ranks have it in common, what can be
+    used."""
+    is_own = isinstance(unit._cut, Copied)
+    return unit.working.untyped_storage().nbytes() if is_own or not unit.is_dropped else 0

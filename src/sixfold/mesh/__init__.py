@@ -3,6 +3,7 @@
 Formed once by the engine and passed down; never global.
 """
 
+from sixfold.mesh.cut import Cut
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
@@ -12,6 +13,7 @@ from sixfold.mesh.streams import Streams, key_of
 
 __all__ = [
     "Carried",
+    "Cut",
     "Dispatcher",
     "Group",
     "Host",

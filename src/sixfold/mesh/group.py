@@ -55,17 +55,25 @@ class Group:
         size = whole.numel() // len(self)
         return whole[place * size : (place + 1) * size]
 
-    def reduce_scatter(self, whole: torch.Tensor) -> Pending:
-        """Start to sum everyone's `whole` into slices: this member's lies in its place in `whole`."""
+    def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
+        """Start to sum everyone's `whole` into slices.
+
+        Args:
+            into: where this member's goes, [size]; None: into its place in `whole`.
+        """
+        mine = self.slice_of(whole, self.place)
+        into = mine if into is None else into
         if len(self) == 1:
+            if into is not mine:
+                into.copy_(mine)
             return Pending()
         arriving = self._arriving(whole)
         return self._dispatcher.start(
             "reduce-scatter",
             self._sums,
             whole,
-            lambda: self._reduce(whole, arriving),
-            lambda: self._add(whole, arriving),
+            lambda: self._reduce(whole, arriving, into),
+            lambda: self._add(mine, arriving, into),
         )
 
     def all_gather(self, whole: torch.Tensor) -> Pending:
@@ -78,15 +86,15 @@ class Group:
         """Start to sum `whole` [a multiple of n], in place: the same bits on every member."""
         if len(self) == 1:
             return Pending()
-        arriving = self._arriving(whole)
+        arriving, mine = self._arriving(whole), self.slice_of(whole, self.place)
 
         def spread() -> None:
-            self._add(whole, arriving)
+            self._add(mine, arriving, mine)
             for work in self._gather(whole):
                 work.wait()
 
         return self._dispatcher.start(
-            "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving), spread
+            "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving, mine), spread
         )
 
     def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
@@ -95,16 +103,15 @@ class Group:
         size = whole.numel() // len(self)
         return [self._scratch.take(size, whole.dtype) for _ in range(num_others)]
 
-    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> list[Carried]:
+    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> list[Carried]:
         if self._native is not None:
-            mine = self.slice_of(whole, self.place)
-            return [dist.reduce_scatter_tensor(mine, whole, group=self._native, async_op=True)]
+            return [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
         sent = [self.slice_of(whole, place) for place, _ in self._others()]
         return self._swap(arriving, sent, _REDUCE_TAG)
 
-    def _add(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> None:
+    def _add(self, mine: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> None:
         for piece in arriving:
-            self.slice_of(whole, self.place).add_(piece)
+            mine = torch.add(mine, piece, out=into)
             self._scratch.give(piece)
 
     def _gather(self, whole: torch.Tensor) -> list[Carried]:

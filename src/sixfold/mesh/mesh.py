@@ -25,12 +25,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from sixfold.base.errors import MeshError
 from sixfold.base.ring import ranks_text
+from sixfold.mesh.cut import Copied, Cut
 from sixfold.mesh.dispatch import Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
-from sixfold.plan.residency import Spread
+from sixfold.plan.residency import GROUP, Spread
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,25 @@ class Mesh:
         written again after `reclaim`."""
         return self.host.scratch if self.host else self.scratch
 
+    def cut(self, numel: int, dtype: torch.dtype, spread: Spread, *, is_read: bool = False) -> Cut:
+        """Zeros [numel] cut over `spread`; whole for good where that is (). A collective.
+
+        Args:
+            is_read: whether others gather slices of what this rank keeps, by `spread_out`.
+        """
+        if spread == GROUP and isinstance(self.shard, HostGroup):
+            return self.shard.common(numel, dtype)
+        kept = (self.exchangeable if is_read else self.scratch).take
+        size = numel // self.geometry.num_parts(spread)
+        part, place = kept(size, dtype).zero_(), self.place_in(spread)
+        whole = torch.zeros(numel, dtype=dtype, device=self.device) if spread else part
+        return Copied(
+            whole,
+            part,
+            slice(place * size, (place + 1) * size),
+            lambda whole: self.spread_out(whole, spread, ()),
+        )
+
     @cached_property
     def scratch(self) -> Scratch:
         """Buffers for the time of one exchange."""
@@ -193,15 +213,27 @@ class Mesh:
             place = place * len(group) + group.place
         return place
 
-    def sum_up(self, partial: torch.Tensor, after: Spread) -> Pending:
-        """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place."""
+    def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
+        """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place.
+
+        Args:
+            into: where the slice goes instead; one pass over it less.
+        """
         if not after:
+            assert into is None, "a sum that is whole stays where it is"
             return self.all_reduce(partial)
+        if len(self.copies) == 1:
+            return self.shard.reduce_scatter(partial, into)
         summed, mine = self.shard.reduce_scatter(partial), self.shard.slice_of(partial, self.shard.place)
 
         def across() -> None:
             summed.wait()
-            (self.copies.reduce_scatter if "data" in after else self.copies.all_reduce)(mine).wait()
+            if "data" in after:
+                self.copies.reduce_scatter(mine, into).wait()
+                return
+            self.copies.all_reduce(mine).wait()
+            if into is not None:
+                into.copy_(mine)
 
         return Pending(finish=across)
 

@@ -68,17 +68,16 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
 
 
 def exchange_memory(plan: Plan) -> int:
-    """Bytes that a rank's exchanges take at most: its gradients on their way, and its slices of parameters
-    that others gather."""
+    """Bytes that a rank shares with others at most: its gradients on their way, and parameters of which others
+    gather slices."""
     row, total = plan.residency, 0
     for unit in plan.units:
         types = plan.precision_of(unit)
         if unit.trainable and types is not None:
             total += unit.numel * sum(ITEM_BYTES[kind] for kind in {types.grad, types.reduce})
-        gathered_from = row.parameters or (row.optimizer if unit.trainable else ())
-        if gathered_from:
+        if row.parameters or (row.optimizer and unit.trainable):
             item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
-            total += unit.numel // plan.geometry.num_parts(gathered_from) * item_bytes
+            total += unit.numel // plan.geometry.num_parts(row.parameters) * item_bytes
     return total
 
 

@@ -51,9 +51,12 @@ class Unit:
         self.kept = self._range_of(residency.parameters)
         """Elements of the unit in `part`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
-        self.working = self._zeros(plan.numel, compute)
-        """What forward and backward read: [numel] in the compute type. Without memory while it is dropped."""
-        self.part = self._zeros(_length(self.kept), compute) if residency.parameters else self.working
+        self._cut = mesh.cut(
+            plan.numel, compute, residency.parameters, is_read=self.spread != residency.parameters
+        )
+        self.working = self._cut.whole
+        """What forward and backward read: [numel] in the compute type; not to be touched while it is dropped."""
+        self.part = self._cut.part
         """What this rank keeps of it: [kept]."""
         self.held = self.part[self.own.start - self.kept.start : self.own.stop - self.kept.start]
         """What this rank publishes of it: [own]."""
@@ -75,6 +78,7 @@ class Unit:
         self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
         self._local_views: list[torch.Tensor] = []
         self._has_sum = False
+        self._is_landing = False  # whether what is on its way arrives in `grads`
         self._sent: torch.Tensor | None = None
         self._pending = Pending()
         if precision and plan.trainable:
@@ -111,7 +115,9 @@ class Unit:
             for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
                 view.copy_(parameter)
             self._mesh.broadcast(whole).wait()
-            self.fill(whole)
+            self.part.copy_(whole[self.kept])
+            self.master.copy_(whole[self.own])
+            self.settle().wait()
             for view, parameter in zip(self.views_of(self.working), self.parameters, strict=True):
                 parameter.data = view
         if self.precision is None or self.grads is None:
@@ -162,11 +168,6 @@ class Unit:
         """Take over numbers [own] as master; `publish` brings them into the working copy."""
         self.master.copy_(mine)
 
-    def fill(self, whole: torch.Tensor) -> None:
-        """Take over numbers [numel], the same on every rank, as master and working copy."""
-        self.part.copy_(whole[self.kept])
-        self.master.copy_(whole[self.own])
-
     # Where working parameters are cut: they come and go.
 
     @property
@@ -175,12 +176,8 @@ class Unit:
         return self.working.numel() * self.working.element_size()
 
     def gather(self) -> Pending:
-        """Start to make `working` whole, in the memory it had before: what autograd saved of it is valid
-        again. The parameters can be used after `show`."""
-        if self.is_dropped:
-            self.working.untyped_storage().resize_(self.working_bytes)
-        self.working[self.kept].copy_(self.part)
-        return self._mesh.spread_out(self.working, self.residency.parameters, ())
+        """Start to make `working` whole; the parameters can be used after `show`."""
+        return self._cut.gather()
 
     def show(self) -> None:
         """Let the parameters be used: `working` is whole."""
@@ -207,7 +204,7 @@ class Unit:
                 fix="edit inside `with engine.gathered():`, or set layout.zero = 2",
             )
         self._take_classes(self._absent_classes)
-        self.working.untyped_storage().resize_(0)
+        self._cut.drop()
         self.is_dropped = True
 
     def _take_classes(self, classes: list[type[nn.Parameter]]) -> None:
@@ -312,7 +309,7 @@ class Unit:
 
     def start_reduce(self) -> None:
         """Start to sum gradients over the data ranks, in the reduce type."""
-        assert self._local is not None, "gradients are brought home first"
+        assert self._local is not None and self.grads is not None, "gradients are brought home first"
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
         # Once they are summed over ranks, nothing else tells whose gradients were not finite.
@@ -321,7 +318,10 @@ class Unit:
         self._sent = self._local
         if reduce != self._local.dtype:
             self._sent = self._mesh.exchangeable.take(self.plan.numel, reduce).copy_(self._local)
-        self._pending = self._mesh.sum_up(self._sent, self.residency.optimizer)
+        self._is_landing = bool(self.residency.gradients) and not self._has_sum and reduce == self.grads.dtype
+        self._pending = self._mesh.sum_up(
+            self._sent, self.residency.optimizer, self.grads if self._is_landing else None
+        )
 
     def finish_reduce(self) -> None:
         """Wait for the sum; afterwards `grads` and `grad_squares` hold it.
@@ -335,7 +335,7 @@ class Unit:
             mine = arrived[self.own]
             if self._has_sum:
                 self.grads.add_(mine)
-            elif mine.data_ptr() != self.grads.data_ptr():
+            elif not self._is_landing and mine.data_ptr() != self.grads.data_ptr():
                 self.grads.copy_(mine)
             self._has_sum = self.residency.reduces_each
             if arrived is not self._local:
@@ -349,6 +349,11 @@ class Unit:
         if norms:
             self.grad_squares = torch.stack(norms).double().square()
 
+    def settle(self) -> Pending:
+        """Start to wait until all ranks have come here and read what was published; `part` may then be
+        written."""
+        return self._cut.publish(Pending())
+
     def publish(self) -> Pending:
         """Start to bring the updated master into the working parameters."""
         return self.present(self.master)
@@ -357,7 +362,7 @@ class Unit:
         """Start to bring `numbers` [own], this rank's part of everyone's, into the working parameters."""
         if numbers is not self.held:
             self.held.copy_(numbers)
-        return self._mesh.spread_out(self.part, self.spread, self.residency.parameters)
+        return self._cut.publish(self._mesh.spread_out(self.part, self.spread, self.residency.parameters))
 
     def absorb_noted_edits(self) -> None:
         """Take over edits that torch has counted since the last call (`load_state_dict`, `mul_`, ...)."""
@@ -377,10 +382,12 @@ class Unit:
             self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
         if self.part is not self.working:
             self.part.copy_(self.working[self.kept])
+            self.settle().wait()
             self._versions = [parameter._version for parameter in self.parameters]
 
     def forget_edits(self) -> None:
-        """Note that `working` will be overwritten from `part`."""
+        """What was written into `working` is lost, unless it was absorbed."""
+        self._cut.forget()
         self._versions = [parameter._version for parameter in self.parameters]
 
 

@@ -5,8 +5,9 @@ needs Linux on x86-64 and no files, not even in /dev/shm: the memory has no name
 process that maps it.
 """
 
+from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.group import HostGroup
 from sixfold.mesh.host.host import Host
 from sixfold.mesh.host.scratch import SharedScratch
 
-__all__ = ["Host", "HostGroup", "SharedScratch"]
+__all__ = ["Common", "Host", "HostGroup", "SharedScratch"]

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from sixfold.mesh.dispatch import Carried, Dispatcher
+from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
+from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
 from sixfold.mesh.host.scratch import SharedScratch
 from sixfold.mesh.host.signals import Row
@@ -56,7 +57,6 @@ class HostGroup(Group):
             )
             for lane in range(NUM_LANES)
         )
-        self._common: list[torch.Tensor] = []
 
     def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
         """The part of `whole` that belongs to a member; of any size, the last members' may be shorter."""
@@ -64,25 +64,27 @@ class HostGroup(Group):
         return whole[place * size : (place + 1) * size]
 
     # How the exchanges of `Group` are carried here. Where a sum was sent from shared memory, `reclaim` tells
-    # when it may be written again; in `common` memory a gather has nothing to copy.
+    # when it may be written again.
 
     def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return []  # read where it lies
 
-    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor]) -> list[Carried]:
-        return [self._start_sum(whole)]
+    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> list[Carried]:
+        return [self._start_sum(whole, into)]
 
     def _gather(self, whole: torch.Tensor) -> list[Carried]:
         return [self._start_gather(whole)]
 
-    def _start_sum(self, whole: torch.Tensor) -> Work:
+    def _start_sum(self, whole: torch.Tensor, into: torch.Tensor) -> Work:
         mine, offered = self.slice_of(whole, self.place), whole
         if not self._shared.holds(whole):
             offered = self._shared.take(whole.numel(), whole.dtype).copy_(whole)
 
         def add(offers: list[Offer]) -> None:
+            summed = mine
             for offer in offers:
-                mine.add_(self.slice_of(offer.tensor(whole.numel(), whole.dtype), self.place))
+                theirs = self.slice_of(offer.tensor(whole.numel(), whole.dtype), self.place)
+                summed = torch.add(summed, theirs, out=into)
             if offered is not whole:
                 self._shared.give(offered)
 
@@ -90,8 +92,6 @@ class HostGroup(Group):
 
     def _start_gather(self, whole: torch.Tensor) -> Work:
         mine = self.slice_of(whole, self.place)
-        if self._is_common(whole):
-            return self._gather_lane.issue("common slices", None, lambda offers: None)
         in_place = self._shared.holds(whole)
         offered = mine if in_place else self._shared.take(mine.numel(), mine.dtype).copy_(mine)
 
@@ -105,28 +105,34 @@ class HostGroup(Group):
         # What others read where it lies is not handed back before they have.
         return self._gather_lane.issue("slices", offered, fill, hold=in_place)
 
-    def common(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory that all members map: [numel] zeros, the same bytes for everyone. A collective.
+    def common(self, numel: int, dtype: torch.dtype) -> Common:
+        """Memory that all members map: [numel] zeros, a multiple of their number. A collective.
 
-        Each member may write its own slice; `all_gather` of the whole tells that all have, and `meet`,
-        after the last reading, that they may be written again. It lies in the first member's memory.
+        It lies in the first member's memory.
         """
         made = self._shared.take(numel, dtype).zero_() if self.place == 0 else None
-        found: list[torch.Tensor] = [] if made is None else [made]
+        found: list[Common] = []
 
         def open_it(offers: list[Offer]) -> None:
-            first = offers[0]
-            if self.place > 0:
-                first.tensor(numel, dtype)  # checks that all mean the same
-                found.append(first.member.peer.memory.writable(first.offset, numel, dtype))
+            path, offset = self._shared.memory.path, 0
+            if made is not None:
+                offset = self._shared.memory.offset_of(made) or 0
+            else:
+                offers[0].tensor(numel, dtype)  # checks that all mean the same
+                path, offset = offers[0].member.peer.memory.path, offers[0].offset
+            found.append(
+                Common.open(
+                    path, offset, numel, dtype, place=self.place, count=len(self), tell=self._tell
+                )
+            )
 
         self._gather_lane.issue("common memory", made, open_it).wait()
-        self._common += found
         return found[0]
 
-    def meet(self) -> None:
-        """Return when all members have come here."""
-        self._gather_lane.issue("meeting", None, lambda offers: None).wait()
-
-    def _is_common(self, whole: torch.Tensor) -> bool:
-        return any(each.data_ptr() == whole.data_ptr() for each in self._common)
+    def _tell(self) -> Pending:
+        return self._dispatcher.start(
+            "meeting",
+            self._gathers,
+            torch.empty(0),
+            lambda: [self._gather_lane.issue("meeting", None, lambda offers: None)],
+        )

@@ -31,6 +31,7 @@ class OwnMemory:
 
     def __init__(self, length: int) -> None:
         self.handle = os.memfd_create("sixfold")
+        self.path = f"/proc/self/fd/{self.handle}"
         weakref.finalize(self, os.close, self.handle)
         os.ftruncate(self.handle, length)
         self.map = mmap.mmap(self.handle, length)
@@ -83,8 +84,8 @@ class PeerMemory:
     """
 
     def __init__(self, pid: int, handle: int) -> None:
-        self._path = f"/proc/{pid}/fd/{handle}"
-        self.map = _mapped(self._path, os.O_RDONLY, mmap.PROT_READ)
+        self.path = f"/proc/{pid}/fd/{handle}"
+        self.map = _mapped(self.path, os.O_RDONLY, mmap.PROT_READ)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch cannot mark a tensor as one that is only read
             self._bytes = torch.frombuffer(self.map, dtype=torch.uint8)
@@ -93,11 +94,6 @@ class PeerMemory:
     def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """The tensor [numel] at `offset`; it must not be written."""
         return self._bytes[offset : offset + numel * dtype.itemsize].view(dtype)
-
-    def writable(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """The same numbers as a tensor that may be written, in a map of its own."""
-        both = _mapped(self._path, os.O_RDWR, mmap.PROT_READ | mmap.PROT_WRITE)
-        return tensor_in(both, offset, numel, dtype)
 
 
 def tensor_in(memory: mmap.mmap, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

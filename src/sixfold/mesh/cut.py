@@ -1,0 +1,86 @@
+"""Numbers of which each rank keeps a part, and which are whole on every rank for a while: copied together.
+
+Handed out by `Mesh.cut`, which gives ranks of one host a `Common` of the same interface instead. Used by the
+state engine for working parameters. It never decides when they are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from sixfold.mesh.dispatch import Pending
+
+
+class Cut(Protocol):
+    """What a rank has of a flat tensor that is cut over ranks.
+
+    Attributes:
+        whole: [numel]. To be read from `gather` to `drop`; what is written into it then is lost.
+        part: this rank's part, which it keeps. Written only while nobody gathers or reads.
+    """
+
+    @property
+    def whole(self) -> torch.Tensor: ...
+
+    @property
+    def part(self) -> torch.Tensor: ...
+
+    def gather(self) -> Pending:
+        """Start to make `whole` whole, at the address it had before: what autograd saved of it is valid
+        again."""
+
+    def drop(self) -> None:
+        """Give its memory back, if it has memory of its own."""
+
+    def forget(self) -> None:
+        """Undo what this rank has written into `whole`, at the next `gather` at the latest."""
+
+    def publish(self, before: Pending) -> Pending:
+        """Start to let everyone gather what `part` holds once `before` is over. A collective; when it has
+        ended, nobody reads what was published before."""
+
+
+class Copied:
+    """A whole of its own on each rank, filled by exchanges.
+
+    Args:
+        whole: [numel].
+        part: [size]; the same memory as `whole` where nothing is cut.
+        place: where the part lies in the whole.
+        spread_out: starts to fill the whole, in which this rank's part is in its place.
+    """
+
+    def __init__(
+        self,
+        whole: torch.Tensor,
+        part: torch.Tensor,
+        place: slice,
+        spread_out: Callable[[torch.Tensor], Pending],
+    ) -> None:
+        self.whole = whole
+        self.part = part
+        self._place = place
+        self._num_bytes = whole.untyped_storage().nbytes()
+        self._spread_out = spread_out
+
+    def gather(self) -> Pending:
+        """See `Cut`."""
+        storage = self.whole.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(self._num_bytes)
+        self.whole[self._place].copy_(self.part)
+        return self._spread_out(self.whole)
+
+    def drop(self) -> None:
+        """See `Cut`."""
+        self.whole.untyped_storage().resize_(0)
+
+    def forget(self) -> None:
+        """See `Cut`."""
+
+    def publish(self, before: Pending) -> Pending:
+        """See `Cut`."""
+        return before

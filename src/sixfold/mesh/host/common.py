@@ -1,0 +1,93 @@
+"""A `Cut` tensor that the ranks of a host hold once between them: each writes its own part, all read the whole.
+
+Handed out by `HostGroup`: gathering it copies nothing and waits for nobody, because what is a copy elsewhere
+is here a view of the same pages. What a rank writes into the whole it alone sees, so an edit by user code is
+never made on everyone's numbers, nor once by every rank. It never decides when a part may be written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sixfold.mesh.dispatch import Pending
+from sixfold.mesh.host.memory import tensor_in
+
+
+@dataclass(frozen=True)
+class Common:
+    """Shared numbers, as one rank sees them.
+
+    Args:
+        part: [size].
+        whole: [n * size]: what all ranks have written, and what this rank alone has since `forget`.
+        tell: starts to tell the others that `part` is written; waiting for it, that all have told so.
+    """
+
+    part: torch.Tensor
+    whole: torch.Tensor
+    tell: Callable[[], Pending]
+    _window: mmap.mmap
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        offset: int,
+        numel: int,
+        dtype: torch.dtype,
+        *,
+        place: int,
+        count: int,
+        tell: Callable[[], Pending],
+    ) -> Common:
+        """The numbers [numel] at `offset` of a shared file, of `count` equal slices the one at `place`."""
+        size = numel // count
+        window, start = _window(path, offset, numel * dtype.itemsize, is_own=True)
+        mine = offset + place * size * dtype.itemsize
+        part, part_start = _window(path, mine, size * dtype.itemsize, is_own=False)
+        return cls(
+            tensor_in(part, part_start, size, dtype), tensor_in(window, start, numel, dtype), tell, window
+        )
+
+    def gather(self) -> Pending:
+        """See `Cut`."""
+        return Pending()
+
+    def drop(self) -> None:
+        """See `Cut`."""
+
+    def forget(self) -> None:
+        """See `Cut`: every page is read from shared memory again."""
+        self._window.madvise(mmap.MADV_DONTNEED)
+
+    def publish(self, before: Pending) -> Pending:
+        """See `Cut`."""
+
+        def told() -> None:
+            before.wait()
+            self.forget()
+            self.tell().wait()
+
+        return Pending(finish=told)
+
+
+def _window(path: str, offset: int, num_bytes: int, *, is_own: bool) -> tuple[mmap.mmap, int]:
+    """A map of some pages, to be written for itself or for all, and where in it the byte at `offset` is."""
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    handle = os.open(path, os.O_RDWR)
+    try:
+        window = mmap.mmap(
+            handle,
+            offset - start + num_bytes,
+            flags=mmap.MAP_PRIVATE if is_own else mmap.MAP_SHARED,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
+    finally:
+        os.close(handle)
+    return window, offset - start
