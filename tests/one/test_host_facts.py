@@ -51,7 +51,7 @@ def test_what_stands_against_it_is_said(change: dict[str, object], words: str) -
 
 
 def test_what_is_exchanged_is_known_before() -> None:
-    """Gradients, in both types where they are sent in another one, and weights of which others read slices."""
+    """Gradients, in both types where they are sent in another, and weights of which others read slices."""
     facts = [ParameterFacts("weight", (1024,), "fp32", trainable=True)]
     values = {"precision": {"compute": "bf16", "reduce": "bf16"}}
 

@@ -68,8 +68,8 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
 
 
 def exchange_memory(plan: Plan) -> int:
-    """Bytes that a rank shares with others at most: its gradients on their way, and parameters of which others
-    gather slices."""
+    """Bytes that a rank shares with others at most: its gradients on their way, and parameters of which
+    others gather slices."""
     row, total = plan.residency, 0
     for unit in plan.units:
         types = plan.precision_of(unit)

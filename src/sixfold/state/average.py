@@ -35,8 +35,8 @@ class Average:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Averages in place of the working parameters. Collectives at the beginning and, unless an error on this
-        rank has to find its way out, at the end; what was there is kept for that time."""
+        """Averages in place of the working parameters. Collectives at the beginning and, unless an error on
+        this rank has to find its way out, at the end; what was there is kept for that time."""
         kept = {unit: unit.part.clone() for unit in self.numbers}
         try:
             for pending in [unit.present(average) for unit, average in self.numbers.items()]:

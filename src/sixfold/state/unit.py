@@ -55,7 +55,7 @@ class Unit:
             plan.numel, compute, residency.parameters, is_read=self.spread != residency.parameters
         )
         self.working = self._cut.whole
-        """What forward and backward read: [numel] in the compute type; not to be touched while it is dropped."""
+        """What forward and backward read: [numel] in the compute type; not to be read while it is dropped."""
         self.part = self._cut.part
         """What this rank keeps of it: [kept]."""
         self.held = self.part[self.own.start - self.kept.start : self.own.stop - self.kept.start]
@@ -309,7 +309,8 @@ class Unit:
 
     def start_reduce(self) -> None:
         """Start to sum gradients over the data ranks, in the reduce type."""
-        assert self._local is not None and self.grads is not None, "gradients are brought home first"
+        assert self._local is not None, "gradients are brought home first"
+        assert self.grads is not None, "frozen units have no gradients"
         assert self.precision is not None, "a unit with gradients has number types"
         reduce = DTYPES[self.precision.reduce]
         # Once they are summed over ranks, nothing else tells whose gradients were not finite.

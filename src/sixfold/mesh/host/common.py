@@ -1,4 +1,4 @@
-"""A `Cut` tensor that the ranks of a host hold once between them: each writes its own part, all read the whole.
+"""A `Cut` tensor that the ranks of a host hold once between them: each writes its part, all read the whole.
 
 Handed out by `HostGroup`: gathering it copies nothing and waits for nobody, because what is a copy elsewhere
 is here a view of the same pages. What a rank writes into the whole it alone sees, so an edit by user code is
