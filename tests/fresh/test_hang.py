@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sixfold.launch import launch
+from sixfold.testing import free_port
 
 pytestmark = pytest.mark.fresh
 
@@ -84,10 +84,8 @@ def test_the_launcher_tells_the_verdict_and_nothing_before_it(
 
 def test_ranks_without_a_launcher_tell_it_once_and_all_end(script: Path, tmp_path: Path) -> None:
     """Plain processes, as under Slurm: rank 1 dies of an exception that only it prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place |= {"WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     ranks = [
         subprocess.Popen(

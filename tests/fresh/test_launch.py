@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -26,6 +25,7 @@ import pytest
 from sixfold.base.errors import ConfigError
 from sixfold.launch import NodePlacement, job, launch
 from sixfold.launch.guardian import members
+from sixfold.testing import free_port
 
 pytestmark = pytest.mark.fresh
 
@@ -441,9 +441,7 @@ else:
 
 
 def test_two_nodes_on_one_machine(start: Start) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = "print(*[os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')], flush=True)"
     both = [start(text, node=NodePlacement(n, 2, None, "127.0.0.1", port)) for n in range(2)]
     assert [one.wait() for one in both] == [0, 0]
