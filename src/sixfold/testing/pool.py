@@ -30,7 +30,7 @@ from sixfold.base.errors import WorkerError
 from sixfold.testing import report, server, stacks, wire
 
 DEFAULT_TIMEOUT_S = 20.0
-PRELOAD = ("torch", "torch.distributed", "numpy", "sixfold.engine", "sixfold.testing.warm")
+PRELOAD = ("torch", "torch.distributed", "numpy", "sixfold.engine")
 _START_LIMIT_S = 60.0
 _CLOSE_LIMIT_S = 5.0
 _GRACE_S = 1.0

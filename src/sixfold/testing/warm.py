@@ -1,6 +1,7 @@
 """What torch loads with the first optimizer of a process, loaded by importing this: a second of work.
 
-The pool's server imports it before it forks, so that no rank pays for it. Nothing else does.
+For `preload` of a pool (in pytest: `ranks_preload`) whose ranks train, so that they need not each pay for it.
+Nothing else imports it.
 """
 
 from __future__ import annotations
