@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -219,14 +218,13 @@ def layers_of(mb: float) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks and gather their figures."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from sixfold.testing import free_port
+
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes = ["--ranks", arguments.ranks, "--mb", arguments.mb, "--rounds", arguments.rounds]
         command = [sys.executable, __file__, "--work", *map(str, sizes), "--folder", folder]
         common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"LOCAL_WORLD_SIZE": str(arguments.ranks), "MASTER_PORT": str(port)}
+        common |= {"LOCAL_WORLD_SIZE": str(arguments.ranks), "MASTER_PORT": str(free_port())}
         ranks = [
             subprocess.Popen(
                 command,

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import select
-import socket
 import statistics
 import subprocess
 import sys
@@ -101,15 +100,14 @@ class Ranks:
         environment: Mapping[str, str] | None = None,
         shows_errors: bool = True,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        from sixfold.testing import free_port
+
         common = os.environ | {
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             **(environment or {}),
         }
         self._logs: list[IO[bytes] | None] = []

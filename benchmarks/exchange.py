@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -135,15 +134,15 @@ def main() -> None:
     if args.work:
         work(json.loads(args.work))
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from sixfold.testing import free_port
+
     options = json.dumps({"rounds": args.rounds, "mb": args.mb})
     common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, "--work", options],
-            env=os.environ | common | {"MASTER_PORT": str(port), "RANK": str(rank)},
+            env=os.environ | common | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )

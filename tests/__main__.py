@@ -16,9 +16,8 @@ STEPS: dict[str, list[str]] = {
     "lint": ["ruff", "check", "."],
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
-    # These two floors start no ranks, so two of their tests can run at a time.
-    "floors pure and one": ["pytest", "-q", "-n", "2", "tests/pure", "tests/one"],
-    "floors ranks and fresh": ["pytest", "-q", "tests/ranks", "tests/fresh"],
+    # Two at a time: many tests wait or start on one core. One of the workers gets all tests with ranks.
+    "tests": ["pytest", "-q", "-n", "2", "--dist", "loadgroup", "tests"],
 }
 
 

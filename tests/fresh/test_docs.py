@@ -32,7 +32,7 @@ pytestmark = pytest.mark.fresh
 ROOT = README.parent
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
-    "launch.ranks": 2,
+    "launch.ranks": 1,
     "launch.threads": 1,
     "train.steps": 3,
     "train.sample_tokens": 4,

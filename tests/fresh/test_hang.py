@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sixfold.launch import launch
+from sixfold.testing import free_port
 
 pytestmark = pytest.mark.fresh
 
@@ -48,35 +48,38 @@ def line_of(text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("case", "words", "place"),
+    ("case", "ranks", "words", "place"),
     [
         (
             "skip",
+            3,
             "rank 2 skipped all-reduce #{} (3.9 KiB, {}); ranks 0, 1 waited",
             "ones(1000)",
         ),
         (
             "sleep",
+            2,
             "rank 0 is slow and has not come to all-reduce #{} (8 B, {}); rank",
             "barrier",
         ),
         (
             "leave",
-            "rank 1 ended before all-reduce #{} (8 B, {}); ranks 0, 2 waited",
+            2,
+            "rank 1 ended before all-reduce #{} (8 B, {}); rank 0 waited",
             "barrier",
         ),
     ],
     ids=["skip", "sleep", "leave"],
 )
 def test_the_launcher_tells_the_verdict_and_nothing_before_it(
-    case: str, words: str, place: str, script: Path, capfd: pytest.CaptureFixture[str]
+    case: str, ranks: int, words: str, place: str, script: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-m", "sixfold.launch.script", str(script), case]
-    assert launch(command, ranks=3, run_folder=script.parent, threads=1) == 4
+    assert launch(command, ranks=ranks, run_folder=script.parent, threads=1) == 4
     first, *rest = capfd.readouterr().err.splitlines()
     number = first.partition("#")[2].partition(" ")[0]
     assert first.startswith(f"sixfold: hang: {words.format(number, f'{script}:{line_of(place)}')}"), first
-    assert sum(line.startswith(f"rank {rank}: ") for rank in range(3) for line in rest) == 3
+    assert sum(line.startswith(f"rank {rank}: ") for rank in range(ranks) for line in rest) == ranks
     assert not [line for line in rest if line.startswith("also ")]
     if case == "sleep":
         assert f"rank 0 is at {script}:{line_of('sleep(60)')}, phase step" in first
@@ -84,10 +87,8 @@ def test_the_launcher_tells_the_verdict_and_nothing_before_it(
 
 def test_ranks_without_a_launcher_tell_it_once_and_all_end(script: Path, tmp_path: Path) -> None:
     """Plain processes, as under Slurm: rank 1 dies of an exception that only it prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place |= {"WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     ranks = [
         subprocess.Popen(

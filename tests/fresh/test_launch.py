@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -26,8 +25,9 @@ import pytest
 from sixfold.base.errors import ConfigError
 from sixfold.launch import NodePlacement, job, launch
 from sixfold.launch.guardian import members
+from sixfold.testing import free_port
 
-pytestmark = pytest.mark.fresh
+pytestmark = [pytest.mark.fresh, pytest.mark.xdist_group("launch")]  # so that there is one server
 
 LIMIT_S = 10.0  # what a launch may take to leave nothing behind
 START_S = 60.0
@@ -85,11 +85,18 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
 
 
 def launcher_main(
-    folder: str, arguments: list[str], ranks: int, out: str, node: NodePlacement | None, stall_s: float
+    folder: str,
+    arguments: list[str],
+    ranks: int,
+    out: str,
+    node: NodePlacement | None,
+    limits: dict[str, float],
 ) -> None:
-    """In the forked launcher: own output files, then the real thing."""
+    """In the forked launcher: own output files, less patience, then the real thing."""
     os.setsid()
-    job.STALL_S = stall_s
+    for name, seconds in limits.items():
+        assert hasattr(job, name), name
+        setattr(job, name, seconds)
     for path, number in ((out, 1), (out if out.startswith("/dev") else f"{folder}/err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600), number)
     command = [sys.executable, "-m", "sixfold.launch.script", *arguments]
@@ -117,13 +124,13 @@ def start(server: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
         ranks: int = 2,
         out: str | None = None,
         node: NodePlacement | None = None,
-        stall_s: float = job.STALL_S,
+        **limits: float,
     ) -> Launched:
         folder = tmp_path / f"launch-{len(launches)}"
         folder.mkdir()
         (folder / "script.py").write_text(PREAMBLE + text)
         arguments = (str(folder / "script.py"), *arguments)
-        options = (list(arguments), ranks, out or f"{folder}/out", node, stall_s)
+        options = (list(arguments), ranks, out or f"{folder}/out", node, limits)
         process = server.Process(target=launcher_main, args=(str(folder), *options))
         process.start()
         launches.append(Launched(process, folder))
@@ -334,7 +341,7 @@ def test_a_first_signal_saves_and_ends_with_130(start: Start, number: int) -> No
 
 
 def test_a_rank_that_lingers_after_the_save_is_ended(start: Start) -> None:
-    one = start(TRAINS + "if rank == 1: await_file('never')")
+    one = start(TRAINS + "if rank == 1: await_file('never')", LINGER_S=0.5)
     one.await_file("steps-0")
     one.await_file("steps-1")
     one.kill(signal.SIGTERM)
@@ -362,7 +369,7 @@ with session.saving():
 
 
 def test_ranks_that_neither_save_nor_step_after_the_signal_are_ended(start: Start) -> None:
-    one = start(HANGS, stall_s=0.5)
+    one = start(HANGS, STALL_S=0.5)
     one.await_file("pid-0")
     one.await_file("pid-1")
     one.kill(signal.SIGTERM)
@@ -385,12 +392,13 @@ def test_a_failure_during_the_save_is_a_failure(start: Start) -> None:
 
 def test_a_script_that_never_looks_gets_a_keyboard_interrupt(start: Start) -> None:
     one = start(
+        "from sixfold.launch import worker\nworker.UNANSWERED_S = 0.5\n"
         "tell(f'up-{rank}')\ntry:\n    while True: time.sleep(0.01)\nfinally:\n    tell(f'finally-{rank}')\n"
     )
     one.await_file("up-0")
     one.await_file("up-1")
     one.kill(signal.SIGINT)
-    assert one.wait(5 + LIMIT_S) == 130
+    assert one.wait(LIMIT_S) == 130
     assert (one.folder / "finally-0").exists()
     assert (one.folder / "finally-1").exists()
     assert "Traceback" not in one.err + one.log(0) + one.log(1)
@@ -441,9 +449,7 @@ else:
 
 
 def test_two_nodes_on_one_machine(start: Start) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = "print(*[os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')], flush=True)"
     both = [start(text, node=NodePlacement(n, 2, None, "127.0.0.1", port)) for n in range(2)]
     assert [one.wait() for one in both] == [0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ STEPS, DECAY, LR = 5, 0.8, 0.05
 MODEL = "recommender"
 
 
+@cache
 def by_hand(steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """Weights, averages, and the loss of the averages on the first batch, in plain torch."""
     task = plain.TASKS[MODEL]

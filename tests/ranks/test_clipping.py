@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+@cache
 def by_hand(name: str) -> tuple[nn.Module, list[list[float]]]:
     task = plain.TASKS[name]
     model = task.build().double()

@@ -49,7 +49,7 @@ CASES = covering(FACTORS, legal)
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
-    rank_pool.run(follow, case, ranks=case["ranks"], timeout_s=60)
+    rank_pool.run(follow, case, references(case), ranks=case["ranks"], timeout_s=60)
 
 
 @pytest.mark.ranks(2)
@@ -70,7 +70,8 @@ def test_follows_one_process_on_a_gpu(zero: int, ranks: int, rank_pool: Pool) ->
     """Two ranks share the card through gloo; NCCL refuses that."""
     first = {name: values[0] for name, values in FACTORS.items()}
     case = first | {"zero": zero, "ranks": ranks, "accumulation": 3, "clip_norm": 0.3}
-    rank_pool.run(follow, case, device="cuda", ranks=ranks, timeout_s=120)
+    found = references(case, device="cuda")
+    rank_pool.run(follow, case, found, device="cuda", ranks=ranks, timeout_s=120)
 
 
 @pytest.mark.matrix
@@ -82,7 +83,7 @@ def test_follows_one_process_in_every_combination(model: str, ranks: int, rank_p
     for case in all_cases({**FACTORS, **first}, lambda case: True):
         drawn = (case | {name: draw.choice(FACTORS[name]) for name in DRAWN} for _ in range(100))
         if full := next(filter(legal, drawn), None):
-            rank_pool.run(follow, full, ranks=ranks, timeout_s=60)
+            rank_pool.run(follow, full, references(full), ranks=ranks, timeout_s=60)
 
 
 def test_cases_cover_every_pair() -> None:
@@ -101,12 +102,20 @@ def test_cases_cover_every_pair() -> None:
     assert len(CASES) < 40
 
 
-def follow(case: Case, device: str = "cpu") -> None:
-    """One case on every rank: fp64 parameters after 5 steps, fp32 losses over 20."""
+def references(case: Case, device: str = "cpu") -> tuple[plain.PlainRun, plain.PlainRun]:
+    """What `follow` compares with, trained once for all ranks: 5 steps in fp64, 20 in fp32."""
     shape = (case["optimizer"], case["num_groups"], case["clip_norm"])
+    return (
+        plain.plain_run(case["model"], torch.float64, 5, *shape, device),
+        plain.plain_run(case["model"], torch.float32, 20, *shape, device),
+    )
+
+
+def follow(case: Case, expected: tuple[plain.PlainRun, plain.PlainRun], device: str = "cpu") -> None:
+    """One case on every rank: fp64 parameters after 5 steps, fp32 losses over 20."""
+    reference, narrow = expected
     is_rephrased = case["loop"] == "written_out" and plain.TASKS[case["model"]].fp32_inside
 
-    reference = plain.plain_run(case["model"], torch.float64, 5, *shape, device)
     engine, losses, norms = run(case, torch.float64, 5, device)
     whole = engine.full_state_dict()
     engine.close()
@@ -120,10 +129,9 @@ def follow(case: Case, device: str = "cpu") -> None:
     precise = 1e-6 if plain.TASKS[case["model"]].fp32_inside else 1e-12
     assert losses == pytest.approx(reference.losses, rel=precise, abs=0)
 
-    reference = plain.plain_run(case["model"], torch.float32, 20, *shape, device)
     engine, losses, _ = run(case, torch.float32, 20, device)
     engine.close()
-    assert losses == pytest.approx(reference.losses, rel=FP32_LOSS_BOUND, abs=0)
+    assert losses == pytest.approx(narrow.losses, rel=FP32_LOSS_BOUND, abs=0)
     assert losses[-1] < losses[0]  # it learns, so 20 steps mean something
 
 

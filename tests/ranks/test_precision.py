@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ STEPS = 5
 LR = 0.05
 
 
+@cache
 def by_hand(steps: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor], float]:
     """bf16 forward and backward per micro-batch, gradients summed in fp32, SGD on fp32 masters.
 

@@ -22,12 +22,12 @@ STEPS = 5
 Layout = dict[str, Any]
 
 
-def start(name: str, layout: Layout, optimizer: str = "adamw", num_groups: int = 2) -> Engine:
+def start(name: str, layout: Layout, optimizer: str = "adamw", num_groups: int = 2, micro: int = 2) -> Engine:
     task = plain.TASKS[name]
     model = task.build().double()
     kind, settings = plain.OPTIMIZERS[optimizer]
     made = kind(plain.groups_of(model, settings, num_groups))
-    config = {"layout": layout, "batch": {"micro": 2}}
+    config = {"layout": layout, "batch": {"micro": micro}}
     return sixfold.initialize(model, config=config, optimizer=made, loss_fn=task.loss_fn)
 
 
@@ -271,6 +271,7 @@ def test_every_lost_reduction_shows(layout: Layout, rank_pool: Pool) -> None:
 
 def lose_reductions(layout: Layout) -> None:
     reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
+    share = plain.NUM_SAMPLES // torch.distributed.get_world_size()
     real, calls = Mesh.sum_up, 0
 
     def run(lost: int | None) -> float:
@@ -285,7 +286,7 @@ def lose_reductions(layout: Layout) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cut_units, "__defaults__", (4096,))
             patch.setattr(Mesh, "sum_up", sum_up)
-            engine = start("decoder", layout, "sgd", 1)
+            engine = start("decoder", layout, "sgd", 1, micro=-(-share // 2))
             train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
             return plain.farthest(engine.full_state_dict(), reference)
 

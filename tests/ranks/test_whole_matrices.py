@@ -4,6 +4,7 @@ process in every residency."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ MAKERS: dict[str, Callable[[nn.Module], list[Optimizer]]] = {
 }
 
 
+@cache
 def by_hand(maker: str, steps: int) -> nn.Module:
     task = plain.TASKS[MODEL]
     model = task.build().double()

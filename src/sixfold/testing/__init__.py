@@ -8,6 +8,7 @@ Not a launcher: ranks of the pool are thrown away after any failure and never sp
 from __future__ import annotations
 
 from sixfold.testing.pool import Pool
+from sixfold.testing.ports import free_port
 from sixfold.testing.report import RankFailure
 
-__all__ = ["Pool", "RankFailure"]
+__all__ = ["Pool", "RankFailure", "free_port"]
