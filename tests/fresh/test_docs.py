@@ -37,7 +37,7 @@ SHORT = {
     "train.steps": 3,
     "train.sample_tokens": 4,
     "data.max_mb": 0.5,
-    "data.held_out_files": 2,
+    "data.held_out_documents": 2,
     "data.vocab_size": 300,
     "data.sequence_length": 32,
     "model.width": 32,

@@ -7,6 +7,7 @@ not when nothing is changed. Runs are real, tiny and in this process.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from torch.distributed import HashStore
 
 import sixfold
 import sixfold.cli.train
-from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError
+from sixfold.base.errors import CheckpointError, ConfigError, DataError, ModelError, PlanError
 from sixfold.checkpoint import Content, open_checkpoint
 from sixfold.checkpoint.files import Files
 from sixfold.config import Resolved, describe, load
@@ -35,7 +37,9 @@ from sixfold.monitor.journal import read_records
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
 from sixfold.train import loop
-from sixfold.train.job import RECIPE, Request, build_model
+from sixfold.train.job import RECIPE, Request
+from sixfold.train.samples import samples_of
+from sixfold.train.subject import build_model
 from tests.one import lab
 
 VOCABULARY = 300
@@ -86,7 +90,7 @@ class Lab:
 
     def engine(self, changes: dict[str, Any]) -> sixfold.Engine:
         resolved = self.resolved(changes)
-        module = build_model(resolved, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
+        module = build_model(resolved.config, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
         engine = sixfold.initialize(module, config=resolved)
         engine.learning_rate = engine.learning_rate.ending_at(4)
         return engine
@@ -183,7 +187,8 @@ def num_forwards(bench: Lab, changes: dict[str, Any]) -> Any:
 
 def corpus(bench: Lab, changes: dict[str, Any]) -> Any:
     found = prepare(bench.resolved(changes).config.data)
-    return found.vocab_size, found.held_out_names, found.num_train_bytes, str(found.folder)
+    part = found.record.parts[0]
+    return found.vocab_size, part.held_out_names, part.num_train_bytes, str(found.folder)
 
 
 def column(name: str) -> Observable:
@@ -227,7 +232,14 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "data.include": ({}, ["*.py"], corpus),
     "data.max_mb": ({}, 0.01, corpus),
     "data.vocab_size": ({}, 280, corpus),
-    "data.held_out_files": ({}, 9, corpus),
+    "data.held_out_documents": ({}, 9, corpus),
+    "data.tokenizer": ({"data.vocab_size": None}, "bytes", corpus),
+    "data.weights": (
+        {"data.path": None, "data.sources": ["text", "rows.jsonl"]},
+        [1.0, 50.0],
+        lambda b, c: drawn(b, c),
+    ),
+    "data.documents": ({"train.steps": 1}, "separate", column("loss")),
     "data.sequence_length": ({}, 16, column("tokens")),
     "batch.global": ({}, 3, column("samples")),
     "batch.tokens": ({"batch.global": None}, 32, lambda bench, changes: batch_text(bench, changes)),
@@ -278,6 +290,21 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def rows_file(bench: Lab, field: str = "text") -> Path:
+    rows = [{field: f"value {number} in range {number}\n" * 9} for number in range(40)]
+    file = bench.folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def drawn(bench: Lab, changes: dict[str, Any]) -> Any:
+    """From which source the first samples come."""
+    rows_file(bench)
+    changes = {**changes, "data.sources": [str(bench.folder / name) for name in changes["data.sources"]]}
+    config = bench.resolved(changes).config
+    return samples_of(config, prepare(config.data)).origins(np.arange(60))[0].tolist()
 
 
 def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
@@ -409,6 +436,19 @@ def path(bench: Lab) -> None:
     assert corpus(bench, {"data.path": other}) != corpus(bench, {})
 
 
+def sources(bench: Lab) -> None:
+    several = {"data.path": None, "data.sources": [str(bench.folder / "text"), str(rows_file(bench))]}
+    found = prepare(bench.resolved(several).config.data)
+    assert [part.record.name for part in found.parts] == ["text", "rows.jsonl"]
+
+
+def text_field(bench: Lab) -> None:
+    config = bench.resolved({"data.path": rows_file(bench, "content"), "data.text_field": "content"}).config
+    assert prepare(config.data).record.parts[0].num_train_documents == 36
+    with pytest.raises(DataError, match="no text under 'text'"):
+        prepare(bench.resolved({"data.path": bench.folder / "rows.jsonl"}).config.data)
+
+
 def cache(bench: Lab) -> None:
     elsewhere = bench.folder / "another cache"
     assert Path(corpus(bench, {"data.cache": elsewhere})[-1]).is_relative_to(elsewhere)
@@ -538,6 +578,8 @@ SPECIAL: dict[str, Callable[[Lab], None]] = {
     "model.batch_stats": batch_stats,
     "data.path": path,
     "data.cache": cache,
+    "data.sources": sources,
+    "data.text_field": text_field,
     "train.minutes": minutes,
     "train.eval_every": eval_every,
     "train.prompt": prompt,

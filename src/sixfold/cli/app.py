@@ -19,7 +19,6 @@ app = typer.Typer(
     name="sixfold",
     help="Train PyTorch models too large or too slow for one device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -50,6 +49,21 @@ Into = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")]
 
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", parser=_path, metavar="FILE", help="Configuration file: TOML, YAML or JSON."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
+]
+Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -61,16 +75,8 @@ def _root(
 
 @app.command()
 def train(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", parser=_path, metavar="FILE", help="Configuration file: TOML, YAML or JSON."
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
-    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Path | None,
         typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
@@ -110,9 +116,79 @@ def run(
     raise typer.Exit(run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run))
 
 
-Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
+data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("build")
+def data_build(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SOURCE]...", help="Folders of text files, .jsonl or .parquet files."),
+    ] = None,
+    into: Annotated[
+        Path, typer.Option("--into", parser=_path, metavar="FOLDER", help="Corpus folder to make.")
+    ] = ...,  # type: ignore[assignment]
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=1, help="Processes. Unset: one per core.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a corpus of tokens that `sixfold train --set data.path=FOLDER` learns from.
+
+    Options of the section data say how, for example --set data.tokenizer=bytes. A build that was broken
+    off goes on where it was.
+    """
+    from sixfold.cli.data import build
+
+    raise typer.Exit(
+        build(
+            sources or [],
+            into,
+            config=config,
+            overrides=overrides or [],
+            workers=workers,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+    )
+
+
+@data.command("inspect")
+def data_inspect(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=_path, metavar="[FOLDER]", help="Run folder or corpus. Unset: as `train` would do."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", help="Show the samples of this update. Unset: the corpus.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=1, help="How many of them.")] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the corpus first.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a corpus, or the text that an update of a run will see, or saw."""
+    from sixfold.cli.data import inspect
+
+    raise typer.Exit(
+        inspect(
+            target,
+            config=config,
+            overrides=overrides or [],
+            step=step,
+            num_samples=num_samples,
+            verify=verify,
+            as_json=as_json,
+        )
+    )
+
 
 ckpt = typer.Typer(help="Look at checkpoints, compare them, clear up.", no_args_is_help=True)
 app.add_typer(ckpt, name="ckpt")

@@ -13,15 +13,19 @@ from pathlib import Path
 import typer
 
 from sixfold.base.units import bytes_text, count_text
+from sixfold.cli.output import progress_bar
 from sixfold.config import Resolved
-from sixfold.data.corpus import prepare
-from sixfold.data.sources import list_files, source_folder
+from sixfold.data.corpus import built_corpus, prepare
+from sixfold.data.sources import find_sources
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
 from sixfold.train.folder import check_place, make_folder, run_to_resume
 from sixfold.train.job import Request, decide_compute, resolve
 from sixfold.train.resume import stand
+
+VERIFIED_BYTES = 2**30
+"""A corpus up to this size is read and compared with its checksums before ranks start: a second or less."""
 
 
 def run_train(request: Request, *, dry_run: bool) -> int:
@@ -75,7 +79,8 @@ def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
 def _check_plan(resolved: Resolved, world_size: int) -> str:
     """Refuse what cannot be carried out before data are prepared and ranks started."""
     config = resolved.config
-    list_files(source_folder(config.data), config.data)
+    if built_corpus(config.data) is None:
+        find_sources(config.data)
     residency = decide_residency(config.layout)
     geometry = decide_geometry(config.layout, world_size)
     batch = decide_batch(
@@ -93,15 +98,16 @@ def _arguments(request: Request, folder: Path) -> list[str]:
 
 def _prepare(resolved: Resolved) -> None:
     """Build or find the corpus before ranks start, where its progress and its errors are seen."""
-    said: list[str] = []
-
-    def progress(phase: str, _part: float) -> None:
-        if phase not in said:
-            said.append(phase)
-            typer.echo(f"corpus      {phase} ...")
-
-    corpus = prepare(resolved.config.data, on_progress=progress)
+    with progress_bar() as progress:
+        corpus = prepare(resolved.config.data, on_progress=progress)
+    held_out = f"{corpus.num_held_out_documents} documents ({bytes_text(corpus.num_held_out_bytes)}) held out"
     typer.echo(
-        f"corpus      {count_text(len(corpus.train))} training tokens, {corpus.num_held_out_documents} "
-        f"files ({bytes_text(corpus.num_held_out_bytes)}) held out, {corpus.vocab_size} vocabulary entries"
+        f"corpus      {count_text(corpus.num_train_tokens)} training tokens, {held_out}, "
+        f"{corpus.vocab_size} vocabulary entries"
     )
+    if corpus.num_bytes <= VERIFIED_BYTES:
+        corpus.verify()
+    else:
+        typer.echo(
+            f"corpus      too large to verify at every start; sixfold data inspect {corpus.folder} --verify"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 Verdict = tuple[str, str] | None
 """(rule, fix), or None where the rule is kept."""
@@ -18,6 +19,8 @@ PARTNERS = {
     "batch.tokens": "batch.global",
     "train.steps": "train.minutes",
     "train.minutes": "train.steps",
+    "data.path": "data.sources",
+    "data.sources": "data.path",
 }
 """Two ways to say one thing: at most one of them is set."""
 
@@ -52,6 +55,8 @@ def displaced_by(path: str, value: object) -> list[str]:
         return [f"optimizer.{key}" for key in _foreign_keys(str(value))]
     if path == "lr_schedule.name" and value == "constant":
         return ["lr_schedule.final_ratio"]
+    if path == "data.tokenizer" and value != "bpe":
+        return ["data.vocab_size"]
     return [PARTNERS[path]] if path in PARTNERS else []
 
 
@@ -83,6 +88,29 @@ def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
         return None
     works = _divisor_below(num_heads, num_kv_heads)
     return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
+
+
+@_rule("data.vocab_size", "data.tokenizer")
+def _vocabulary_of_bpe(size: int | None, tokenizer: str) -> Verdict:
+    if size is None or tokenizer == "bpe":
+        return None
+    return (
+        "data.vocab_size bounds the vocabulary that is trained; another tokenizer has its own",
+        'leave data.vocab_size unset, or set data.tokenizer = "bpe"',
+    )
+
+
+@_rule("data.weights", "data.sources", "data.path")
+def _a_weight_for_each_source(
+    weights: tuple[float, ...] | None, sources: tuple[str, ...] | None, path: Path | None
+) -> Verdict:
+    # A corpus that is built already knows how many sources it has; it is asked when it is opened.
+    if weights is None or len(weights) == len(sources or ()) or (sources is None and path is not None):
+        return None
+    return (
+        f"data.weights has one number for each of data.sources, which names {len(sources or ())}",
+        "leave data.weights unset" if not sources else f"set data.weights = {[1.0] * len(sources)}",
+    )
 
 
 @_rule("batch.tokens", "data.sequence_length")

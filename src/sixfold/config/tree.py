@@ -61,17 +61,31 @@ class DataConfig(Section):
     """The text that `sixfold train` learns from, and how it becomes tokens."""
 
     path: Path | None = None
-    """Folder of text files. Unset: the source files of this Python's standard library."""
+    """Folder of text files, a .jsonl or .parquet file, or a corpus that `sixfold data build` made. Unset:
+    the source files of this Python's standard library."""
+    sources: tuple[str, ...] | None = None
+    """Several of these in place of path, each blended in by its weight."""
+    weights: tuple[Annotated[float, Field(gt=0.0)], ...] | None = None
+    """Part of the samples that come from each source, in their order. Unset: as many as each has."""
     include: tuple[str, ...] = ("*.py",)
-    """File name patterns taken from the folder, at any depth."""
+    """File name patterns taken from a folder, at any depth."""
+    text_field: str = "text"
+    """Key or column that holds the text in .jsonl and .parquet files."""
     max_mb: Annotated[float, Field(gt=0.0)] | None = None
-    """Upper bound on the text used, in MB (1e6 bytes). Unset: all of it."""
-    vocab_size: Annotated[int, Field(ge=257, le=65_536)] = 4096
-    """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included."""
+    """Upper bound on the text used of each source, in MB (1e6 bytes). Unset: all of it."""
+    tokenizer: str = "bpe"
+    """"bpe" trains one on the text, "bytes" has one entry for each byte; else a tokenizer.json of Hugging
+    Face, or the folder that holds it."""
+    vocab_size: Annotated[int, Field(ge=257, le=65_536)] | None = None
+    """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included. Unset:
+    4096."""
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per sample."""
-    held_out_files: Positive = 60
-    """Files kept aside for evaluation, chosen by a hash of their names."""
+    documents: Literal["joined", "separate"] = "joined"
+    """Documents share samples. "separate": a token attends to its own document alone, and nothing is
+    predicted from another one."""
+    held_out_documents: Positive = 60
+    """Documents of each source kept aside for evaluation, chosen by a hash of their names."""
     cache: Path | None = None
     """Folder of prepared corpora. Unset: ~/.cache/sixfold."""
 

@@ -51,19 +51,25 @@ class Evaluations:
     def after_update(self, run: Run, record: StepRecord) -> None:
         due = self._every is not None and record.step % self._every == 0
         if due and record.step != run.total_steps:
-            run.say(f"update {record.step}: held-out bits per byte {self._measure(run):.4f}")
+            run.say(f"update {record.step}: held-out bits per byte {self._measure(run)['']:.4f}")
 
     def at_end(self, run: Run, finished: bool) -> None:
         if not finished:
             return
         measured = self._measure(run)
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in run.corpus.compressors.items())
-        run.say(f"\nheld-out bits per byte: {measured:.4f}   (on the same bytes: {others})")
+        others = [f"{name} {bits:.3f}" for name, bits in run.corpus.compressors.items()]
+        beside = f"   (on the same bytes: {', '.join(others)})" if others else ""
+        run.say(f"\nheld-out bits per byte: {measured['']:.4f}{beside}")
+        if len(measured) > 2:
+            parts = ", ".join(f"{name} {bits:.4f}" for name, bits in measured.items() if name)
+            run.say(f"of each source: {parts}")
 
-    def _measure(self, run: Run) -> float:
-        measured = bits_per_byte(run.engine, run.corpus, run.resolved.config.data.sequence_length)
+    def _measure(self, run: Run) -> dict[str, float]:
+        measured = bits_per_byte(run.engine, run.corpus, run.resolved.config)
         if run.journal is not None:
-            run.journal.write({"step": run.engine.num_steps, "held_out_bits_per_byte": measured})
+            parts = {name: bits for name, bits in measured.items() if name and len(measured) > 2}
+            record = {"step": run.engine.num_steps, "held_out_bits_per_byte": measured[""]}
+            run.journal.write(record | ({"held_out_parts": parts} if parts else {}))
         return measured
 
 

@@ -1,4 +1,4 @@
-"""What a training job is made of, decided before any rank computes: data, model, number types.
+"""What a training job is asked for, decided before any rank computes: its settings and number types.
 
 Used by the launcher for a first look and by every rank; both come to the same answer. It trains
 nothing and starts nothing.
@@ -13,8 +13,6 @@ import torch
 
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
-from sixfold.data.corpus import Corpus
-from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.hardware import fast_bf16
 from sixfold.train.folder import CONFIG, run_to_resume
 
@@ -70,23 +68,3 @@ def decide_compute(resolved: Resolved) -> Resolved:
     return resolved.decide(
         {"precision.compute": "fp32"}, "this processor is not known to multiply bf16 faster"
     )
-
-
-def build_model(resolved: Resolved, corpus: Corpus) -> Decoder:
-    """The decoder that the configuration describes, on the meta device."""
-    asked = resolved.config.model
-    with torch.device("meta"):
-        return Decoder(
-            DecoderConfig.derive(
-                vocab_size=corpus.vocab_size,
-                context_length=resolved.config.data.sequence_length,
-                width=asked.width,
-                num_layers=asked.num_layers,
-                num_heads=asked.num_heads,
-                num_kv_heads=asked.num_kv_heads,
-                ffn_width=asked.ffn_width,
-                rope_base=asked.rope_base,
-                tie_embeddings=asked.tie_embeddings,
-                dropout=asked.dropout,
-            )
-        )

@@ -17,10 +17,9 @@ import torch
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved
 from sixfold.data.corpus import prepare
-from sixfold.data.stream import TokenStream
 from sixfold.engine import initialize
 from sixfold.launch import Session, discover
-from sixfold.models.decoder import Decoder, num_flops
+from sixfold.models.decoder import Decoder
 from sixfold.models.generate import generate
 from sixfold.monitor.console import Console
 from sixfold.monitor.hardware import memory_bytes, peak_flops
@@ -33,6 +32,8 @@ from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
+from sixfold.train.samples import samples_of
+from sixfold.train.subject import build_model, flops_per_token
 
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
@@ -75,7 +76,7 @@ def train(request: job.Request, session: Session) -> None:
 def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
-    engine = initialize(job.build_model(resolved, corpus), config=resolved)
+    engine = initialize(build_model(config, corpus), config=resolved)
     folder = request.resume
     if folder is None:
         folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
@@ -83,7 +84,7 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
         resolved=resolved,
         engine=engine,
         corpus=corpus,
-        stream=TokenStream(corpus.train, config.data.sequence_length, config.seed),
+        stream=samples_of(config, corpus),
         batch=decide_batch(
             config.batch, data_ranks=engine.data_ranks, sequence_length=config.data.sequence_length
         ),
@@ -189,16 +190,13 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
 
 def _meter(run: Run) -> Meter:
     config = run.resolved.config
-    module = run.engine.module
-    assert isinstance(module, Decoder), "the loop trains the model that `job` built"
-    length = config.data.sequence_length
     if config.monitor.peak_tflops is not None:
         own_peak = config.monitor.peak_tflops * 1e12
     else:
         own_peak = peak_flops(DTYPES[config.precision.compute or "fp32"], device=run.engine.device)
     return Meter(
         run.total_steps,
-        flops_per_token=num_flops(module.config, 1, length) / length,
+        flops_per_token=flops_per_token(run.engine.module, config.data.sequence_length),
         peak_flops=run.engine.mesh.total(own_peak)[0],
         memory=memory_bytes,
     )
@@ -209,11 +207,10 @@ def _complete_prompt(run: Run) -> None:
     module = run.engine.module
     if not asked.sample_tokens or not isinstance(module, Decoder):
         return
-    start = torch.tensor(
-        [[run.corpus.document_mark, *run.corpus.encode(asked.prompt)]], device=run.engine.device
-    )
+    prompt = [run.corpus.document_mark, *run.corpus.encode(asked.prompt)]
     generator = torch.Generator(run.engine.device).manual_seed(run.resolved.config.seed)
     with run.engine.gathered():
         if run.is_first:
-            tokens = generate(module, start, asked.sample_tokens, temperature=0.7, generator=generator)
-            run.say(f"\nsample\n{run.corpus.decode(tokens[0, 1:].tolist())}")
+            new = generate(module, [prompt], asked.sample_tokens, temperature=0.7, generator=generator)
+            tokens = [*prompt[1:], *(int(token) for token in new)]
+            run.say(f"\nsample\n{run.corpus.decode(tokens)}")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from sixfold.config import Resolved
 from sixfold.data.corpus import Corpus
-from sixfold.data.stream import TokenStream
+from sixfold.data.stream import Blend
 from sixfold.engine import Engine
 from sixfold.monitor.console import Console
 from sixfold.monitor.journal import Journal
 from sixfold.plan import BatchPlan
+from sixfold.train.subject import fields_of
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Run:
     resolved: Resolved
     engine: Engine
     corpus: Corpus
-    stream: TokenStream
+    stream: Blend
     batch: BatchPlan
     folder: Path
     console: Console
@@ -50,7 +50,8 @@ class Run:
         if self.is_first:
             self.console.say(message)
 
-    def next_batch(self) -> dict[str, torch.Tensor]:
+    def next_batch(self) -> dict[str, Any]:
         """This rank's part of the global batch that comes next."""
         part = self.batch.share(self.engine.data_rank)
-        return {"tokens": torch.from_numpy(self.stream.batch(self.engine.num_samples, part))}
+        samples = self.stream.batch(self.engine.num_samples, part)
+        return fields_of(self.resolved.config, self.corpus, samples)

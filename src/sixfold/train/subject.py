@@ -1,0 +1,52 @@
+"""What a run trains: which model, and how tokens become its inputs.
+
+Used by the loop, by its evaluation and by `sixfold generate`. It starts nothing and reads no weights of a
+run; an engine is made around the module elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sixfold.config import Config
+from sixfold.data.corpus import Corpus
+from sixfold.data.stream import document_numbers
+from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
+
+
+def build_model(config: Config, corpus: Corpus) -> nn.Module:
+    """The model that the configuration describes, on the meta device."""
+    asked = config.model
+    with torch.device("meta"):
+        return Decoder(
+            DecoderConfig.derive(
+                vocab_size=corpus.vocab_size,
+                context_length=config.data.sequence_length,
+                width=asked.width,
+                num_layers=asked.num_layers,
+                num_heads=asked.num_heads,
+                num_kv_heads=asked.num_kv_heads,
+                ffn_width=asked.ffn_width,
+                rope_base=asked.rope_base,
+                tie_embeddings=asked.tie_embeddings,
+                dropout=asked.dropout,
+            )
+        )
+
+
+def fields_of(config: Config, corpus: Corpus, samples: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """What the model is given for samples [batch, length + 1] of tokens."""
+    fields = {"tokens": torch.from_numpy(samples)}
+    if config.data.documents == "separate":
+        fields["documents"] = torch.from_numpy(document_numbers(samples, corpus.document_mark))
+    return fields
+
+
+def flops_per_token(module: nn.Module, length: int) -> float | None:
+    """Operations per target, forward and backward; None where nobody counted them."""
+    return num_flops(module.config, 1, length) / length if isinstance(module, Decoder) else None
