@@ -90,7 +90,7 @@ class Lab:
 
     def engine(self, changes: dict[str, Any]) -> sixfold.Engine:
         resolved = self.resolved(changes)
-        module = build_model(resolved.config, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
+        module = build_model(resolved.config, VOCABULARY)
         engine = sixfold.initialize(module, config=resolved)
         engine.learning_rate = engine.learning_rate.ending_at(4)
         return engine
@@ -287,9 +287,37 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
     "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
+    "monitor.sinks": ({}, ["prometheus"], lambda bench, changes: files_left(bench, changes)),
+    "train.loss": ({}, "tests.one.test_option_effects:own_loss", column("loss")),
+    "train.callbacks": (
+        {},
+        ["tests.one.test_option_effects:Habit"],
+        lambda b, changes: files_left(b, changes),
+    ),
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def own_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(scores, targets, label_smoothing=0.5, reduction="sum")
+
+
+class Habit:
+    """A callback that leaves a file."""
+
+    def __init__(self, run: Any) -> None:
+        self.file = run.folder / "habit"
+
+    def after_update(self, run: Any, record: Any) -> None:
+        self.file.write_text(str(record.step))
+
+    def at_end(self, run: Any, finished: bool) -> None:
+        pass
+
+
+def files_left(bench: Lab, changes: dict[str, Any]) -> list[str]:
+    return sorted(path.name for path in bench.run(changes).folder.iterdir())
 
 
 def rows_file(bench: Lab, field: str = "text") -> Path:

@@ -78,6 +78,8 @@ FULL: dict[str, dict[str, object]] = {
         "prompt": "class ",
         "sample_tokens": 16,
         "folder": "out",
+        "loss": "mine:loss",
+        "callbacks": ["mine:Habit"],
     },
     "checkpoint": {
         "every": 100,
@@ -86,7 +88,7 @@ FULL: dict[str, dict[str, object]] = {
         "asynchronous": True,
         "when_busy": "refuse",
     },
-    "monitor": {"every": 2, "peak_tflops": 0.5},
+    "monitor": {"every": 2, "sinks": ["tensorboard"], "peak_tflops": 0.5},
     "launch": {
         "ranks": 2,
         "threads": 1,
@@ -97,6 +99,7 @@ FULL: dict[str, dict[str, object]] = {
 }
 
 OPTIONAL = {
+    "train.loss",
     "data.weights", "data.vocab_size",
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "layout.recompute",

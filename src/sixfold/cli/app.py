@@ -59,9 +59,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="SIZE", help="Size the model by its parameters: 10m, 125m, 1b."),
+]
 Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
+DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]
+
+
+def _only_when_dry(as_json: bool, dry_run: bool) -> None:
+    """What ranks print while they run is no document; their metrics are in the run folder."""
+    if as_json and not dry_run:
+        raise typer.BadParameter("--json goes with --dry-run; a run writes metrics.jsonl into its folder")
 
 
 @app.callback()
@@ -82,7 +93,9 @@ def train(
         typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
     ] = None,
     into: Into = None,
+    preset: Preset = None,
     dry_run: DryRun = False,
+    as_json: DryJson = False,
 ) -> None:
     """Train a language model on text, on every rank of this machine.
 
@@ -91,7 +104,9 @@ def train(
     from sixfold.cli.train import run_train
     from sixfold.train.job import Request
 
-    raise typer.Exit(run_train(Request(config, tuple(overrides or ()), resume, into), dry_run=dry_run))
+    _only_when_dry(as_json, dry_run)
+    request = Request(config, tuple(overrides or ()), resume, into, preset)
+    raise typer.Exit(run_train(request, dry_run=dry_run, as_json=as_json))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -109,11 +124,15 @@ def run(
     ] = None,
     into: Into = None,
     dry_run: DryRun = False,
+    as_json: DryJson = False,
 ) -> None:
     """Run your own script on every rank of this machine."""
     from sixfold.cli.run import run_script
 
-    raise typer.Exit(run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run))
+    _only_when_dry(as_json, dry_run)
+    raise typer.Exit(
+        run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run, as_json=as_json)
+    )
 
 
 data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no_args_is_help=True)
@@ -264,6 +283,122 @@ def export(
     from sixfold.cli.ckpt import export_model
 
     raise typer.Exit(export_model(checkpoint, target, copy=copy, dry_run=dry_run, as_json=as_json))
+
+
+configuration = typer.Typer(
+    help="Show what a configuration comes to, check files, list the options.", no_args_is_help=True
+)
+app.add_typer(configuration, name="config")
+ConfigOrRun = Annotated[
+    Path | None,
+    typer.Argument(
+        parser=_path, metavar="[FILE]", help="Configuration file or run folder. Unset: the recipe."
+    ),
+]
+
+
+@configuration.command("show")
+def config_show(
+    file: ConfigOrRun = None, preset: Preset = None, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Show every value with its origin, as `sixfold train` would take it."""
+    from sixfold.cli.config import show
+
+    raise typer.Exit(show(file, preset=preset, overrides=overrides or [], as_json=as_json))
+
+
+@configuration.command("check")
+def config_check(
+    files: Annotated[list[Path], typer.Argument(parser=_path, metavar="FILE...")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", "-n", min=1, help="Also try to lay it out over so many ranks.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with configuration files; all of it at once."""
+    from sixfold.cli.config import check
+
+    raise typer.Exit(check(files, overrides=overrides or [], ranks=ranks, as_json=as_json))
+
+
+@configuration.command("schema")
+def config_schema(as_json: AsJson = False) -> None:
+    """List all options with their help; with --json the JSON schema that editors use."""
+    from sixfold.cli.config import schema
+
+    raise typer.Exit(schema(as_json=as_json))
+
+
+@app.command()
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--no-self-test", help="Let a few ranks exchange numbers.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look at this machine: devices, backends, links, limits, versions; one-line fixes."""
+    from sixfold.cli.doctor import examine
+
+    raise typer.Exit(examine(self_test=self_test, as_json=as_json))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(parser=_path, metavar="RUN", help="Run folder.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Beginning; may be given several times."),
+    ],
+    num_tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new ones.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.7,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "-k", min=1, help="Sample among the likeliest alone.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", parser=_path, metavar="FOLDER", help="Unset: the newest of the run."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the model of a run continue texts; each ends with its document."""
+    from sixfold.cli.generate import generate as continue_texts
+    from sixfold.train.completion import Sampling
+
+    raise typer.Exit(
+        continue_texts(
+            run,
+            prompts,
+            num_tokens=num_tokens,
+            how=Sampling(temperature, top_k, seed),
+            checkpoint=checkpoint,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run folders.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into",
+            parser=_path,
+            metavar="FILE",
+            help="File to write. Unset: report.html in the run folder; of several runs, here.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell of one run, or compare several, in one HTML file: curves, time, layout, settings."""
+    from sixfold.cli.report import report as write_report
+
+    raise typer.Exit(write_report(runs, into=into, dry_run=dry_run, as_json=as_json))
 
 
 def main() -> None:

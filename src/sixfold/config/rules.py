@@ -62,7 +62,8 @@ def displaced_by(path: str, value: object) -> list[str]:
 
 def _foreign_keys(name: str) -> list[str]:
     special = dict.fromkeys(key for keys in _OPTIMIZER_KEYS.values() for key in keys)
-    return [key for key in special if key not in _OPTIMIZER_KEYS[name]]
+    # What a plugin takes is known when it is called.
+    return [key for key in special if key not in _OPTIMIZER_KEYS.get(name, special)]
 
 
 def _divisor_below(number: int, bound: int) -> int:
@@ -147,7 +148,7 @@ def _only_for(key: str) -> None:
 
     @_rule(f"optimizer.{key}", "optimizer.name")
     def check(value: object, name: str) -> Verdict:
-        if value is None or name in owners:
+        if value is None or name in owners or name not in _OPTIMIZER_KEYS:
             return None
         return (
             f"optimizer.{key} belongs to {' and '.join(owners)}; {name} has no such setting",

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sixfold.config.names import Names
+
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 WideDType = Literal["fp64", "fp32", "bf16"]
 Spread = Literal["whole", "group", "all"]
@@ -168,8 +170,9 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, when it is named here and not handed over from Python."""
 
-    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
-    """Which torch optimizer."""
+    name: Annotated[str, Names("optimizer", ("adamw", "sgd", "adagrad"))] = "adamw"
+    """Which torch optimizer. A plugin is called with the parameters, lr, and those of betas, eps, momentum
+    and weight_decay that are set; "torch.optim:RAdam" is one."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] | None = None
@@ -189,12 +192,13 @@ class OptimizerConfig(Section):
 class LRScheduleConfig(Section):
     """The learning rate over the run, as a factor on the peak."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; linear and cosine end at train.steps."""
+    name: Annotated[str, Names("schedule", ("constant", "linear", "cosine"))] = "constant"
+    """Shape after the warm-up; all but constant end at train.steps. A plugin is called with the part of the
+    rest that is done, 0 to 1, and returns the factor, 1 to 0."""
     warmup_steps: NonNegative = 0
     """Updates over which the rate rises linearly from zero."""
     final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Where linear and cosine end, as a part of the peak."""
+    """Where all but constant end, as a part of the peak."""
 
 
 class TrainConfig(Section):
@@ -213,6 +217,11 @@ class TrainConfig(Section):
     """Tokens in the sample completion; 0 for none."""
     folder: Path = Path("runs")
     """Where run folders are made."""
+    loss: Annotated[str, Names("loss")] | None = None
+    """A loss in place of cross-entropy: a function of scores [rows, vocabulary] and targets [rows] that
+    returns their summed loss. Unset: cross-entropy."""
+    callbacks: tuple[Annotated[str, Names("callback")], ...] = ()
+    """Habits of your own around updates, called on every rank before the run saves."""
 
 
 class CheckpointConfig(Section):
@@ -235,6 +244,8 @@ class MonitorConfig(Section):
 
     every: Positive = 1
     """Updates between records of metrics."""
+    sinks: tuple[Annotated[str, Names("sink", ("tensorboard", "wandb", "prometheus"))], ...] = ()
+    """Where records of metrics go besides metrics.jsonl. One that fails is left out."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
     """What one rank could do in 1e12 operations a second, for the utilisation figure. Unset: measured
     at the start by a matrix product."""

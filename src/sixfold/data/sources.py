@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from sixfold.base.errors import DataError
+from sixfold.base.plugins import is_reference
 from sixfold.config.tree import DataConfig
 from sixfold.data.documents import TABLES, Document, digest_of, fetch, raise_unreadable, scan
 
@@ -215,6 +216,12 @@ def _raise_single(option: str, path: Path) -> NoReturn:
 
 
 def _raise_missing(option: str, folder: Path) -> NoReturn:
+    if is_reference(str(folder)):
+        raise DataError(
+            f"{option} = {str(folder)!r} is code, not text",
+            rule="a source that is a function is run once, by `sixfold data build`",
+            fix=f"sixfold data build {folder} --into CORPUS, then set data.path to that folder",
+        )
     missing = folder.absolute()
     while not os.path.isdir(missing.parent):
         missing = missing.parent

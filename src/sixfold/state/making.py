@@ -6,6 +6,7 @@ are pointed at units is `optimizer.bind`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sixfold.base.errors import ConfigError, ModelError, StateError
+from sixfold.base.plugins import load_plugin
 from sixfold.config import OptimizerConfig
 
 OptimizerLike = Optimizer | Sequence[Optimizer] | Callable[[Iterable[Any]], Optimizer | Sequence[Optimizer]]
@@ -36,13 +38,27 @@ def build_optimizer(asked: OptimizerConfig) -> Callable[[Iterable[Any]], Optimiz
         "sgd": torch.optim.SGD,
         "adagrad": torch.optim.Adagrad,
     }
-    kind = kinds[asked.name]
+    kind = kinds.get(asked.name) or load_plugin("optimizer", asked.name)
     named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm", "ema_decay"}, exclude_none=True)
 
     def factory(parameters: Iterable[Any]) -> Optimizer:
         return kind(parameters, **named)
 
+    if asked.name not in kinds:
+        _check_settings(asked.name, kind, named)
     return factory
+
+
+def _check_settings(name: str, kind: Callable[..., object], named: dict[str, Any]) -> None:
+    try:
+        inspect.signature(kind).bind((), **named)
+    except TypeError as error:
+        given = ", ".join(f"{key} = {value}" for key, value in named.items())
+        raise ConfigError(
+            f"optimizer.name = {name!r} with {given}: {error}",
+            rule="a plugin is called with the parameters, lr, and what else of [optimizer] is set",
+            fix="leave unset what it does not take, or give it such a parameter",
+        ) from error
 
 
 def make_optimizers(optimizer: OptimizerLike, module: nn.Module) -> tuple[Optimizer, ...]:

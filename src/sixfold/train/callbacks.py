@@ -34,8 +34,8 @@ class Metrics:
 
     def after_update(self, run: Run, record: StepRecord) -> None:
         is_due = record.step % self._every == 0 or record.step == run.total_steps
-        if is_due and run.journal is not None:
-            run.journal.write(record.as_dict())
+        if is_due and run.is_first:
+            run.record(record.as_dict())
             run.console.update(record)
 
     def at_end(self, run: Run, finished: bool) -> None:
@@ -66,10 +66,9 @@ class Evaluations:
 
     def _measure(self, run: Run) -> dict[str, float]:
         measured = bits_per_byte(run.engine, run.corpus, run.resolved.config)
-        if run.journal is not None:
-            parts = {name: bits for name, bits in measured.items() if name and len(measured) > 2}
-            record = {"step": run.engine.num_steps, "held_out_bits_per_byte": measured[""]}
-            run.journal.write(record | ({"held_out_parts": parts} if parts else {}))
+        parts = {name: bits for name, bits in measured.items() if name and len(measured) > 2}
+        record = {"step": run.engine.num_steps, "held_out_bits_per_byte": measured[""]}
+        run.record(record | ({"held_out_parts": parts} if parts else {}))
         return measured
 
 

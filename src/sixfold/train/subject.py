@@ -6,6 +6,7 @@ run; an engine is made around the module elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,20 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from sixfold.base.plugins import load_plugin
 from sixfold.config import Config
 from sixfold.data.corpus import Corpus
 from sixfold.data.stream import document_numbers
-from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
+from sixfold.models.decoder import Decoder, DecoderConfig, Loss, num_flops
 
 
-def build_model(config: Config, corpus: Corpus) -> nn.Module:
+def build_model(config: Config, vocab_size: int) -> nn.Module:
     """The model that the configuration describes, on the meta device."""
     asked = config.model
     with torch.device("meta"):
         return Decoder(
             DecoderConfig.derive(
-                vocab_size=corpus.vocab_size,
+                vocab_size=vocab_size,
                 context_length=config.data.sequence_length,
                 width=asked.width,
                 num_layers=asked.num_layers,
@@ -45,6 +47,26 @@ def fields_of(config: Config, corpus: Corpus, samples: npt.NDArray[np.int64]) ->
     if config.data.documents == "separate":
         fields["documents"] = torch.from_numpy(document_numbers(samples, corpus.document_mark))
     return fields
+
+
+def loss_of(config: Config, module: nn.Module) -> Callable[[Any, Any], Any] | None:
+    """Put the loss that `train.loss` names in the place of the model's own.
+
+    Returns:
+        What an engine needs to be told for it; None where the model computes it itself.
+    """
+    if config.train.loss is None:
+        return None
+    loss: Loss = load_plugin("loss", config.train.loss)
+    if isinstance(module, Decoder):
+        module.loss = loss
+        return None
+
+    def on_scores(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        targets = batch["labels"][:, 1:].flatten()
+        return loss(output.logits[:, :-1].flatten(0, 1).float(), targets), targets.numel()
+
+    return on_scores
 
 
 def flops_per_token(module: nn.Module, length: int) -> float | None:
