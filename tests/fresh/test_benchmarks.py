@@ -88,3 +88,15 @@ def test_zero_says_why_a_competitor_cannot_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Could not run: fairscale-oss: ImportError: not for this Python" in done.stdout
+
+
+def test_the_main_job_is_compared_with_a_plain_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "main_job.py"), "--smoke", "--rounds", "1", "--json"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["sixfold tokens/s"] > 0
+    assert figures["least"] <= figures["ratio"] <= figures["most"]

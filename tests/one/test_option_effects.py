@@ -8,6 +8,7 @@ not when nothing is changed. Runs are real, tiny and in this process.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -233,6 +234,10 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "data.max_mb": ({}, 0.01, corpus),
     "data.vocab_size": ({}, 280, corpus),
     "data.held_out_documents": ({}, 9, corpus),
+    "model.hf": ({"model.hf": "one"}, "other", lambda bench, changes: hf_shapes(bench, changes)),
+    "model.lora_rank": ({}, 3, shapes),
+    "model.lora_alpha": ({"model.lora_rank": 2}, 9.0, learned),
+    "model.lora_targets": ({"model.lora_rank": 2}, ["o_proj"], shapes),
     "data.tokenizer": ({"data.vocab_size": None}, "bytes", corpus),
     "data.weights": (
         {"data.path": None, "data.sources": ["text", "rows.jsonl"]},
@@ -297,6 +302,25 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def hf_shapes(bench: Lab, changes: dict[str, Any]) -> Any:
+    """Of a model described by a file, of which there are two."""
+    for name, width in (("one", 32), ("other", 64)):
+        (bench.folder / name).mkdir(exist_ok=True)
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "vocab_size": VOCABULARY,
+        }
+        described = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **sizes}
+        (bench.folder / name / "config.json").write_text(json.dumps(described))
+    sizes = dict.fromkeys(f"model.{key}" for key in ("width", "num_layers", "num_heads", "num_kv_heads"))
+    values = bench.values({**sizes, **changes, "model.hf": str(bench.folder / changes["model.hf"])})
+    plain = {path: str(value) if isinstance(value, Path) else value for path, value in values.items()}
+    module = build_model(load(values=nested(plain)).config, VOCABULARY)
+    return [tuple(parameter.shape) for parameter in module.parameters()]
 
 
 def own_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -470,6 +494,32 @@ def sources(bench: Lab) -> None:
     assert [part.record.name for part in found.parts] == ["text", "rows.jsonl"]
 
 
+def weights(bench: Lab) -> None:
+    """A run starts where another one ended."""
+    first = bench.run({"optimizer.lr": 1e-2})
+    newest = str(first.folder / "checkpoints" / first.checkpoints[-1])
+    small = {
+        "optimizer.lr": 1e-9,
+        "train.steps": 1,
+        "lr_schedule.warmup_steps": 0,
+        "lr_schedule.name": "constant",
+    }
+    assert (
+        bench.run({**small, "model.weights": newest}).column("loss")[0]
+        < bench.run(small).column("loss")[0] - 0.1
+    )
+
+
+def lora_from(bench: Lab) -> None:
+    first = bench.run({"model.lora_rank": 2, "optimizer.lr": 1e-2})
+    module = build_model(
+        bench.resolved({"model.lora_from": str(first.folder / "adapter")}).config, VOCABULARY
+    )
+    factors = [p for name, p in module.named_parameters() if "lora_B" in name]
+    assert len(factors) == 4
+    assert all(bool(factor.any()) for factor in factors), "fresh ones are zero"
+
+
 def text_field(bench: Lab) -> None:
     config = bench.resolved({"data.path": rows_file(bench, "content"), "data.text_field": "content"}).config
     assert prepare(config.data).record.parts[0].num_train_documents == 36
@@ -605,6 +655,8 @@ def transport(bench: Lab) -> None:
 SPECIAL: dict[str, Callable[[Lab], None]] = {
     "model.batch_stats": batch_stats,
     "data.path": path,
+    "model.weights": weights,
+    "model.lora_from": lora_from,
     "data.cache": cache,
     "data.sources": sources,
     "data.text_field": text_field,
@@ -630,6 +682,12 @@ def test_special(path: str, bench: Lab) -> None:
 def test_every_option_has_a_row() -> None:
     rows = [*DIFFERS, *REFUSED, *SPECIAL]
     assert sorted(rows) == sorted(path for path, *_ in describe())
+
+
+def test_a_run_says_what_compiling_brought(bench: Lab) -> None:
+    out = bench.run({"layout.compile": "eager", "train.steps": 1}).out
+    assert re.search(r"compile     blocks by eager: \d+\.\d+ s an update, \d+\.\d+ s as written", out)
+    assert "compile     " not in bench.run({"train.steps": 1}).out
 
 
 def test_threads_of_a_rank_are_those_asked_for(bench: Lab) -> None:

@@ -108,7 +108,7 @@ def test_what_cannot_be_loaded_is_said(name: str, told: str) -> None:
 def test_a_word_that_is_nothing_gets_the_near_one() -> None:
     with pytest.raises(ConfigError) as caught:
         load(values={"optimizer.name": "adamv"})
-    assert '"adamw" | "sgd" | "adagrad" | the name of a plugin' in caught.value.rule
+    assert '"adamw" | "sgd" | "adagrad" | "muon" | the name of a plugin' in caught.value.rule
     assert 'set optimizer.name = "adamw"' in caught.value.fix
 
 

@@ -22,6 +22,10 @@ FULL: dict[str, dict[str, object]] = {
         "rope_base": 500.0,
         "tie_embeddings": False,
         "dropout": 0.1,
+        "weights": "start",
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lora_targets": ["o_proj"],
         "batch_stats": "micro",
     },
     "data": {
@@ -99,6 +103,7 @@ FULL: dict[str, dict[str, object]] = {
 }
 
 OPTIONAL = {
+    "data.tokenizer", "model.weights", "model.lora_rank", "model.lora_alpha", "model.lora_targets",
     "train.loss",
     "data.weights", "data.vocab_size",
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
@@ -131,6 +136,8 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "model.rope_base": (1.0, 0, -10.5),
     "model.dropout": (1.0, -0.1, 2),
     "data.max_mb": (0, -1.5),
+    "model.lora_rank": (0, -1),
+    "model.lora_alpha": (0, -2.0),
     "data.vocab_size": (256, 65_537, 0),
     "data.weights": ([0.0, 1.0], [-1.0], [2.0, -0.5]),
     "data.sequence_length": (1, 0, -64),
@@ -178,6 +185,8 @@ ADDED: tuple[tuple[str, object, str], ...] = (
     ("batch.tokens", 2048, "batch.global"),
     ("train.minutes", 3, "train.steps"),
     ("data.sources", ["texts", "more.jsonl"], "data.path"),
+    ("model.hf", "folder", "model.width"),
+    ("model.lora_from", "adapter", "model.lora_rank"),
     ("optimizer.momentum", 0.9, "optimizer.name"),
     ("layout.reduce", "last", "layout.gradients"),
     ("precision.loss_scale", 1024.0, "precision.compute"),

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError
 from sixfold.data.order import sample_index
-from sixfold.data.stream import TURNS, Blend, TokenStream, document_numbers, turns_of, windows
+from sixfold.data.stream import (
+    TURNS,
+    Blend,
+    TokenStream,
+    document_numbers,
+    document_positions,
+    turns_of,
+    windows,
+)
 from sixfold.plan.batch import share
 
 
@@ -114,3 +122,5 @@ def test_a_weight_too_many_is_refused() -> None:
 def test_documents_are_numbered_within_a_sample() -> None:
     numbers = document_numbers(np.array([[5, 9, 5, 9, 9, 4], [9, 1, 2, 3, 4, 5]]), 9)
     assert numbers.tolist() == [[0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1]]
+    places = document_positions(np.array([[5, 9, 5, 9, 9, 4], [9, 1, 2, 3, 4, 5]]), 9)
+    assert places.tolist() == [[0, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5]]

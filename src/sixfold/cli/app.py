@@ -141,13 +141,15 @@ app.add_typer(data, name="data")
 
 @data.command("build")
 def data_build(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SOURCE]...", help="Folders of text files, .jsonl or .parquet files."),
-    ] = None,
     into: Annotated[
         Path, typer.Option("--into", parser=_path, metavar="FOLDER", help="Corpus folder to make.")
-    ] = ...,  # type: ignore[assignment]
+    ],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE]...", help="Folders of text files, .jsonl or .parquet files, or functions."
+        ),
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Annotated[

@@ -54,6 +54,19 @@ class ModelConfig(Section):
     """Use the token embedding as output head too."""
     dropout: Fraction = 0.0
     """Dropout probability on embeddings and on both branches of a block."""
+    hf: Path | None = None
+    """Folder or config.json of a causal Hugging Face model to train in place of the reference decoder. A
+    folder with safetensors files gives the weights too; else they are drawn."""
+    weights: Path | None = None
+    """Folder of safetensors files, or a checkpoint, to start from. Unset: those of model.hf, if any."""
+    lora_rank: Positive | None = None
+    """Freeze the model and train adapters of this rank beside its projections. Unset: none."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Adapters count alpha / rank. Unset: twice the rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Ends of the names of projections that get adapters. Unset: q_proj and v_proj."""
+    lora_from: Path | None = None
+    """Folder of adapters, as peft writes them, to go on with. Unset: fresh ones."""
     batch_stats: Literal["micro"] | None = None
     """"micro" accepts batch statistics (BatchNorm) taken over each micro-batch. Unset: refused where
     a batch is cut over ranks or micro-batches."""
@@ -75,9 +88,9 @@ class DataConfig(Section):
     """Key or column that holds the text in .jsonl and .parquet files."""
     max_mb: Annotated[float, Field(gt=0.0)] | None = None
     """Upper bound on the text used of each source, in MB (1e6 bytes). Unset: all of it."""
-    tokenizer: str = "bpe"
+    tokenizer: str | None = None
     """"bpe" trains one on the text, "bytes" has one entry for each byte; else a tokenizer.json of Hugging
-    Face, or the folder that holds it."""
+    Face, or the folder that holds it. Unset: the one that comes with model.hf, if any, else bpe."""
     vocab_size: Annotated[int, Field(ge=257, le=65_536)] | None = None
     """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included. Unset:
     4096."""
@@ -170,17 +183,18 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, when it is named here and not handed over from Python."""
 
-    name: Annotated[str, Names("optimizer", ("adamw", "sgd", "adagrad"))] = "adamw"
-    """Which torch optimizer. A plugin is called with the parameters, lr, and those of betas, eps, momentum
-    and weight_decay that are set; "torch.optim:RAdam" is one."""
+    name: Annotated[str, Names("optimizer", ("adamw", "sgd", "adagrad", "muon"))] = "adamw"
+    """Which torch optimizer; "muon" is for the matrices of repeated blocks, with adamw for the rest. A plugin
+    is called with the parameters, lr, and those of betas, eps, momentum and weight_decay that are set;
+    "torch.optim:RAdam" is one."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] | None = None
-    """Decay rates of adamw's two moments. Unset: 0.9 and 0.999."""
+    """Decay rates of adamw's two moments, beside muon too. Unset: 0.9 and 0.999."""
     eps: Annotated[float, Field(gt=0.0)] | None = None
-    """Added to the denominator of adamw and adagrad. Unset: torch's own."""
+    """Added to the denominator of adamw, beside muon too, and adagrad. Unset: torch's own."""
     momentum: Fraction | None = None
-    """Momentum of sgd. Unset: 0."""
+    """Momentum of sgd and muon. Unset: 0, and 0.95."""
     weight_decay: Annotated[float, Field(ge=0.0)] | None = None
     """Weight decay of every parameter. Unset: torch's own for this optimizer."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None

@@ -229,7 +229,7 @@ def _settings(config: DataConfig) -> dict[str, object]:
         "include": list(config.include),
         "text_field": config.text_field,
         "max_mb": config.max_mb,
-        "tokenizer": config.tokenizer,
+        "tokenizer": config.tokenizer or "bpe",
         "vocab_size": config.vocab_size,
         "held_out_documents": config.held_out_documents,
     }
@@ -254,9 +254,10 @@ def _content_key(selections: Sequence[Selection], config: DataConfig) -> str:
 
 
 def _vocabulary_key(config: DataConfig) -> list[object]:
-    key: list[object] = [config.text_field, config.tokenizer, config.vocab_size or DEFAULT_SIZE]
-    if config.tokenizer not in TRAINED:
-        key.append(_crc32(tokenizer_file(config.tokenizer)))
+    name = config.tokenizer or "bpe"
+    key: list[object] = [config.text_field, name, config.vocab_size or DEFAULT_SIZE]
+    if name not in TRAINED:
+        key.append(_crc32(tokenizer_file(name)))
     return key
 
 

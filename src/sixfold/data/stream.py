@@ -128,6 +128,13 @@ def document_numbers(samples: npt.NDArray[np.int64], mark: int) -> npt.NDArray[n
     return np.cumsum(samples == mark, axis=1)
 
 
+def document_positions(samples: npt.NDArray[np.int64], mark: int) -> npt.NDArray[np.int64]:
+    """Each token's place within its document, as far as the sample shows it; same shape."""
+    places = np.arange(samples.shape[1], dtype=np.int64)[None]
+    starts = np.where(samples == mark, places, 0)
+    return places - np.maximum.accumulate(starts, axis=1)
+
+
 def windows(tokens: Tokens, sequence_length: int) -> Iterator[npt.NDArray[np.int64]]:
     """Consecutive int64 windows of up to `sequence_length` + 1 tokens, each overlapping the last by one.
 

@@ -64,11 +64,12 @@ def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     Raises:
         DataError: there is no tokenizer where it points.
     """
-    if config.tokenizer == "bpe":
+    if config.tokenizer in (None, "bpe"):
         return train_tokenizer(texts, config.vocab_size or DEFAULT_SIZE)
     if config.tokenizer == "bytes":
         return train_tokenizer((), BYTES)
     fix = "set data.tokenizer to a tokenizer.json or the folder that holds one"
+    assert config.tokenizer is not None, "that is bpe"
     return _read(tokenizer_file(config.tokenizer), fix)
 
 
@@ -79,7 +80,7 @@ def mark_of(config: DataConfig, tokenizer: Tokenizer) -> int:
         DataError: the tokenizer has none that could.
     """
     names = list(_KNOWN_MARKS)
-    if config.tokenizer not in TRAINED:
+    if config.tokenizer is not None and config.tokenizer not in TRAINED:
         own = _end_of_text(tokenizer_file(config.tokenizer).with_name("tokenizer_config.json"))
         names = [own, *names] if own is not None else names
     found = [tokenizer.token_to_id(name) for name in names]

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import nn
+
 from sixfold.checkpoint import Keep, step_folder
+from sixfold.engine.persistence import ADAPTERS
 from sixfold.launch import current_session
+from sixfold.models.lora import Adapted, adapters_of
 from sixfold.monitor.meters import StepRecord
+from sixfold.train import adapters
 from sixfold.train.evaluate import bits_per_byte
-from sixfold.train.folder import CHECKPOINTS
+from sixfold.train.folder import ADAPTER_FOLDER, CHECKPOINTS
 from sixfold.train.run import Run
 
 
@@ -73,9 +78,13 @@ class Evaluations:
 
 
 class Checkpoints:
-    """Saves every so many updates and at the end; keeps the newest ones."""
+    """Saves every so many updates and at the end; keeps the newest ones.
+
+    Of a frozen model with adapters the adapters alone: the rest is what the run started from.
+    """
 
     def __init__(self, run: Run) -> None:
+        self._only = ADAPTERS if adapters.is_asked(run.resolved.config.model) else None
         self._every = run.resolved.config.checkpoint.every
         asked = run.resolved.config.checkpoint
         self._keep = Keep(asked.keep_last, asked.keep_every)
@@ -96,5 +105,24 @@ class Checkpoints:
     def _save(self, run: Run) -> None:
         folder = run.folder / CHECKPOINTS
         with current_session().saving():
-            run.engine.save(step_folder(folder, run.engine.num_steps), keep=self._keep)
+            run.engine.save(step_folder(folder, run.engine.num_steps), only=self._only, keep=self._keep)
         self._saved_step = run.engine.num_steps
+
+
+class Adapters:
+    """Leaves the adapters of a run in its folder, as `peft` reads them."""
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        """They are in every checkpoint."""
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        factors = [parameter for _, part in adapters_of(run.engine.module) for parameter in _factors_of(part)]
+        with run.engine.gathered(factors) as module:
+            if run.is_first:
+                folder = run.folder / ADAPTER_FOLDER
+                adapters.write_adapter(folder, module, run.resolved.config.model.hf)
+                run.say(f"adapter     {folder}")
+
+
+def _factors_of(part: Adapted) -> list[nn.Parameter]:
+    return [part.lora_A.weight, part.lora_B.weight]

@@ -21,8 +21,9 @@ from sixfold.models.decoder import Decoder
 from sixfold.models.generate import CachedDecoder, Reader, continue_with
 from sixfold.parallel import DTYPES
 from sixfold.train.folder import CHECKPOINTS, CONFIG, run_to_resume
-from sixfold.train.subject import build_model
+from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
+from sixfold.train.weights import fill, tensors_in
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
         )
     vocabulary = vocabulary_of(folder)
     config = load(folder / CONFIG).config
-    module = build_model(config, vocabulary.size)
+    module = build_model(config, vocabulary.size, device="cpu")
     saved = open_checkpoint(newest)
-    module.load_state_dict({name: saved.read_model(name) for name in module.state_dict()}, assign=True)
-    return module.to(DTYPES[config.precision.compute or "fp32"]).eval(), vocabulary
+    base = weights_of(config) if saved.manifest.only else None
+    tensors = tensors_in(base) if base is not None else {}
+    fill(module, tensors | {name: saved.read_model(name) for name in saved.model_names}, newest)
+    # Buffers keep their types, as in training: rotary frequencies lose too much in a narrow one.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.precision.compute or "fp32"])
+    return module.eval(), vocabulary
 
 
 def continuations(

@@ -52,4 +52,16 @@ def resolve(request: Request) -> Resolved:
     if request.resume is not None:
         file = run_to_resume(request.resume) / CONFIG
         return load(file, overrides=request.overrides).recall(file.read_text(), file)
-    return load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
+    return _decide_tokenizer(
+        load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
+    )
+
+
+def _decide_tokenizer(resolved: Resolved) -> Resolved:
+    model, data = resolved.config.model.hf, resolved.config.data
+    if model is None or data.tokenizer is not None or data.vocab_size is not None:
+        return resolved
+    own = model.expanduser() / "tokenizer.json"
+    if not own.is_file():
+        return resolved
+    return resolved.decide({"data.tokenizer": str(own)}, "comes with model.hf")

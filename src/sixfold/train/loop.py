@@ -28,8 +28,8 @@ from sixfold.monitor.meters import Meter
 from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
 from sixfold.plan import LossScaling, decide_batch
-from sixfold.train import job
-from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
+from sixfold.train import adapters, job
+from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.completion import Sampling, continuations
 from sixfold.train.compute import decide_compute
 from sixfold.train.facts import facts_of
@@ -37,8 +37,9 @@ from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 from sixfold.train.samples import samples_of
-from sixfold.train.subject import build_model, flops_per_token, loss_of
+from sixfold.train.subject import build_model, flops_per_token, loss_of, weights_of
 from sixfold.train.vocabulary import keep_vocabulary
+from sixfold.train.weights import start_from
 
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
@@ -60,7 +61,10 @@ def train(request: job.Request, session: Session) -> None:
         run = _set_up(request, resolved, standing, console)
         # In the end it is saved before it is measured: a failure of the latter then costs nothing.
         own = [load_plugin("callback", name)(run) for name in run.resolved.config.train.callbacks]
+        if adapters.is_asked(run.resolved.config.model):
+            own.append(Adapters())
         callbacks: Sequence[Callback] = (Metrics(run), *own, Checkpoints(run), Evaluations(run))
+        _tell_compiled(run)
         _settle_steps(run)
         if run.is_first:
             write_config(run.folder, run.resolved)
@@ -89,6 +93,10 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     config = resolved.config
     corpus = prepare(config.data)
     module = build_model(config, corpus.vocab_size)
+    weights = weights_of(config)
+    # A checkpoint holds all of the model, unless it is one of adapters alone.
+    if weights is not None and (standing is None or adapters.is_asked(config.model)):
+        start_from(module, weights)
     engine = initialize(module, config=resolved, loss_fn=loss_of(config, module))
     folder = request.resume
     if folder is None:
@@ -135,6 +143,20 @@ def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
     if rank != 0:
         return ""
     return str(make_folder(request.into, parent))
+
+
+def _tell_compiled(run: Run) -> None:
+    """Say what compiling the blocks brings, from timed rehearsals with and without."""
+    backend = run.resolved.config.layout.compile
+    if backend is None:
+        return
+    with torch.compiler.set_stance("force_eager"):
+        plain = _seconds_per_update(run)
+    compiled = _seconds_per_update(run)
+    run.say(
+        f"compile     blocks by {backend}: {compiled:.3f} s an update, {plain:.3f} s as written "
+        f"({plain / compiled:.2f} times as fast)"
+    )
 
 
 def _settle_steps(run: Run) -> None:
