@@ -14,6 +14,19 @@ import typer
 
 from sixfold import __version__
 from sixfold.base.errors import EXIT_INTERRUPTED, SixfoldError
+from sixfold.cli.groups import ckpt, configuration, data
+from sixfold.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryJson,
+    DryRun,
+    Into,
+    Overrides,
+    Preset,
+    Target,
+    only_when_dry,
+    path,
+)
 
 app = typer.Typer(
     name="sixfold",
@@ -22,57 +35,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data, name="data")
+app.add_typer(ckpt, name="ckpt")
+app.add_typer(configuration, name="config")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"sixfold {__version__}")
         raise typer.Exit
-
-
-def _path(text: str) -> Path:
-    """A path that was given; an empty one would silently mean the working directory."""
-    if not text:
-        raise typer.BadParameter("the path is empty; name one, or leave the option out")
-    return Path(text)
-
-
-Into = Annotated[
-    Path | None,
-    typer.Option(
-        "--into",
-        parser=_path,
-        metavar="FOLDER",
-        help="Run folder to make. Unset: a new one named after the time, under train.folder or runs/.",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")]
-
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", parser=_path, metavar="FILE", help="Configuration file: TOML, YAML or JSON."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option("--preset", metavar="SIZE", help="Size the model by its parameters: 10m, 125m, 1b."),
-]
-Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
-DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]
-
-
-def _only_when_dry(as_json: bool, dry_run: bool) -> None:
-    """What ranks print while they run is no document; their metrics are in the run folder."""
-    if as_json and not dry_run:
-        raise typer.BadParameter("--json goes with --dry-run; a run writes metrics.jsonl into its folder")
 
 
 @app.callback()
@@ -90,7 +61,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
+        typer.Option("--resume", parser=path, metavar="FOLDER", help="Go on with the run in this folder."),
     ] = None,
     into: Into = None,
     preset: Preset = None,
@@ -104,7 +75,7 @@ def train(
     from sixfold.cli.train import run_train
     from sixfold.train.job import Request
 
-    _only_when_dry(as_json, dry_run)
+    only_when_dry(as_json, dry_run)
     request = Request(config, tuple(overrides or ()), resume, into, preset)
     raise typer.Exit(run_train(request, dry_run=dry_run, as_json=as_json))
 
@@ -129,153 +100,15 @@ def run(
     """Run your own script on every rank of this machine."""
     from sixfold.cli.run import run_script
 
-    _only_when_dry(as_json, dry_run)
+    only_when_dry(as_json, dry_run)
     raise typer.Exit(
         run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run, as_json=as_json)
     )
 
 
-data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no_args_is_help=True)
-app.add_typer(data, name="data")
-
-
-@data.command("build")
-def data_build(
-    into: Annotated[
-        Path, typer.Option("--into", parser=_path, metavar="FOLDER", help="Corpus folder to make.")
-    ],
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SOURCE]...", help="Folders of text files, .jsonl or .parquet files, or functions."
-        ),
-    ] = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=1, help="Processes. Unset: one per core.")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a corpus of tokens that `sixfold train --set data.path=FOLDER` learns from.
-
-    Options of the section data say how, for example --set data.tokenizer=bytes. A build that was broken
-    off goes on where it was.
-    """
-    from sixfold.cli.data import build
-
-    raise typer.Exit(
-        build(
-            sources or [],
-            into,
-            config=config,
-            overrides=overrides or [],
-            workers=workers,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
-    )
-
-
-@data.command("inspect")
-def data_inspect(
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            parser=_path, metavar="[FOLDER]", help="Run folder or corpus. Unset: as `train` would do."
-        ),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option("--step", help="Show the samples of this update. Unset: the corpus.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option("--samples", min=1, help="How many of them.")] = 4,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the corpus first.")] = False,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show a corpus, or the text that an update of a run will see, or saw."""
-    from sixfold.cli.data import inspect
-
-    raise typer.Exit(
-        inspect(
-            target,
-            config=config,
-            overrides=overrides or [],
-            step=step,
-            num_samples=num_samples,
-            verify=verify,
-            as_json=as_json,
-        )
-    )
-
-
-ckpt = typer.Typer(help="Look at checkpoints, compare them, clear up.", no_args_is_help=True)
-app.add_typer(ckpt, name="ckpt")
-
-
-@ckpt.command("ls")
-def ckpt_ls(folder: Folder, as_json: AsJson = False) -> None:
-    """List the checkpoints in a folder or a run folder, what is not complete first."""
-    from sixfold.cli.ckpt import list_checkpoints
-
-    raise typer.Exit(list_checkpoints(folder, as_json=as_json))
-
-
-@ckpt.command("verify")
-def ckpt_verify(folder: Folder, as_json: AsJson = False) -> None:
-    """Read every byte of a checkpoint, or of all in a folder, and compare checksums."""
-    from sixfold.cli.ckpt import verify
-
-    raise typer.Exit(verify(folder, as_json=as_json))
-
-
-@ckpt.command("diff")
-def ckpt_diff(
-    first: Annotated[Path, typer.Argument(parser=_path, metavar="FIRST")],
-    second: Annotated[Path, typer.Argument(parser=_path, metavar="SECOND")],
-    as_json: AsJson = False,
-) -> None:
-    """Tell in which tensors and counters two checkpoints differ; the exit code is 1 if they do."""
-    from sixfold.cli.ckpt import diff
-
-    raise typer.Exit(diff(first, second, as_json=as_json))
-
-
-@ckpt.command("gc")
-def ckpt_gc(
-    folder: Folder,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="Newest checkpoints that stay.")],
-    keep_every: Annotated[
-        int | None, typer.Option("--keep-every", min=1, help="Those after a multiple of this stay too.")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove older checkpoints and what broken saves left. Not while a run saves into the folder."""
-    from sixfold.checkpoint import Keep
-    from sixfold.cli.ckpt import collect
-
-    raise typer.Exit(collect(folder, keep=Keep(keep_last, keep_every), dry_run=dry_run, as_json=as_json))
-
-
-@ckpt.command("import")
-def ckpt_import(
-    source: Annotated[Path, typer.Argument(parser=_path, metavar="SOURCE", help="Foreign folder.")],
-    target: Target,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a checkpoint from a Hugging Face folder or one of torch.distributed.checkpoint."""
-    from sixfold.cli.ckpt import import_checkpoint
-
-    raise typer.Exit(import_checkpoint(source, target, dry_run=dry_run, as_json=as_json))
-
-
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(parser=_path, metavar="CHECKPOINT")],
+    checkpoint: Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT")],
     target: Target,
     copy: Annotated[bool, typer.Option("--copy", help="Copy even where files could be linked.")] = False,
     dry_run: DryRun = False,
@@ -285,51 +118,6 @@ def export(
     from sixfold.cli.ckpt import export_model
 
     raise typer.Exit(export_model(checkpoint, target, copy=copy, dry_run=dry_run, as_json=as_json))
-
-
-configuration = typer.Typer(
-    help="Show what a configuration comes to, check files, list the options.", no_args_is_help=True
-)
-app.add_typer(configuration, name="config")
-ConfigOrRun = Annotated[
-    Path | None,
-    typer.Argument(
-        parser=_path, metavar="[FILE]", help="Configuration file or run folder. Unset: the recipe."
-    ),
-]
-
-
-@configuration.command("show")
-def config_show(
-    file: ConfigOrRun = None, preset: Preset = None, overrides: Overrides = None, as_json: AsJson = False
-) -> None:
-    """Show every value with its origin, as `sixfold train` would take it."""
-    from sixfold.cli.config import show
-
-    raise typer.Exit(show(file, preset=preset, overrides=overrides or [], as_json=as_json))
-
-
-@configuration.command("check")
-def config_check(
-    files: Annotated[list[Path], typer.Argument(parser=_path, metavar="FILE...")],
-    overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option("--ranks", "-n", min=1, help="Also try to lay it out over so many ranks.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what is wrong with configuration files; all of it at once."""
-    from sixfold.cli.config import check
-
-    raise typer.Exit(check(files, overrides=overrides or [], ranks=ranks, as_json=as_json))
-
-
-@configuration.command("schema")
-def config_schema(as_json: AsJson = False) -> None:
-    """List all options with their help; with --json the JSON schema that editors use."""
-    from sixfold.cli.config import schema
-
-    raise typer.Exit(schema(as_json=as_json))
 
 
 @app.command()
@@ -347,7 +135,7 @@ def doctor(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(parser=_path, metavar="RUN", help="Run folder.")],
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Run folder.")],
     prompts: Annotated[
         list[str],
         typer.Option("--prompt", "-p", metavar="TEXT", help="Beginning; may be given several times."),
@@ -362,7 +150,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", parser=_path, metavar="FOLDER", help="Unset: the newest of the run."),
+        typer.Option("--checkpoint", parser=path, metavar="FOLDER", help="Unset: the newest of the run."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -384,12 +172,12 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
     into: Annotated[
         Path | None,
         typer.Option(
             "--into",
-            parser=_path,
+            parser=path,
             metavar="FILE",
             help="File to write. Unset: report.html in the run folder; of several runs, here.",
         ),

@@ -103,7 +103,6 @@ def _fill(
     for number, part in enumerate(parts):
         name = f"{(TRAIN, HELD_OUT)[number % 2]}-{number // 2}.bin"
         files[name] = _join(folder / name, [piece.file for piece in part])
-    shutil.rmtree(folder / _PIECES)
     progress("compress", 0.0)
     compressors = _bits_per_byte(selections, config.text_field)
     progress("compress", 1.0)
@@ -114,6 +113,9 @@ def _fill(
         compressors,
         files,
     )
+    for path in folder.iterdir():  # pieces, and what an earlier attempt left
+        if path.name not in files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write(folder / RECORD, [record.model_dump_json(indent=2).encode()])
 
 

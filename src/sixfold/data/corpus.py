@@ -181,7 +181,7 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
         unfinished = folder.with_name(f"{folder.name}.building")
         unfinished.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            key = unfinished / "key"
+            key = unfinished / "key"  # tells whose the pieces are
             if not key.exists() or key.read_text() != settings["key"]:
                 shutil.rmtree(unfinished)
                 unfinished.mkdir()

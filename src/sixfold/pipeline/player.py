@@ -47,7 +47,7 @@ class StepResult:
     group_norms: tuple[float, ...] = ()
     loss_scale: float = 1.0
     skipped: bool = False
-    compute_s: float | None = None
+    compute_s: float | None = field(default=None, compare=False)
 
 
 @dataclass
