@@ -83,3 +83,15 @@ def test_zero_measures_sixfold_beside_ddp_and_says_why_another_cannot_run(tmp_pa
     assert f"| sixfold-3 | {row['speed'][0]:.3f} |" in done.stdout
     assert "| stage 3 over gloo / DDP | 0.80 |" in done.stdout
     assert "Could not run: fairscale-oss: ImportError: not for this Python" in done.stdout
+
+
+def test_the_main_job_is_compared_with_a_plain_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "main_job.py"), "--smoke", "--rounds", "1", "--json"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["sixfold tokens/s"] > 0
+    assert figures["least"] <= figures["ratio"] <= figures["most"]

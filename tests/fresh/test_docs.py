@@ -37,7 +37,7 @@ SHORT = {
     "train.steps": 3,
     "train.sample_tokens": 4,
     "data.max_mb": 0.5,
-    "data.held_out_files": 2,
+    "data.held_out_documents": 2,
     "data.vocab_size": 300,
     "data.sequence_length": 32,
     "model.width": 32,
@@ -45,6 +45,8 @@ SHORT = {
     "precision.compute": "fp32",
     "monitor.peak_tflops": 1.0,
 }
+BUILT = ("data.max_mb", "data.held_out_documents", "data.vocab_size")
+"""Of these, what was settled when a corpus was built."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Props:
         lab.write_config(folder / "my.toml", {"seed": 1, "data.path": folder / "home" / "texts"})
         script = next(b for b in BLOCKS if b.page == README and b.language == "python")
         (folder / "my_script.py").write_text(script.text)
+        plugins = next(b for b in BLOCKS if b.page.name == "plugins.md" and b.language == "python")
+        (folder / "my_plugins.py").write_text(plugins.text)
 
     def run(self, *arguments: str) -> None:
         environment = {**os.environ, "HOME": str(self.folder / "home")}
@@ -143,6 +147,8 @@ class Props:
                     assert target in (".", *(f".[{extra}]" for extra in project["optional-dependencies"]))
                 case ["sixfold", "train", *arguments]:
                     self._train(arguments)
+                case ["sixfold", "data" | "config" | "report" | "generate" | "doctor" as command, *arguments]:
+                    self.run(command, *arguments)
                 case ["sixfold", "run", *arguments]:
                     self.run("run", "--ranks", "2", *arguments)
                 case ["python", "-m", module, *_]:
@@ -152,6 +158,8 @@ class Props:
 
     def _train(self, arguments: list[str]) -> None:
         settings: dict[str, object] = dict(SHORT)
+        if any(each.startswith("data.path=corpus") for each in arguments):  # a corpus that is built already
+            settings = {path: value for path, value in SHORT.items() if path not in BUILT}
         if "--resume" in arguments:
             settings = {"train.steps": 5}
             resumed = self.folder / arguments[arguments.index("--resume") + 1]

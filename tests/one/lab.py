@@ -49,7 +49,7 @@ def settings(folder: Path, **changes: object) -> dict[str, object]:
         "data.include": ["*.py", "*.txt"],
         "data.vocab_size": 300,
         "data.sequence_length": 32,
-        "data.held_out_files": 4,
+        "data.held_out_documents": 4,
         "data.cache": folder / "cache",
         "model.width": 32,
         "model.num_layers": 2,

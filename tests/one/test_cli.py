@@ -5,45 +5,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from sixfold.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_USAGE
-from sixfold.cli.app import main
 from sixfold.config import load
 from tests.one import lab
-
-
-class Terminal:
-    """Calls `sixfold ARGUMENTS...` in a folder of its own."""
-
-    def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        self.folder, self.out, self.err = folder, "", ""
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str | Path) -> int:
-        self._monkeypatch.setattr(sys, "argv", ["sixfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        self.out, self.err = self._capsys.readouterr()
-        code = ended.value.code
-        return code if isinstance(code, int) else 0
-
-    def config(self, **changes: object) -> Path:
-        return lab.write_config(self.folder / "my.toml", lab.settings(self.folder, **changes))
-
-
-@pytest.fixture
-def sixfold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal(tmp_path, monkeypatch, capsys)
+from tests.one.terminal import Terminal
 
 
 def files_in(folder: Path) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sixfold.models import attention
 from sixfold.models.attention import attend_written_out, rotary_tables, rotate
-from sixfold.models.decoder import LOSS_ROWS, NORM_EPS, Decoder, DecoderConfig, RMSNorm, num_flops
+from sixfold.models.decoder import (
+    LOSS_ROWS,
+    NORM_EPS,
+    Decoder,
+    DecoderConfig,
+    RMSNorm,
+    cross_entropy,
+    num_flops,
+)
 from sixfold.models.generate import generate
 
 
@@ -250,26 +260,68 @@ def test_sizes_that_do_not_divide_are_refused(changes: dict[str, object]) -> Non
         config(**changes)
 
 
-def test_greedy_continuation_takes_the_likeliest_token_and_keeps_the_context() -> None:
-    model, prompt = decoder(context_length=6), tokens(2, 4)
-    lengths = []
-    model.model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    out = generate(model, prompt, 5)
-    assert lengths == [4, 5, 6, 6, 6]
+def continued(model: Decoder, prompts: list[list[int]], count: int, **options: Any) -> Tensor:
+    return torch.stack(list(generate(model, prompts, count, **options)), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_continuation_takes_the_likeliest_token_of_the_whole_context(dtype: torch.dtype) -> None:
+    model = decoder(dtype, tie_embeddings=False)
+    prompts = [tokens(1, 9)[0].tolist(), [3, 1, 4], [5]]
+    out = continued(model, prompts, 8)
     assert model.training
-    assert torch.equal(out[:, :4], prompt)
-    for end in range(4, 9):
-        assert torch.equal(model.logits(out[:, max(0, end - 6) : end])[:, -1].argmax(-1), out[:, end])
+    for prompt, row in zip(prompts, out.tolist(), strict=True):
+        whole = prompt + row
+        scores = model.logits(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :]
+        taken = scores.gather(1, torch.tensor(row)[:, None])[:, 0]
+        # In a narrow type two tokens may be equally likely to the last digit.
+        assert (scores.max(-1).values - taken <= (0 if dtype is torch.float64 else 0.06)).all()
+
+
+def test_keys_are_kept_and_a_full_context_is_cut_to_its_newer_half() -> None:
+    model, read = decoder(context_length=6), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].tolist()[0]))
+    prompt = [3, 1, 4, 1]
+    out = continued(model, [prompt], 6)[0].tolist()
+    assert read == [prompt, out[:1], out[1:2], out[:3], out[3:4], out[4:5]]
 
 
 def test_sampled_continuation_follows_its_generator() -> None:
-    model, prompt = decoder().eval(), tokens(1, 4)
-    draws = [generate(model, prompt, 12, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    cold = generate(model, prompt, 12, 1e-4, torch.Generator().manual_seed(0))
-    assert torch.equal(cold, generate(model, prompt, 12))
+    model, prompt = decoder().eval(), [tokens(1, 4)[0].tolist()]
+
+    def draw(seed: int, temperature: float = 1.0, top_k: int | None = None) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        options = {"temperature": temperature, "top_k": top_k, "generator": generator}
+        return continued(model, prompt, 12, **options).tolist()
+
+    assert draw(0) == draw(0) != draw(1)
+    assert draw(0, 1e-4) == draw(0, top_k=1) == continued(model, prompt, 12).tolist()
     assert not model.training
+
+
+def test_documents_that_share_a_sample_do_not_see_each_other() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model = decoder(dtype)
+        first, second = tokens(1, 6), tokens(1, 9)[:, 2:]
+        joined = torch.cat((first, second), 1)
+        documents = torch.tensor([[0] * 6 + [1] * 7])
+        apart = torch.cat([model.logits(first), model.logits(second)], 1)
+        close = {"rtol": 0, "atol": 1e-13 if dtype is torch.float64 else 0.1}
+        torch.testing.assert_close(model.logits(joined, documents), apart, **close)
+        loss, weight = model(joined, documents)
+        assert weight == 12
+        targets = joined[0, 1:]
+        expected = cross_entropy(apart[0, :-1].to(torch.promote_types(dtype, torch.float32)), targets)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12 if dtype is torch.float64 else 0.3)
+        assert not torch.equal(model.logits(joined), apart)
+
+
+def test_another_loss_takes_the_place_of_cross_entropy() -> None:
+    model = decoder()
+    model.loss = lambda scores, targets: scores.gather(1, targets[:, None]).sum()
+    loss, _ = model(tokens(2, 9))
+    expected = model.logits(tokens(2, 9)[:, :-1]).gather(2, tokens(2, 9)[:, 1:, None]).sum()
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,6 +7,8 @@ not when nothing is changed. Runs are real, tiny and in this process.
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +25,7 @@ from torch.distributed import HashStore
 
 import sixfold
 import sixfold.cli.train
-from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError
+from sixfold.base.errors import CheckpointError, ConfigError, DataError, ModelError, PlanError
 from sixfold.checkpoint import Content, open_checkpoint
 from sixfold.checkpoint.files import Files
 from sixfold.config import Resolved, describe, load
@@ -35,7 +38,9 @@ from sixfold.monitor.journal import read_records
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
 from sixfold.train import loop
-from sixfold.train.job import RECIPE, Request, build_model
+from sixfold.train.job import RECIPE, Request
+from sixfold.train.samples import samples_of
+from sixfold.train.subject import build_model
 from tests.one import lab
 
 VOCABULARY = 300
@@ -86,7 +91,7 @@ class Lab:
 
     def engine(self, changes: dict[str, Any]) -> sixfold.Engine:
         resolved = self.resolved(changes)
-        module = build_model(resolved, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
+        module = build_model(resolved.config, VOCABULARY)
         engine = sixfold.initialize(module, config=resolved)
         engine.learning_rate = engine.learning_rate.ending_at(4)
         return engine
@@ -183,7 +188,8 @@ def num_forwards(bench: Lab, changes: dict[str, Any]) -> Any:
 
 def corpus(bench: Lab, changes: dict[str, Any]) -> Any:
     found = prepare(bench.resolved(changes).config.data)
-    return found.vocab_size, found.held_out_names, found.num_train_bytes, str(found.folder)
+    part = found.record.parts[0]
+    return found.vocab_size, part.held_out_names, part.num_train_bytes, str(found.folder)
 
 
 def column(name: str) -> Observable:
@@ -227,7 +233,18 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "data.include": ({}, ["*.py"], corpus),
     "data.max_mb": ({}, 0.01, corpus),
     "data.vocab_size": ({}, 280, corpus),
-    "data.held_out_files": ({}, 9, corpus),
+    "data.held_out_documents": ({}, 9, corpus),
+    "model.hf": ({"model.hf": "one"}, "other", lambda bench, changes: hf_shapes(bench, changes)),
+    "model.lora_rank": ({}, 3, shapes),
+    "model.lora_alpha": ({"model.lora_rank": 2}, 9.0, learned),
+    "model.lora_targets": ({"model.lora_rank": 2}, ["o_proj"], shapes),
+    "data.tokenizer": ({"data.vocab_size": None}, "bytes", corpus),
+    "data.weights": (
+        {"data.path": None, "data.sources": ["text", "rows.jsonl"]},
+        [1.0, 50.0],
+        lambda b, c: drawn(b, c),
+    ),
+    "data.documents": ({"train.steps": 1}, "separate", column("loss")),
     "data.sequence_length": ({}, 16, column("tokens")),
     "batch.global": ({}, 3, column("samples")),
     "batch.tokens": ({"batch.global": None}, 32, lambda bench, changes: batch_text(bench, changes)),
@@ -275,9 +292,71 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
     "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
+    "monitor.sinks": ({}, ["prometheus"], lambda bench, changes: files_left(bench, changes)),
+    "train.loss": ({}, "tests.one.test_option_effects:own_loss", column("loss")),
+    "train.callbacks": (
+        {},
+        ["tests.one.test_option_effects:Habit"],
+        lambda b, changes: files_left(b, changes),
+    ),
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def hf_shapes(bench: Lab, changes: dict[str, Any]) -> Any:
+    """Of a model described by a file, of which there are two."""
+    for name, width in (("one", 32), ("other", 64)):
+        (bench.folder / name).mkdir(exist_ok=True)
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "vocab_size": VOCABULARY,
+        }
+        described = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **sizes}
+        (bench.folder / name / "config.json").write_text(json.dumps(described))
+    sizes = dict.fromkeys(f"model.{key}" for key in ("width", "num_layers", "num_heads", "num_kv_heads"))
+    values = bench.values({**sizes, **changes, "model.hf": str(bench.folder / changes["model.hf"])})
+    plain = {path: str(value) if isinstance(value, Path) else value for path, value in values.items()}
+    module = build_model(load(values=nested(plain)).config, VOCABULARY)
+    return [tuple(parameter.shape) for parameter in module.parameters()]
+
+
+def own_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(scores, targets, label_smoothing=0.5, reduction="sum")
+
+
+class Habit:
+    """A callback that leaves a file."""
+
+    def __init__(self, run: Any) -> None:
+        self.file = run.folder / "habit"
+
+    def after_update(self, run: Any, record: Any) -> None:
+        self.file.write_text(str(record.step))
+
+    def at_end(self, run: Any, finished: bool) -> None:
+        pass
+
+
+def files_left(bench: Lab, changes: dict[str, Any]) -> list[str]:
+    return sorted(path.name for path in bench.run(changes).folder.iterdir())
+
+
+def rows_file(bench: Lab, field: str = "text") -> Path:
+    rows = [{field: f"value {number} in range {number}\n" * 9} for number in range(40)]
+    file = bench.folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def drawn(bench: Lab, changes: dict[str, Any]) -> Any:
+    """From which source the first samples come."""
+    rows_file(bench)
+    changes = {**changes, "data.sources": [str(bench.folder / name) for name in changes["data.sources"]]}
+    config = bench.resolved(changes).config
+    return samples_of(config, prepare(config.data)).origins(np.arange(60))[0].tolist()
 
 
 def batch_text(bench: Lab, changes: dict[str, Any]) -> str:
@@ -409,6 +488,45 @@ def path(bench: Lab) -> None:
     assert corpus(bench, {"data.path": other}) != corpus(bench, {})
 
 
+def sources(bench: Lab) -> None:
+    several = {"data.path": None, "data.sources": [str(bench.folder / "text"), str(rows_file(bench))]}
+    found = prepare(bench.resolved(several).config.data)
+    assert [part.record.name for part in found.parts] == ["text", "rows.jsonl"]
+
+
+def weights(bench: Lab) -> None:
+    """A run starts where another one ended."""
+    first = bench.run({"optimizer.lr": 1e-2})
+    newest = str(first.folder / "checkpoints" / first.checkpoints[-1])
+    small = {
+        "optimizer.lr": 1e-9,
+        "train.steps": 1,
+        "lr_schedule.warmup_steps": 0,
+        "lr_schedule.name": "constant",
+    }
+    assert (
+        bench.run({**small, "model.weights": newest}).column("loss")[0]
+        < bench.run(small).column("loss")[0] - 0.1
+    )
+
+
+def lora_from(bench: Lab) -> None:
+    first = bench.run({"model.lora_rank": 2, "optimizer.lr": 1e-2})
+    module = build_model(
+        bench.resolved({"model.lora_from": str(first.folder / "adapter")}).config, VOCABULARY
+    )
+    factors = [p for name, p in module.named_parameters() if "lora_B" in name]
+    assert len(factors) == 4
+    assert all(bool(factor.any()) for factor in factors), "fresh ones are zero"
+
+
+def text_field(bench: Lab) -> None:
+    config = bench.resolved({"data.path": rows_file(bench, "content"), "data.text_field": "content"}).config
+    assert prepare(config.data).record.parts[0].num_train_documents == 36
+    with pytest.raises(DataError, match="no text under 'text'"):
+        prepare(bench.resolved({"data.path": bench.folder / "rows.jsonl"}).config.data)
+
+
 def cache(bench: Lab) -> None:
     elsewhere = bench.folder / "another cache"
     assert Path(corpus(bench, {"data.cache": elsewhere})[-1]).is_relative_to(elsewhere)
@@ -537,7 +655,11 @@ def transport(bench: Lab) -> None:
 SPECIAL: dict[str, Callable[[Lab], None]] = {
     "model.batch_stats": batch_stats,
     "data.path": path,
+    "model.weights": weights,
+    "model.lora_from": lora_from,
     "data.cache": cache,
+    "data.sources": sources,
+    "data.text_field": text_field,
     "train.minutes": minutes,
     "train.eval_every": eval_every,
     "train.prompt": prompt,
@@ -560,6 +682,12 @@ def test_special(path: str, bench: Lab) -> None:
 def test_every_option_has_a_row() -> None:
     rows = [*DIFFERS, *REFUSED, *SPECIAL]
     assert sorted(rows) == sorted(path for path, *_ in describe())
+
+
+def test_a_run_says_what_compiling_brought(bench: Lab) -> None:
+    out = bench.run({"layout.compile": "eager", "train.steps": 1}).out
+    assert re.search(r"compile     blocks by eager: \d+\.\d+ s an update, \d+\.\d+ s as written", out)
+    assert "compile     " not in bench.run({"train.steps": 1}).out
 
 
 def test_threads_of_a_rank_are_those_asked_for(bench: Lab) -> None:

@@ -22,15 +22,23 @@ FULL: dict[str, dict[str, object]] = {
         "rope_base": 500.0,
         "tie_embeddings": False,
         "dropout": 0.1,
+        "weights": "start",
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lora_targets": ["o_proj"],
         "batch_stats": "micro",
     },
     "data": {
         "path": "texts",
+        "weights": [3.0, 1.0],
         "include": ["*.py", "*.md"],
+        "text_field": "content",
+        "tokenizer": "bpe",
+        "documents": "separate",
         "max_mb": 3.5,
         "vocab_size": 512,
         "sequence_length": 64,
-        "held_out_files": 5,
+        "held_out_documents": 5,
         "cache": "cached",
     },
     "batch": {"global": 32, "micro": 4},
@@ -74,6 +82,8 @@ FULL: dict[str, dict[str, object]] = {
         "prompt": "class ",
         "sample_tokens": 16,
         "folder": "out",
+        "loss": "mine:loss",
+        "callbacks": ["mine:Habit"],
     },
     "checkpoint": {
         "every": 100,
@@ -82,7 +92,7 @@ FULL: dict[str, dict[str, object]] = {
         "asynchronous": True,
         "when_busy": "refuse",
     },
-    "monitor": {"every": 2, "peak_tflops": 0.5},
+    "monitor": {"every": 2, "sinks": ["tensorboard"], "peak_tflops": 0.5},
     "launch": {
         "ranks": 2,
         "threads": 1,
@@ -93,6 +103,9 @@ FULL: dict[str, dict[str, object]] = {
 }
 
 OPTIONAL = {
+    "data.tokenizer", "model.weights", "model.lora_rank", "model.lora_alpha", "model.lora_targets",
+    "train.loss",
+    "data.weights", "data.vocab_size",
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "layout.recompute",
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
@@ -104,6 +117,7 @@ OPTIONAL = {
 }  # fmt: skip
 
 WORDS = {
+    "data.documents",
     "model.batch_stats", "layout.recompute", "layout.transport", "optimizer.name", "lr_schedule.name",
     "checkpoint.when_busy",
     *(f"layout.{kind}" for kind in ("parameters", "gradients", "optimizer")),
@@ -112,7 +126,7 @@ WORDS = {
 
 _COUNTS = (
     "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
-    "data.held_out_files", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
+    "data.held_out_documents", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
     "layout.pipe", "layout.context", "layout.expert", "train.steps", "train.eval_every", "checkpoint.every",
     "checkpoint.keep_last", "checkpoint.keep_every", "monitor.every", "launch.ranks", "launch.threads",
 )  # fmt: skip
@@ -122,7 +136,10 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "model.rope_base": (1.0, 0, -10.5),
     "model.dropout": (1.0, -0.1, 2),
     "data.max_mb": (0, -1.5),
+    "model.lora_rank": (0, -1),
+    "model.lora_alpha": (0, -2.0),
     "data.vocab_size": (256, 65_537, 0),
+    "data.weights": ([0.0, 1.0], [-1.0], [2.0, -0.5]),
     "data.sequence_length": (1, 0, -64),
     "layout.zero": (4, -1),
     "layout.prefetch_mb": (-1.0,),
@@ -143,6 +160,7 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
 }
 
 CONFLICTS: tuple[tuple[str, object, str], ...] = (
+    ("data.tokenizer", "bytes", "data.vocab_size"),
     ("model.width", 100, "model.num_heads"),
     ("model.width", 4, "model.num_heads"),
     ("model.num_heads", 5, "model.width"),
@@ -166,6 +184,9 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
 ADDED: tuple[tuple[str, object, str], ...] = (
     ("batch.tokens", 2048, "batch.global"),
     ("train.minutes", 3, "train.steps"),
+    ("data.sources", ["texts", "more.jsonl"], "data.path"),
+    ("model.hf", "folder", "model.width"),
+    ("model.lora_from", "adapter", "model.lora_rank"),
     ("optimizer.momentum", 0.9, "optimizer.name"),
     ("layout.reduce", "last", "layout.gradients"),
     ("precision.loss_scale", 1024.0, "precision.compute"),

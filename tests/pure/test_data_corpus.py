@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError
 from sixfold.config.tree import DataConfig
-from sixfold.data.corpus import Corpus, prepare
-from sixfold.data.tokenizer import DOCUMENT_MARK
+from sixfold.data import build
+from sixfold.data.corpus import Corpus, prepare, prepare_at
+from sixfold.data.tokenizer import DOCUMENT_MARK, train_tokenizer
 
 WORDS = ["the", "order", "of", "samples", "never", "follows", "from", "ranks"]
 
@@ -49,11 +50,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(6):
         (folder / f"{number}.py").write_text(text_of(number))
-    return prepare(asked(folder, held_out_files=2, cache=folder / "cache"))
+    return prepare(asked(folder, held_out_documents=2, cache=folder / "cache"))
 
 
 def asked(source: Path, **changes: object) -> DataConfig:
-    settings = {"path": source, "vocab_size": 300, "held_out_files": 5, "cache": source.parent / "cache"}
+    settings = {"path": source, "vocab_size": 300, "held_out_documents": 5, "cache": source.parent / "cache"}
     return DataConfig.model_validate({**settings, **changes})
 
 
@@ -79,29 +80,30 @@ def documents(corpus: Corpus, tokens: np.ndarray) -> list[str]:
     return [corpus.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(starts)]
 
 
-def test_the_shards_are_the_text(source: Path) -> None:
+def test_the_token_files_are_the_text(source: Path) -> None:
     corpus = prepare(asked(source))
+    ((part,), record) = corpus.parts, corpus.record.parts[0]
     files = relative(source)
-    held_out = [files.pop(name) for name in corpus.held_out_names]
+    held_out = [files.pop(name) for name in record.held_out_names]
     assert len(held_out) == corpus.num_held_out_documents == 5
-    assert list(corpus.held_out_names) == sorted(corpus.held_out_names)
-    assert documents(corpus, corpus.held_out) == held_out
-    assert documents(corpus, corpus.train) == [files[name] for name in sorted(files)]
-    assert corpus.num_train_documents == 15
-    assert corpus.num_train_bytes == sum(len(text.encode()) for text in files.values())
+    assert record.held_out_names == sorted(record.held_out_names)
+    assert documents(corpus, part.held_out) == held_out
+    assert documents(corpus, part.train) == [files[name] for name in sorted(files)]
+    assert record.num_train_documents == 15
+    assert record.num_train_bytes == sum(len(text.encode()) for text in files.values())
     assert corpus.num_held_out_bytes == sum(len(text.encode()) for text in held_out)
-    assert corpus.vocab_size == corpus.tokenizer.get_vocab_size() == 300
-    assert corpus.train.dtype == np.uint16
-    assert corpus.train.max() < 300
-    assert len(corpus.train) < corpus.num_train_bytes / 1.5
+    assert corpus.vocab_size == corpus.vocabulary.size == 300
+    assert part.train.dtype == np.uint16
+    assert part.train.max() < 300
+    assert len(part.train) == corpus.num_train_tokens < record.num_train_bytes / 1.5
     with pytest.raises(ValueError, match="read-only"):
-        corpus.train[0] = 1
+        part.train[0] = 1
 
 
 def test_compressors_see_the_held_out_bytes(source: Path) -> None:
     corpus = prepare(asked(source))
     files = relative(source)
-    content = "".join(files[name] for name in corpus.held_out_names).encode()
+    content = "".join(files[name] for name in corpus.record.parts[0].held_out_names).encode()
     assert corpus.compressors == {
         "gzip -9": 8 * len(gzip.compress(content, 9, mtime=0)) / len(content),
         "xz -9": 8 * len(lzma.compress(content, preset=9)) / len(content),
@@ -125,8 +127,8 @@ def test_text_that_spells_the_mark_is_text(corpus: Corpus) -> None:
 def test_a_document_may_spell_the_mark_too(source: Path) -> None:
     (source / "file00.py").write_text(f"x = '{DOCUMENT_MARK}'\n" * 3)
     corpus = prepare(asked(source))
-    marks = np.count_nonzero(corpus.train == corpus.document_mark)
-    marks += np.count_nonzero(corpus.held_out == corpus.document_mark)
+    marks = np.count_nonzero(corpus.parts[0].train == corpus.document_mark)
+    marks += np.count_nonzero(corpus.parts[0].held_out == corpus.document_mark)
     assert marks == 20
 
 
@@ -141,19 +143,21 @@ def test_the_same_text_gives_the_same_files(source: Path, tmp_path: Path) -> Non
 
 
 def test_long_documents_are_cut_for_the_tokenizer_only(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sixfold.data.corpus._PIECE_CHARS", 50)
-    monkeypatch.setattr("sixfold.data.corpus._BATCH_CHARS", 120)
+    monkeypatch.setattr("sixfold.data.build._RUN_CHARS", 50)
+    monkeypatch.setattr("sixfold.data.build.PIECE_BYTES", 120)
     corpus = prepare(asked(source))
     files = relative(source)
-    assert documents(corpus, corpus.held_out) == [files[name] for name in corpus.held_out_names]
+    assert documents(corpus, corpus.parts[0].held_out) == [
+        files[name] for name in corpus.record.parts[0].held_out_names
+    ]
 
 
 def test_a_small_vocabulary_is_reported_as_it_is(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.py").write_text("ab" * (number + 1))
-    corpus = prepare(asked(tmp_path, vocab_size=4096, held_out_files=1, cache=tmp_path / "cache"))
+    corpus = prepare(asked(tmp_path, vocab_size=4096, held_out_documents=1, cache=tmp_path / "cache"))
     assert 257 <= corpus.vocab_size < 270
-    assert corpus.tokenizer.get_vocab_size() == corpus.vocab_size
+    assert corpus.vocabulary.size == corpus.vocab_size
 
 
 def test_a_known_corpus_is_not_read_again(source: Path) -> None:
@@ -174,7 +178,7 @@ def test_new_times_are_read_but_not_built_again(source: Path) -> None:
     assert phases == ["read files"]
 
 
-@pytest.mark.parametrize("change", ["content", "vocab_size", "held_out_files", "max_mb"])
+@pytest.mark.parametrize("change", ["content", "vocab_size", "held_out_documents", "max_mb"])
 def test_what_matters_makes_another_corpus(source: Path, change: str) -> None:
     first = prepare(asked(source))
     if change == "content":
@@ -182,7 +186,7 @@ def test_what_matters_makes_another_corpus(source: Path, change: str) -> None:
         second = prepare(asked(source))
     else:
         second = prepare(
-            asked(source, **{change: {"vocab_size": 280, "held_out_files": 4, "max_mb": 0.008}[change]})
+            asked(source, **{change: {"vocab_size": 280, "held_out_documents": 4, "max_mb": 0.008}[change]})
         )
     assert second.folder != first.folder
     Corpus(first.folder).verify()
@@ -215,26 +219,42 @@ def folders_in(cache: Path) -> set[str]:
     return {path.name for path in (cache / "corpora").iterdir() if path.is_dir()}
 
 
-def test_a_build_that_was_broken_off_leaves_nothing(source: Path) -> None:
-    def stop(phase: str, done: float) -> None:
-        if phase == "compress":
+def test_a_build_that_was_broken_off_goes_on(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sixfold.data.build.PIECE_BYTES", 1000)
+    written: list[str] = []
+    plain = build._write_piece
+
+    def write_piece(piece: build._Piece, *how: object) -> None:
+        if len(written) == 3:
             raise KeyboardInterrupt
+        plain(piece, *how)  # type: ignore[arg-type]
+        written.append(piece.file.name)
 
+    monkeypatch.setattr(build, "_write_piece", write_piece)
     with pytest.raises(KeyboardInterrupt):
-        prepare(asked(source), on_progress=stop)
-    assert folders_in(source.parent / "cache") == {"known"}
-    phases = Phases()
-    prepare(asked(source), on_progress=phases).verify()
-    assert phases == BUILDING
+        prepare(asked(source))
+    assert written == ["0-train-000000", "0-train-000001", "0-train-000002"]
+    monkeypatch.setattr(build, "_write_piece", plain)
+    trained: list[int] = []
+    monkeypatch.setattr(build, "make_tokenizer", lambda *_: trained.append(1))
+    corpus = prepare(asked(source))
+    corpus.verify()
+    assert not trained, "the tokenizer of the first attempt is used"
+    files = relative(source)
+    held_out = [files.pop(name) for name in corpus.record.parts[0].held_out_names]
+    assert documents(corpus, corpus.parts[0].train) == [files[name] for name in sorted(files)]
+    assert documents(corpus, corpus.parts[0].held_out) == held_out
+    assert folders_in(source.parent / "cache") == {"known", corpus.folder.name}
 
 
-def test_what_a_killed_builder_left_is_cleared_away(source: Path, tmp_path: Path) -> None:
-    name = prepare(asked(source)).folder.name
-    leftover = tmp_path / "other" / "corpora" / f"{name}.building"
-    leftover.mkdir(parents=True)
-    (leftover / "train.bin").write_text("half a shard")
-    prepare(asked(source, cache=tmp_path / "other")).verify()
-    assert folders_in(tmp_path / "other") == {"known", name}
+def test_processes_make_the_same_files(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sixfold.data.build.PIECE_BYTES", 1000)
+    alone = prepare_at(tmp_path / "alone", asked(source), on_progress=Phases(), workers=1)
+    monkeypatch.setattr("sixfold.data.build.POOL_BYTES", 0)
+    pooled = prepare_at(tmp_path / "pooled", asked(source), on_progress=Phases(), workers=2)
+    for path in alone.folder.iterdir():
+        assert path.read_bytes() == (pooled.folder / path.name).read_bytes(), path.name
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "alone", "pooled"}
 
 
 def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +267,7 @@ def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyP
     assert folders_in(source.parent / "cache") == {"known"}
 
 
-@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json", "corpus.json"])
+@pytest.mark.parametrize("name", ["train-0.bin", "held_out-0.bin", "tokenizer.json", "corpus.json"])
 def test_a_truncated_file_is_refused_by_name(source: Path, name: str) -> None:
     corpus = prepare(asked(source))
     path = corpus.folder / name
@@ -262,7 +282,7 @@ def test_a_truncated_file_is_refused_by_name(source: Path, name: str) -> None:
     prepare(asked(source)).verify()
 
 
-@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["train-0.bin", "held_out-0.bin", "tokenizer.json"])
 def test_a_flipped_bit_is_found_by_verify(source: Path, name: str) -> None:
     path = prepare(asked(source)).folder / name
     content = bytearray(path.read_bytes())
@@ -292,3 +312,47 @@ def test_a_cache_that_cannot_be_written_says_so(source: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="cannot be written") as caught:
         prepare(asked(source, cache=tmp_path / "occupied"))
     assert "data.cache" in caught.value.fix
+
+
+def test_a_corpus_that_is_built_is_opened_as_it_is(source: Path, tmp_path: Path) -> None:
+    config = asked(source, tokenizer="bytes", vocab_size=None)
+    built = prepare_at(tmp_path / "corpus", config, on_progress=Phases(), workers=1)
+    assert built.vocab_size == 257
+    assert prepare(DataConfig(path=built.folder)).folder == built.folder
+    assert (
+        prepare(DataConfig(path=built.folder, tokenizer="bytes", held_out_documents=5)).folder == built.folder
+    )
+    with pytest.raises(DataError, match=r"data\.held_out_documents = 7.* built with 5"):
+        prepare(DataConfig(path=built.folder, held_out_documents=7))
+    again = prepare_at(tmp_path / "corpus", config, on_progress=Phases(), workers=1)
+    assert again.folder == built.folder
+    with pytest.raises(DataError, match="holds something else"):
+        prepare_at(tmp_path / "corpus", asked(source), on_progress=Phases(), workers=1)
+
+
+def test_several_sources_are_parts_of_one_corpus(source: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "more.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"line {n} of more\n"}) + "\n" for n in range(12)))
+    corpus = prepare(asked(source, path=None, sources=(str(source), str(lines)), held_out_documents=3))
+    corpus.verify()
+    assert [part.record.name for part in corpus.parts] == ["text", "more.jsonl"]
+    assert len(documents(corpus, corpus.parts[1].train)) == 9
+    assert sorted(documents(corpus, corpus.parts[1].held_out))[0].startswith("line ")
+    assert corpus.num_held_out_documents == 6
+
+
+def test_a_tokenizer_of_others(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    theirs = train_tokenizer([text_of(1)], 280)
+    theirs.add_tokens(["<|im_end|>"])
+    theirs.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    corpus = prepare(asked(source, tokenizer=str(folder), vocab_size=None))
+    assert corpus.document_mark == theirs.token_to_id("<|im_end|>") == corpus.parts[0].train[0]
+    assert corpus.decode(corpus.encode("= 12\n")) == "= 12\n"
+    with pytest.raises(DataError, match="there is no file"):
+        prepare(asked(source, tokenizer=str(tmp_path / "nowhere"), vocab_size=None))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be loaded as a tokenizer"):
+        prepare(asked(source, tokenizer=str(folder), vocab_size=None))

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError
 from sixfold.data.order import sample_index
-from sixfold.data.stream import TokenStream, windows
+from sixfold.data.stream import (
+    TURNS,
+    Blend,
+    TokenStream,
+    document_numbers,
+    document_positions,
+    turns_of,
+    windows,
+)
 from sixfold.plan.batch import share
 
 
@@ -68,3 +76,51 @@ def test_windows_predict_every_token_once(num_tokens: int, length: int) -> None:
     assert all(np.array_equal(window[:-1] + 1, window[1:]) for window in cut)
     assert all(len(window) == length + 1 for window in cut[:-1])
     assert all(window.dtype == np.int64 and len(window) >= 2 for window in cut)
+
+
+def blend(weights: list[float] | None = None) -> Blend:
+    streams = [
+        TokenStream(np.arange(n, dtype=np.uint16) + 1000 * k, 4, 3) for k, n in enumerate((101, 41, 21))
+    ]
+    return Blend(streams, weights)
+
+
+def test_one_source_is_a_blend_too() -> None:
+    assert np.array_equal(Blend([stream()]).batch(7, range(60)), stream().batch(7, range(60)))
+
+
+@pytest.mark.parametrize(("weights", "turns"), [([1, 1], (1, 1)), ([3, 1], (3, 1)), ([1, 10**6], (1, TURNS))])
+def test_turns_follow_weights(weights: list[float], turns: tuple[int, ...]) -> None:
+    assert turns_of(weights) == turns
+
+
+def test_every_source_is_drawn_from_by_its_weight_and_in_its_own_order() -> None:
+    samples = blend([6, 3, 1])
+    sources, numbers = samples.origins(np.arange(500))
+    assert np.bincount(sources).tolist() == [300, 150, 50]
+    for index, stream_ in enumerate(samples.streams):
+        own = numbers[sources == index]
+        assert sorted(own) == list(range(len(own)))
+        drawn = samples.batch(0, range(500))[sources == index]
+        assert np.array_equal(drawn, stream_.samples(own))
+    assert np.array_equal(samples.batch(13, range(40)), samples.batch(0, range(13, 53)))
+    assert samples.batch(3, range(0)).shape == (0, 5)
+
+
+def test_without_weights_sources_end_an_epoch_together() -> None:
+    samples = blend()
+    assert samples.turns == (5, 2, 1)  # 25, 10 and 5 samples, to a thousandth
+    whole = samples.batch(0, range(40))
+    assert len({tuple(row) for row in whole.tolist()}) == 40
+
+
+def test_a_weight_too_many_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.weights has 2 numbers for 3 sources"):
+        blend([1, 2])
+
+
+def test_documents_are_numbered_within_a_sample() -> None:
+    numbers = document_numbers(np.array([[5, 9, 5, 9, 9, 4], [9, 1, 2, 3, 4, 5]]), 9)
+    assert numbers.tolist() == [[0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1]]
+    places = document_positions(np.array([[5, 9, 5, 9, 9, 4], [9, 1, 2, 3, 4, 5]]), 9)
+    assert places.tolist() == [[0, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5]]

@@ -47,9 +47,15 @@ def loaded_by(code: str) -> set[str]:
         ("run", "--help"),
         ("train", "-h"),
         ("ckpt", "ls", "-h"),
+        ("data", "build", "-h"),
+        ("generate", "-h"),
+        ("report", "-h"),
+        ("doctor", "-h"),
+        ("config", "show"),
+        ("config", "schema"),
     ],
 )
-def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
+def test_help_and_configurations_load_nothing_heavy(arguments: tuple[str, ...]) -> None:
     code = f"import sys; sys.argv = {['sixfold', *arguments]!r}; from sixfold.cli.app import main; main()"
     assert loaded_by(code).isdisjoint(HEAVY)
 

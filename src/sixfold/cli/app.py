@@ -14,40 +14,36 @@ import typer
 
 from sixfold import __version__
 from sixfold.base.errors import EXIT_INTERRUPTED, SixfoldError
+from sixfold.cli.groups import ckpt, configuration, data
+from sixfold.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryJson,
+    DryRun,
+    Into,
+    Overrides,
+    Preset,
+    Target,
+    only_when_dry,
+    path,
+)
 
 app = typer.Typer(
     name="sixfold",
     help="Train PyTorch models too large or too slow for one device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data, name="data")
+app.add_typer(ckpt, name="ckpt")
+app.add_typer(configuration, name="config")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"sixfold {__version__}")
         raise typer.Exit
-
-
-def _path(text: str) -> Path:
-    """A path that was given; an empty one would silently mean the working directory."""
-    if not text:
-        raise typer.BadParameter("the path is empty; name one, or leave the option out")
-    return Path(text)
-
-
-Into = Annotated[
-    Path | None,
-    typer.Option(
-        "--into",
-        parser=_path,
-        metavar="FOLDER",
-        help="Run folder to make. Unset: a new one named after the time, under train.folder or runs/.",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start and write nothing.")]
 
 
 @app.callback()
@@ -61,22 +57,16 @@ def _root(
 
 @app.command()
 def train(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", parser=_path, metavar="FILE", help="Configuration file: TOML, YAML or JSON."
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one value, e.g. optimizer.lr=1e-3."),
-    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", parser=_path, metavar="FOLDER", help="Go on with the run in this folder."),
+        typer.Option("--resume", parser=path, metavar="FOLDER", help="Go on with the run in this folder."),
     ] = None,
     into: Into = None,
+    preset: Preset = None,
     dry_run: DryRun = False,
+    as_json: DryJson = False,
 ) -> None:
     """Train a language model on text, on every rank of this machine.
 
@@ -85,7 +75,9 @@ def train(
     from sixfold.cli.train import run_train
     from sixfold.train.job import Request
 
-    raise typer.Exit(run_train(Request(config, tuple(overrides or ()), resume, into), dry_run=dry_run))
+    only_when_dry(as_json, dry_run)
+    request = Request(config, tuple(overrides or ()), resume, into, preset)
+    raise typer.Exit(run_train(request, dry_run=dry_run, as_json=as_json))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -103,82 +95,20 @@ def run(
     ] = None,
     into: Into = None,
     dry_run: DryRun = False,
+    as_json: DryJson = False,
 ) -> None:
     """Run your own script on every rank of this machine."""
     from sixfold.cli.run import run_script
 
-    raise typer.Exit(run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run))
-
-
-Folder = Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Target = Annotated[Path, typer.Argument(parser=_path, metavar="TARGET", help="Folder to make.")]
-
-ckpt = typer.Typer(help="Look at checkpoints, compare them, clear up.", no_args_is_help=True)
-app.add_typer(ckpt, name="ckpt")
-
-
-@ckpt.command("ls")
-def ckpt_ls(folder: Folder, as_json: AsJson = False) -> None:
-    """List the checkpoints in a folder or a run folder, what is not complete first."""
-    from sixfold.cli.ckpt import list_checkpoints
-
-    raise typer.Exit(list_checkpoints(folder, as_json=as_json))
-
-
-@ckpt.command("verify")
-def ckpt_verify(folder: Folder, as_json: AsJson = False) -> None:
-    """Read every byte of a checkpoint, or of all in a folder, and compare checksums."""
-    from sixfold.cli.ckpt import verify
-
-    raise typer.Exit(verify(folder, as_json=as_json))
-
-
-@ckpt.command("diff")
-def ckpt_diff(
-    first: Annotated[Path, typer.Argument(parser=_path, metavar="FIRST")],
-    second: Annotated[Path, typer.Argument(parser=_path, metavar="SECOND")],
-    as_json: AsJson = False,
-) -> None:
-    """Tell in which tensors and counters two checkpoints differ; the exit code is 1 if they do."""
-    from sixfold.cli.ckpt import diff
-
-    raise typer.Exit(diff(first, second, as_json=as_json))
-
-
-@ckpt.command("gc")
-def ckpt_gc(
-    folder: Folder,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="Newest checkpoints that stay.")],
-    keep_every: Annotated[
-        int | None, typer.Option("--keep-every", min=1, help="Those after a multiple of this stay too.")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove older checkpoints and what broken saves left. Not while a run saves into the folder."""
-    from sixfold.checkpoint import Keep
-    from sixfold.cli.ckpt import collect
-
-    raise typer.Exit(collect(folder, keep=Keep(keep_last, keep_every), dry_run=dry_run, as_json=as_json))
-
-
-@ckpt.command("import")
-def ckpt_import(
-    source: Annotated[Path, typer.Argument(parser=_path, metavar="SOURCE", help="Foreign folder.")],
-    target: Target,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a checkpoint from a Hugging Face folder or one of torch.distributed.checkpoint."""
-    from sixfold.cli.ckpt import import_checkpoint
-
-    raise typer.Exit(import_checkpoint(source, target, dry_run=dry_run, as_json=as_json))
+    only_when_dry(as_json, dry_run)
+    raise typer.Exit(
+        run_script(script, ranks=ranks, threads=threads, into=into, dry_run=dry_run, as_json=as_json)
+    )
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(parser=_path, metavar="CHECKPOINT")],
+    checkpoint: Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT")],
     target: Target,
     copy: Annotated[bool, typer.Option("--copy", help="Copy even where files could be linked.")] = False,
     dry_run: DryRun = False,
@@ -188,6 +118,77 @@ def export(
     from sixfold.cli.ckpt import export_model
 
     raise typer.Exit(export_model(checkpoint, target, copy=copy, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--no-self-test", help="Let a few ranks exchange numbers.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look at this machine: devices, backends, links, limits, versions; one-line fixes."""
+    from sixfold.cli.doctor import examine
+
+    raise typer.Exit(examine(self_test=self_test, as_json=as_json))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="Run folder.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Beginning; may be given several times."),
+    ],
+    num_tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new ones.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.7,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "-k", min=1, help="Sample among the likeliest alone.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", parser=path, metavar="FOLDER", help="Unset: the newest of the run."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the model of a run continue texts; each ends with its document."""
+    from sixfold.cli.generate import generate as continue_texts
+    from sixfold.train.completion import Sampling
+
+    raise typer.Exit(
+        continue_texts(
+            run,
+            prompts,
+            num_tokens=num_tokens,
+            how=Sampling(temperature, top_k, seed),
+            checkpoint=checkpoint,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into",
+            parser=path,
+            metavar="FILE",
+            help="File to write. Unset: report.html in the run folder; of several runs, here.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell of one run, or compare several, in one HTML file: curves, time, layout, settings."""
+    from sixfold.cli.report import report as write_report
+
+    raise typer.Exit(write_report(runs, into=into, dry_run=dry_run, as_json=as_json))
 
 
 def main() -> None:

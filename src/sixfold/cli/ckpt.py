@@ -6,7 +6,6 @@ document where --json was given.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sixfold.checkpoint.exporting import export, export_files
 from sixfold.checkpoint.importing import import_folder, kind_of
 from sixfold.checkpoint.inspecting import RUN_FOLDER, differences, survey
 from sixfold.checkpoint.retention import removable
+from sixfold.cli.output import print_json
 
 _DIFFER = 1
 """Exit code of `diff` where the two are not equal, as of the system's own."""
@@ -28,7 +28,7 @@ def list_checkpoints(folder: Path, *, as_json: bool) -> int:
     """What lies in a folder."""
     found = survey(folder)
     if as_json:
-        _print_json([{**vars(each), "path": str(each.path)} for each in found])
+        print_json([{**vars(each), "path": str(each.path)} for each in found])
         return EXIT_DONE
     for each in found:
         if each.problem is None:
@@ -51,7 +51,7 @@ def verify(folder: Path, *, as_json: bool) -> int:
                 problem = error.given
         rows.append({"path": str(each.path), "problem": problem})
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             typer.echo(f"{row['path']}   {row['problem'] or 'every byte as it was saved'}")
@@ -62,7 +62,7 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     """In what two checkpoints differ, whatever layouts wrote them."""
     found = differences(open_checkpoint(first), open_checkpoint(second))
     if as_json:
-        _print_json([vars(each) for each in found])
+        print_json([vars(each) for each in found])
     else:
         for each in found:
             if each.largest is not None:
@@ -83,7 +83,7 @@ def collect(folder: Path, *, keep: Keep, dry_run: bool, as_json: bool) -> int:
         prune(parent, keep)
     paths = [str(path) for path in (*leftovers, *surplus)]
     if as_json:
-        _print_json({"removed": [] if dry_run else paths, "would_remove": paths if dry_run else []})
+        print_json({"removed": [] if dry_run else paths, "would_remove": paths if dry_run else []})
     else:
         for path in paths:
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
@@ -95,7 +95,7 @@ def export_model(checkpoint: Path, target: Path, *, copy: bool, dry_run: bool, a
     saved = open_checkpoint(checkpoint)
     names = export_files(saved) if dry_run else export(saved, target, link=not copy)
     if as_json:
-        _print_json({"folder": str(target), "files": list(names)})
+        print_json({"folder": str(target), "files": list(names)})
     else:
         typer.echo("\n".join(str(target / name) for name in names))
     return EXIT_DONE
@@ -106,11 +106,7 @@ def import_checkpoint(source: Path, target: Path, *, dry_run: bool, as_json: boo
     kind = kind_of(source)
     num_tensors = None if dry_run else import_folder(source, target)
     if as_json:
-        _print_json({"kind": kind, "folder": str(target), "num_tensors": num_tensors})
+        print_json({"kind": kind, "folder": str(target), "num_tensors": num_tensors})
     else:
         typer.echo(f"{source} is {kind}" + ("" if dry_run else f"; {num_tensors} tensors in {target}"))
     return EXIT_DONE
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1))

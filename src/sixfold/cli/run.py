@@ -17,13 +17,20 @@ from pathlib import Path
 import typer
 
 from sixfold.base.errors import ConfigError
+from sixfold.cli.output import print_json
 from sixfold.launch import discover, launch, nodes
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.train.folder import make_folder
 
 
 def run_script(
-    script: Sequence[str], *, ranks: int | None, threads: int | None, into: Path | None, dry_run: bool
+    script: Sequence[str],
+    *,
+    ranks: int | None,
+    threads: int | None,
+    into: Path | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Returns the exit code."""
     if script[0] == "-m":
@@ -44,6 +51,9 @@ def run_script(
     node = nodes(os.environ)
     count = ranks or default_ranks(node)[0]
     command = [sys.executable, "-m", "sixfold.launch.script", *script]
+    if dry_run and as_json:
+        print_json({"ranks": count, "command": command})
+        return 0
     if dry_run:
         typer.echo(f"{count} x {shlex.join(command)}")
         return 0

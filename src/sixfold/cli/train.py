@@ -13,18 +13,24 @@ from pathlib import Path
 import typer
 
 from sixfold.base.units import bytes_text, count_text
+from sixfold.cli.output import print_json, progress_bar
 from sixfold.config import Resolved
-from sixfold.data.corpus import prepare
-from sixfold.data.sources import list_files, source_folder
+from sixfold.config.schema import flat
+from sixfold.data.corpus import built_corpus, prepare
+from sixfold.data.sources import find_sources
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
+from sixfold.train.compute import decide_compute
 from sixfold.train.folder import check_place, make_folder, run_to_resume
-from sixfold.train.job import Request, decide_compute, resolve
+from sixfold.train.job import Request, resolve
 from sixfold.train.resume import stand
 
+VERIFIED_BYTES = 2**30
+"""A corpus up to this size is read and compared with its checksums before ranks start: a second or less."""
 
-def run_train(request: Request, *, dry_run: bool) -> int:
+
+def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
     """Returns the exit code."""
     if discover(os.environ) is not None:
         # Ranks load torch's distributed parts; the launcher need not.
@@ -45,7 +51,7 @@ def run_train(request: Request, *, dry_run: bool) -> int:
     if standing is None:
         check_place(request.into, resolved.config.train.folder)
     if dry_run:
-        typer.echo(f"{decide_compute(resolved)}\n{decided}")
+        _show_plan(decide_compute(resolved), decided, as_json=as_json)
         return 0
     _prepare(resolved)
     if request.resume is not None:
@@ -72,20 +78,32 @@ def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
     return resolved
 
 
-def _check_plan(resolved: Resolved, world_size: int) -> str:
+def _show_plan(resolved: Resolved, decided: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        values = flat(resolved.config)
+        settings = {path: {"value": values[path], "origin": resolved.origins[path]} for path in values}
+        print_json({"config": settings, "plan": decided})
+    else:
+        lines = "\n".join(f"# {name:<10} {text}" for name, text in decided.items())
+        typer.echo(f"{resolved}\n{lines}")
+
+
+def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
     """Refuse what cannot be carried out before data are prepared and ranks started."""
     config = resolved.config
-    list_files(source_folder(config.data), config.data)
+    if built_corpus(config.data) is None:
+        find_sources(config.data)
     residency = decide_residency(config.layout)
     geometry = decide_geometry(config.layout, world_size)
     batch = decide_batch(
         config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
     )
-    return f"# ranks      {world_size}: {geometry}\n# residency  {residency}\n# batch      {batch}"
+    return {"ranks": f"{world_size}: {geometry}", "residency": str(residency), "batch": str(batch)}
 
 
 def _arguments(request: Request, folder: Path) -> list[str]:
     arguments = ["--config", str(request.config)] if request.config is not None else []
+    arguments += ["--preset", request.preset] if request.preset is not None else []
     for override in request.overrides:
         arguments += ["--set", override]
     return [*arguments, "--resume" if request.resume is not None else "--into", str(folder)]
@@ -93,15 +111,16 @@ def _arguments(request: Request, folder: Path) -> list[str]:
 
 def _prepare(resolved: Resolved) -> None:
     """Build or find the corpus before ranks start, where its progress and its errors are seen."""
-    said: list[str] = []
-
-    def progress(phase: str, _part: float) -> None:
-        if phase not in said:
-            said.append(phase)
-            typer.echo(f"corpus      {phase} ...")
-
-    corpus = prepare(resolved.config.data, on_progress=progress)
+    with progress_bar() as progress:
+        corpus = prepare(resolved.config.data, on_progress=progress)
+    held_out = f"{corpus.num_held_out_documents} documents ({bytes_text(corpus.num_held_out_bytes)}) held out"
     typer.echo(
-        f"corpus      {count_text(len(corpus.train))} training tokens, {corpus.num_held_out_documents} "
-        f"files ({bytes_text(corpus.num_held_out_bytes)}) held out, {corpus.vocab_size} vocabulary entries"
+        f"corpus      {count_text(corpus.num_train_tokens)} training tokens, {held_out}, "
+        f"{corpus.vocab_size} vocabulary entries"
     )
+    if corpus.num_bytes <= VERIFIED_BYTES:
+        corpus.verify()
+    else:
+        typer.echo(
+            f"corpus      too large to verify at every start; sixfold data inspect {corpus.folder} --verify"
+        )

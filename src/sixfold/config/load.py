@@ -16,6 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from sixfold.config.document import SUFFIXES, Entry, Malformed, Place, Table, read_document
+from sixfold.config.presets import preset as preset_values
+from sixfold.config.presets import target_of
 from sixfold.config.problems import EVERYTHING, Problems, Setting, show
 from sixfold.config.resolved import Resolved, check_values, overlay, resolve
 from sixfold.config.rules import PARTNERS
@@ -31,10 +33,11 @@ def load(
     values: Values | None = None,
     overrides: Sequence[str] = (),
     recipe: Path | None = None,
+    preset: str | None = None,
 ) -> Resolved:
     """Lays the layers over each other and checks the result.
 
-    The layers, lowest first: the defaults, `recipe`, `file`, `values`, `overrides`. A higher layer
+    The layers, lowest first: the defaults, `recipe`, `preset`, `file`, `values`, `overrides`. A higher layer
     that sets one of two mutually exclusive options (`batch.global` and `batch.tokens`, `train.steps`
     and `train.minutes`) puts the other's value out of force; one that names another optimizer or a
     constant schedule does the same with the settings that the new choice does not have.
@@ -45,6 +48,7 @@ def load(
             None unsets an option that has "Unset" in its help.
         overrides: `a.b=c` each, with c a TOML value; what is none counts as a string.
         recipe: a file of the package, whose values have the origin "recipe".
+        preset: a number of parameters such as "125m", from which sizes and learning rate follow.
 
     Raises:
         ConfigError: lists all problems with path, value, place, rule and a change that works.
@@ -53,6 +57,8 @@ def load(
     tables: list[Table] = []
     if recipe is not None:
         tables.append(_read(recipe, lambda line: "recipe", problems))
+    if preset is not None:
+        tables.append(_read_preset(preset, problems))
     if file is not None:
         tables.append(_read(Path(file), lambda line: f"{file}:{line}", problems))
     if values is not None:
@@ -125,6 +131,18 @@ def _near_files(path: Path) -> list[str]:
     )
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
     return [str(folder / name) for name in near if name != path.name]
+
+
+def _read_preset(name: str, problems: Problems) -> Table:
+    if target_of(name) is None:
+        problems.add(
+            f"--preset {name}",
+            rule="a preset is a number of parameters from 1m to 1000b: digits and one of k, m, b",
+            fix="use --preset 10m, 125m or 1b",
+            touches=(EVERYTHING,),
+        )
+        return Table()
+    return _table(preset_values(name), f"--preset {name}")
 
 
 def _read_values(values: object, problems: Problems) -> Table:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from sixfold.config.tree import ModelConfig
 
 Verdict = tuple[str, str] | None
 """(rule, fix), or None where the rule is kept."""
@@ -18,10 +21,31 @@ PARTNERS = {
     "batch.tokens": "batch.global",
     "train.steps": "train.minutes",
     "train.minutes": "train.steps",
+    "data.path": "data.sources",
+    "data.sources": "data.path",
+    "model.lora_rank": "model.lora_from",
+    "model.lora_from": "model.lora_rank",
 }
 """Two ways to say one thing: at most one of them is set."""
 
-_OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "adagrad": ("eps",)}
+DECODER_KEYS = (
+    "width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "ffn_width",
+    "rope_base",
+    "tie_embeddings",
+    "dropout",
+)
+"""Sizes of the reference decoder, which another model brings along."""
+
+_OPTIMIZER_KEYS = {
+    "adamw": ("betas", "eps"),
+    "sgd": ("momentum",),
+    "adagrad": ("eps",),
+    "muon": ("betas", "eps", "momentum"),
+}
 _BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
 
@@ -52,11 +76,17 @@ def displaced_by(path: str, value: object) -> list[str]:
         return [f"optimizer.{key}" for key in _foreign_keys(str(value))]
     if path == "lr_schedule.name" and value == "constant":
         return ["lr_schedule.final_ratio"]
+    if path == "model.hf":
+        return [f"model.{key}" for key in DECODER_KEYS]
+    if path == "data.tokenizer" and value != "bpe":
+        return ["data.vocab_size"]
     return [PARTNERS[path]] if path in PARTNERS else []
 
 
 def _foreign_keys(name: str) -> list[str]:
     special = dict.fromkeys(key for keys in _OPTIMIZER_KEYS.values() for key in keys)
+    if name not in _OPTIMIZER_KEYS:  # what lower layers said was meant for another optimizer
+        return [*special, "weight_decay"]
     return [key for key in special if key not in _OPTIMIZER_KEYS[name]]
 
 
@@ -83,6 +113,58 @@ def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
         return None
     works = _divisor_below(num_heads, num_kv_heads)
     return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
+
+
+def _belongs_to_adapters(key: str) -> None:
+    @_rule(f"model.{key}", "model.lora_rank")
+    def check(value: object, rank: int | None) -> Verdict:
+        if value is None or rank is not None:
+            return None
+        return (
+            f"model.{key} says how fresh adapters are made, and there are none without model.lora_rank",
+            f"leave model.{key} unset, or set model.lora_rank = 8",
+        )
+
+
+for _key in ("lora_alpha", "lora_targets"):
+    _belongs_to_adapters(_key)
+
+
+@_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))
+def _sizes_of_the_decoder(other: Path | None, *sizes: object) -> Verdict:
+    defaults = {key: ModelConfig.model_fields[key].default for key in DECODER_KEYS}
+    given = [key for key, size in zip(DECODER_KEYS, sizes, strict=True) if size != defaults[key]]
+    if other is None or not given:
+        return None
+    names = ", ".join(f"model.{key}" for key in given)
+    return (
+        f"{names} {'is a size' if len(given) == 1 else 'are sizes'} of the reference decoder; the model of "
+        "model.hf has its own",
+        f"leave {names} unset, or model.hf",
+    )
+
+
+@_rule("data.vocab_size", "data.tokenizer")
+def _vocabulary_of_bpe(size: int | None, tokenizer: str | None) -> Verdict:
+    if size is None or tokenizer in (None, "bpe"):
+        return None
+    return (
+        "data.vocab_size bounds the vocabulary that is trained; another tokenizer has its own",
+        'leave data.vocab_size unset, or set data.tokenizer = "bpe"',
+    )
+
+
+@_rule("data.weights", "data.sources", "data.path")
+def _a_weight_for_each_source(
+    weights: tuple[float, ...] | None, sources: tuple[str, ...] | None, path: Path | None
+) -> Verdict:
+    # A corpus that is built already knows how many sources it has; it is asked when it is opened.
+    if weights is None or len(weights) == len(sources or ()) or (sources is None and path is not None):
+        return None
+    return (
+        f"data.weights has one number for each of data.sources, which names {len(sources or ())}",
+        "leave data.weights unset" if not sources else f"set data.weights = {[1.0] * len(sources)}",
+    )
 
 
 @_rule("batch.tokens", "data.sequence_length")
@@ -119,7 +201,7 @@ def _only_for(key: str) -> None:
 
     @_rule(f"optimizer.{key}", "optimizer.name")
     def check(value: object, name: str) -> Verdict:
-        if value is None or name in owners:
+        if value is None or name in owners or name not in _OPTIMIZER_KEYS:
             return None
         return (
             f"optimizer.{key} belongs to {' and '.join(owners)}; {name} has no such setting",

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from sixfold.config.names import Names
 from sixfold.config.tree import Config, Section
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "string", Path: "path"}
@@ -89,6 +90,9 @@ def _to_tuple(value: object) -> object:
 def _kind(annotation: Any, metadata: list[Any]) -> _Kind:
     """What an annotation accepts. An annotation this cannot read is a fault of the tree, not of a user."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    names = next((each for each in metadata if isinstance(each, Names)), None)
+    if names is not None and annotation is str:
+        return _Kind(names.text, names.words[0] if names.words else "module:name", str, names.words)
     if origin is Annotated:
         return _kind(arguments[0], [*arguments[1:], *metadata])
     if origin in (Union, types.UnionType):

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sixfold.config.names import Names
+
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 WideDType = Literal["fp64", "fp32", "bf16"]
 Spread = Literal["whole", "group", "all"]
@@ -52,6 +54,19 @@ class ModelConfig(Section):
     """Use the token embedding as output head too."""
     dropout: Fraction = 0.0
     """Dropout probability on embeddings and on both branches of a block."""
+    hf: Path | None = None
+    """Folder or config.json of a causal Hugging Face model to train in place of the reference decoder. A
+    folder with safetensors files gives the weights too; else they are drawn."""
+    weights: Path | None = None
+    """Folder of safetensors files, or a checkpoint, to start from. Unset: those of model.hf, if any."""
+    lora_rank: Positive | None = None
+    """Freeze the model and train adapters of this rank beside its projections. Unset: none."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Adapters count alpha / rank. Unset: twice the rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Ends of the names of projections that get adapters. Unset: q_proj and v_proj."""
+    lora_from: Path | None = None
+    """Folder of adapters, as peft writes them, to go on with. Unset: fresh ones."""
     batch_stats: Literal["micro"] | None = None
     """"micro" accepts batch statistics (BatchNorm) taken over each micro-batch. Unset: refused where
     a batch is cut over ranks or micro-batches."""
@@ -61,17 +76,31 @@ class DataConfig(Section):
     """The text that `sixfold train` learns from, and how it becomes tokens."""
 
     path: Path | None = None
-    """Folder of text files. Unset: the source files of this Python's standard library."""
+    """Folder of text files, a .jsonl or .parquet file, or a corpus that `sixfold data build` made. Unset:
+    the source files of this Python's standard library."""
+    sources: tuple[str, ...] | None = None
+    """Several of these in place of path, each blended in by its weight."""
+    weights: tuple[Annotated[float, Field(gt=0.0)], ...] | None = None
+    """Part of the samples that come from each source, in their order. Unset: as many as each has."""
     include: tuple[str, ...] = ("*.py",)
-    """File name patterns taken from the folder, at any depth."""
+    """File name patterns taken from a folder, at any depth."""
+    text_field: str = "text"
+    """Key or column that holds the text in .jsonl and .parquet files."""
     max_mb: Annotated[float, Field(gt=0.0)] | None = None
-    """Upper bound on the text used, in MB (1e6 bytes). Unset: all of it."""
-    vocab_size: Annotated[int, Field(ge=257, le=65_536)] = 4096
-    """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included."""
+    """Upper bound on the text used of each source, in MB (1e6 bytes). Unset: all of it."""
+    tokenizer: str | None = None
+    """"bpe" trains one on the text, "bytes" has one entry for each byte; else a tokenizer.json of Hugging
+    Face, or the folder that holds it. Unset: the one that comes with model.hf, if any, else bpe."""
+    vocab_size: Annotated[int, Field(ge=257, le=65_536)] | None = None
+    """Entries of the byte-level BPE vocabulary, the 256 bytes and the document mark included. Unset:
+    4096."""
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per sample."""
-    held_out_files: Positive = 60
-    """Files kept aside for evaluation, chosen by a hash of their names."""
+    documents: Literal["joined", "separate"] = "joined"
+    """Documents share samples. "separate": a token attends to its own document alone, and nothing is
+    predicted from another one."""
+    held_out_documents: Positive = 60
+    """Documents of each source kept aside for evaluation, chosen by a hash of their names."""
     cache: Path | None = None
     """Folder of prepared corpora. Unset: ~/.cache/sixfold."""
 
@@ -154,16 +183,18 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, when it is named here and not handed over from Python."""
 
-    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
-    """Which torch optimizer."""
+    name: Annotated[str, Names("optimizer", ("adamw", "sgd", "adagrad", "muon"))] = "adamw"
+    """Which torch optimizer; "muon" is for the matrices of repeated blocks, with adamw for the rest. A plugin
+    is called with the parameters, lr, and those of betas, eps, momentum and weight_decay that are set;
+    "torch.optim:RAdam" is one."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] | None = None
-    """Decay rates of adamw's two moments. Unset: 0.9 and 0.999."""
+    """Decay rates of adamw's two moments, beside muon too. Unset: 0.9 and 0.999."""
     eps: Annotated[float, Field(gt=0.0)] | None = None
-    """Added to the denominator of adamw and adagrad. Unset: torch's own."""
+    """Added to the denominator of adamw, beside muon too, and adagrad. Unset: torch's own."""
     momentum: Fraction | None = None
-    """Momentum of sgd. Unset: 0."""
+    """Momentum of sgd and muon. Unset: 0, and 0.95."""
     weight_decay: Annotated[float, Field(ge=0.0)] | None = None
     """Weight decay of every parameter. Unset: torch's own for this optimizer."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
@@ -175,12 +206,13 @@ class OptimizerConfig(Section):
 class LRScheduleConfig(Section):
     """The learning rate over the run, as a factor on the peak."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; linear and cosine end at train.steps."""
+    name: Annotated[str, Names("schedule", ("constant", "linear", "cosine"))] = "constant"
+    """Shape after the warm-up; all but constant end at train.steps. A plugin is called with the part of the
+    rest that is done, 0 to 1, and returns the factor, 1 to 0."""
     warmup_steps: NonNegative = 0
     """Updates over which the rate rises linearly from zero."""
     final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Where linear and cosine end, as a part of the peak."""
+    """Where all but constant end, as a part of the peak."""
 
 
 class TrainConfig(Section):
@@ -199,6 +231,11 @@ class TrainConfig(Section):
     """Tokens in the sample completion; 0 for none."""
     folder: Path = Path("runs")
     """Where run folders are made."""
+    loss: Annotated[str, Names("loss")] | None = None
+    """A loss in place of cross-entropy: a function of scores [rows, vocabulary] and targets [rows] that
+    returns their summed loss. Unset: cross-entropy."""
+    callbacks: tuple[Annotated[str, Names("callback")], ...] = ()
+    """Habits of your own around updates, called on every rank before the run saves."""
 
 
 class CheckpointConfig(Section):
@@ -221,6 +258,8 @@ class MonitorConfig(Section):
 
     every: Positive = 1
     """Updates between records of metrics."""
+    sinks: tuple[Annotated[str, Names("sink", ("tensorboard", "wandb", "prometheus"))], ...] = ()
+    """Where records of metrics go besides metrics.jsonl. One that fails is left out."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
     """What one rank could do in 1e12 operations a second, for the utilisation figure. Unset: measured
     at the start by a matrix product."""

@@ -1,4 +1,4 @@
-"""Prepared corpora: text becomes memory-mapped token shards once, and is found again by its content.
+"""Prepared corpora: text becomes memory-mapped token files once, and is found again by its content.
 
 `prepare` is called by train and the command line, by any number of processes at once; `Corpus` is what
 everybody reads. A corpus folder appears by one rename when it is complete, and nothing in it changes
@@ -7,14 +7,11 @@ afterwards: everything in `corpus.json` follows from the text and settings its n
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
@@ -23,63 +20,28 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
-from tokenizers import Tokenizer
+from pydantic import ValidationError
 
 from sixfold.base.errors import DataError
 from sixfold.config.tree import DataConfig
-from sixfold.data.sources import (
-    Document,
-    Listed,
-    Progress,
-    Selection,
-    list_files,
-    read_text,
-    select,
-    source_folder,
-    training_sample,
-)
-from sixfold.data.tokenizer import load_tokenizer, mark_id, train_tokenizer
+from sixfold.data.build import build
+from sixfold.data.record import FORMAT, HELD_OUT, RECORD, TOKENIZER, TRAIN, CorpusRecord, PartRecord
+from sixfold.data.sources import Progress, Selection, Source, find_sources, places_of, select
+from sixfold.data.tokenizer import DEFAULT_SIZE, TRAINED, Vocabulary, load_vocabulary, tokenizer_file
 
-FORMAT = 1
-"""Counts up when the content of a corpus folder changes for the same text and settings."""
-
-Shard = npt.NDArray[np.uint16]
-# Two bytes a token: data.vocab_size ends at 65,536 entries.
-_TOKEN = np.dtype("<u2")
-
-_RECORD, _TOKENIZER, _TRAIN, _HELD_OUT = "corpus.json", "tokenizer.json", "train.bin", "held_out.bin"
-# Merges learned from this much text serve the rest as well, and training takes seconds.
-_TOKENIZER_SAMPLE_BYTES = 16_000_000
-_BATCH_CHARS = 4_000_000
-_PIECE_CHARS = 1_000_000
+Tokens = npt.NDArray[np.unsignedinteger]
 
 
-class _FileRecord(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class Part:
+    """What one source gives.
 
-    num_bytes: int
-    crc32: int
+    Attributes:
+        record: its facts.
+        train, held_out: token ids, memory-mapped, read-only, shape [tokens].
+    """
 
-
-class CorpusRecord(BaseModel):
-    """What `corpus.json` says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    format: int
-    vocab_size: int
-    document_mark: int
-    num_train_tokens: int
-    num_held_out_tokens: int
-    num_train_bytes: int
-    num_held_out_bytes: int
-    num_train_documents: int
-    num_undecodable: int
-    num_duplicates: int
-    held_out_names: list[str]
-    compressors: dict[str, float]
-    files: dict[str, _FileRecord]
+    def __init__(self, record: PartRecord, train: Tokens, held_out: Tokens) -> None:
+        self.record, self.train, self.held_out = record, train, held_out
 
 
 class Corpus:
@@ -87,15 +49,12 @@ class Corpus:
 
     Attributes:
         folder: where it lies.
+        record: all its facts.
+        parts: what each source gives, in their order.
         vocab_size: entries of its vocabulary, `data.vocab_size` or fewer when the text offers fewer.
         document_mark: id of the mark that stands before every document, the first one included.
-        train, held_out: token ids, memory-mapped, read-only, shape [tokens].
-        num_train_bytes, num_held_out_bytes: UTF-8 bytes of text in each part, marks not counted.
-        num_train_documents, num_held_out_documents: documents in each part.
-        num_undecodable, num_duplicates: files that were left out because they are not UTF-8 text, or
-            copies of another file.
-        held_out_names: the held-out files, relative to the source folder.
-        compressors: bits per byte of `gzip -9` and `xz -9` on the held-out bytes, by name.
+        compressors: bits per byte of `gzip -9` and `xz -9` on the held-out bytes, by name; none where
+            those are too many.
 
     Raises:
         DataError: the folder is no corpus, or one of its files is missing or has the wrong size.
@@ -106,18 +65,34 @@ class Corpus:
         self.record = record = _read_record(folder)
         for name, file in record.files.items():
             _check_size(folder / name, file.num_bytes)
+        dtype = np.dtype(f"<u{record.token_bytes}")
+        self.parts = tuple(
+            Part(part, *(_map(folder / f"{kind}-{number}.bin", dtype) for kind in (TRAIN, HELD_OUT)))
+            for number, part in enumerate(record.parts)
+        )
         self.vocab_size = record.vocab_size
         self.document_mark = record.document_mark
-        self.train = _map_tokens(folder / _TRAIN)
-        self.held_out = _map_tokens(folder / _HELD_OUT)
-        self.num_train_bytes = record.num_train_bytes
-        self.num_held_out_bytes = record.num_held_out_bytes
-        self.num_train_documents = record.num_train_documents
-        self.num_held_out_documents = len(record.held_out_names)
-        self.num_undecodable = record.num_undecodable
-        self.num_duplicates = record.num_duplicates
-        self.held_out_names = tuple(record.held_out_names)
         self.compressors = dict(record.compressors)
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Over all sources."""
+        return sum(part.num_train_tokens for part in self.record.parts)
+
+    @property
+    def num_held_out_bytes(self) -> int:
+        """UTF-8 bytes of held-out text over all sources, marks not counted."""
+        return sum(part.num_held_out_bytes for part in self.record.parts)
+
+    @property
+    def num_held_out_documents(self) -> int:
+        """Over all sources."""
+        return sum(len(part.held_out_names) for part in self.record.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.num_bytes for file in self.record.files.values())
 
     def verify(self) -> None:
         """Read every file and compare its crc32 with the record; DataError names the one that differs."""
@@ -127,51 +102,52 @@ class Corpus:
                 raise _damaged(self.folder / name, f"crc32 {crc32:08x}, recorded {file.crc32:08x}")
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the `tokenizers` package, loaded at first use."""
-        return load_tokenizer(self.folder / _TOKENIZER)
+    def vocabulary(self) -> Vocabulary:
+        """Loaded at first use."""
+        return load_vocabulary(self.folder / TOKENIZER, self.document_mark)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text; never contains the document mark."""
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
+        return self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; marks show as they are written, broken characters as U+FFFD."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text
+        return self.vocabulary.decode(ids)
 
 
 def prepare(config: DataConfig, *, on_progress: Progress | None = None) -> Corpus:
-    """The corpus that `config` describes, built unless the cache has it.
+    """The corpus that `config` describes, built unless it is there.
 
     Safe when several processes call it at once: one builds, the others wait for it. The cache knows a
     corpus by the content of its files; names, sizes and times of change tell it when reading them
     again would find nothing new.
 
     Args:
-        config: source, patterns, bounds, vocabulary; `sequence_length` does not matter here.
+        config: sources, patterns, bounds, vocabulary; `sequence_length`, `weights` and `documents` do not
+            matter here.
         on_progress: called with a phase and its done part while something is built.
 
     Raises:
-        DataError: the source gives no corpus, the cache cannot be written, or what lies there is damaged.
+        DataError: the sources give no corpus, the cache cannot be written, or what lies there is damaged.
     """
     progress = _no_progress if on_progress is None else on_progress
-    folder = source_folder(config)
-    listing = list_files(folder, config)
+    built = built_corpus(config)
+    if built is not None:
+        return built
+    sources = find_sources(config)
     cache = (config.cache or Path("~/.cache/sixfold")).expanduser() / "corpora"
-    shortcut = cache / "known" / _signature(folder, listing, config)
+    shortcut = cache / "known" / _signature(sources, config)
     known = _known_entry(cache, shortcut)
     if known is not None:
         return Corpus(known)
-    selection = select(folder, listing, config, progress)
-    entry = cache / _content_key(selection, config)
+    selections = select(sources, config, progress)
+    entry = cache / _content_key(selections, config)
     try:
         if not entry.exists():
             shortcut.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(entry.with_suffix(".lock")):
                 if not entry.exists():
-                    _build(entry, selection, config.vocab_size, progress)
+                    build(entry, selections, config, _settings(config), progress)
     except OSError as error:
         raise DataError(
             f"the corpus cannot be written to {cache}: {error}",
@@ -183,20 +159,106 @@ def prepare(config: DataConfig, *, on_progress: Progress | None = None) -> Corpu
     return Corpus(entry)
 
 
+def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, workers: int | None) -> Corpus:
+    """The corpus that `config` describes, in a folder of the user's choice; see `prepare`.
+
+    A build that was broken off goes on from its finished pieces, as long as text and settings are the same.
+
+    Raises:
+        DataError: the folder holds something else, or cannot be written.
+    """
+    selections = select(find_sources(config), config, on_progress)
+    settings = {**_settings(config), "key": _content_key(selections, config)}
+    if folder.exists():
+        if not (folder / RECORD).exists() or Corpus(folder).record.settings != settings:
+            raise DataError(
+                f"{folder} exists and holds something else than these texts under these settings",
+                rule="a corpus is built into a folder of its own and never changed afterwards",
+                fix="build into another folder, or remove this one",
+            )
+        return Corpus(folder)
+    try:
+        unfinished = folder.with_name(f"{folder.name}.building")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            key = unfinished / "key"  # tells whose the pieces are
+            if not key.exists() or key.read_text() != settings["key"]:
+                shutil.rmtree(unfinished)
+                unfinished.mkdir()
+                key.write_text(str(settings["key"]))
+            build(folder, selections, config, settings, on_progress, workers)
+            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the corpus cannot be written to {folder}: {error}",
+            rule="a corpus is built beside the folder it is to be and renamed when complete",
+            fix="free some space there, or name a folder that can be written",
+        ) from error
+    return Corpus(folder)
+
+
+def built_corpus(config: DataConfig) -> Corpus | None:
+    """The corpus that `data.path` names where it is one already; None where it is text.
+
+    Raises:
+        DataError: it is damaged, or was built under other settings than are asked for now.
+    """
+    ((_, path), *others) = places_of(config)
+    if others or not (path / RECORD).is_file():
+        return None
+    corpus = Corpus(path)
+    given, default = _settings(config), _settings(DataConfig())
+    for name in given:
+        was = corpus.record.settings.get(name)
+        if given[name] not in (was, default[name]):
+            raise DataError(
+                f"data.{name} = {given[name]!r}, and {path} was built with {was!r}",
+                rule="what a corpus holds was settled when it was built",
+                fix=f"leave data.{name} unset, or build another corpus with it",
+            )
+    return corpus
+
+
 def _no_progress(phase: str, done: float) -> None:
     pass
 
 
-def _signature(folder: Path, listing: list[Listed], config: DataConfig) -> str:
-    files = [(listed.name, listed.num_bytes, listed.mtime_ns) for listed in listing]
-    return _hash_of([str(folder.resolve()), config.max_mb, config.held_out_files, config.vocab_size, files])
+def _settings(config: DataConfig) -> dict[str, object]:
+    """What decides the content of a corpus, beside the text itself."""
+    return {
+        "include": list(config.include),
+        "text_field": config.text_field,
+        "max_mb": config.max_mb,
+        "tokenizer": config.tokenizer or "bpe",
+        "vocab_size": config.vocab_size,
+        "held_out_documents": config.held_out_documents,
+    }
 
 
-def _content_key(selection: Selection, config: DataConfig) -> str:
-    documents = sorted((*selection.train, *selection.held_out), key=lambda document: document.name)
-    files = [(document.name, document.num_bytes, document.digest) for document in documents]
-    left_out = [selection.num_undecodable, selection.num_duplicates]
-    return _hash_of([config.held_out_files, config.vocab_size, left_out, files])
+def _signature(sources: Sequence[Source], config: DataConfig) -> str:
+    files = [
+        (str(source.folder.resolve()), [(each.name, each.num_bytes, each.mtime_ns) for each in source.files])
+        for source in sources
+    ]
+    return _hash_of([config.max_mb, config.held_out_documents, _vocabulary_key(config), files])
+
+
+def _content_key(selections: Sequence[Selection], config: DataConfig) -> str:
+    documents = [
+        [(each.name, each.num_bytes, each.digest) for each in (*part.train, *part.held_out)]
+        for part in selections
+    ]
+    left_out = [(part.num_undecodable, part.num_duplicates) for part in selections]
+    names = [part.source.name for part in selections[1:]]  # a lone source has none
+    return _hash_of([config.held_out_documents, _vocabulary_key(config), left_out, names, documents])
+
+
+def _vocabulary_key(config: DataConfig) -> list[object]:
+    name = config.tokenizer or "bpe"
+    key: list[object] = [config.text_field, name, config.vocab_size or DEFAULT_SIZE]
+    if name not in TRAINED:
+        key.append(_crc32(tokenizer_file(name)))
+    return key
 
 
 def _hash_of(value: object) -> str:
@@ -210,147 +272,19 @@ def _known_entry(cache: Path, shortcut: Path) -> Path | None:
         name = shortcut.read_text(errors="replace")
     except OSError:
         return None
-    return cache / name if name and (cache / name / _RECORD).is_file() else None
-
-
-def _build(entry: Path, selection: Selection, vocab_size: int, progress: Progress) -> None:
-    """Make the corpus beside `entry` and move it there; the caller holds the entry's lock."""
-    folder = entry.with_suffix(".building")
-    shutil.rmtree(folder, ignore_errors=True)  # of a builder that was killed
-    folder.mkdir()
-    try:
-        _fill(folder, selection, vocab_size, progress)
-        Corpus(folder).verify()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # it may be what filled the disk
-        raise
-    _sync(folder)
-    folder.rename(entry)
-    _sync(entry.parent)
-
-
-def _fill(folder: Path, selection: Selection, vocab_size: int, progress: Progress) -> None:
-    """Write all files of a corpus into an empty folder, the record last."""
-    progress("train tokenizer", 0.0)
-    sample = training_sample(selection, _TOKENIZER_SAMPLE_BYTES)
-    tokenizer = train_tokenizer((read_text(selection.folder, document) for document in sample), vocab_size)
-    progress("train tokenizer", 1.0)
-    mark = mark_id(tokenizer)
-    num_train_bytes = sum(document.num_bytes for document in selection.train)
-    num_held_out_bytes = sum(document.num_bytes for document in selection.held_out)
-    files = {_TOKENIZER: _write(folder / _TOKENIZER, [tokenizer.to_str().encode()])}
-    total = num_train_bytes + num_held_out_bytes
-    done = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress("tokenize", done / total)
-
-    for name, documents in ((_TRAIN, selection.train), (_HELD_OUT, selection.held_out)):
-        files[name] = _write(
-            folder / name, _token_blocks(selection.folder, documents, tokenizer, mark, advance)
-        )
-    progress("compress", 0.0)
-    compressors = _bits_per_byte(selection)
-    progress("compress", 1.0)
-    record = CorpusRecord(
-        format=FORMAT,
-        vocab_size=tokenizer.get_vocab_size(),
-        document_mark=mark,
-        num_train_tokens=files[_TRAIN].num_bytes // _TOKEN.itemsize,
-        num_held_out_tokens=files[_HELD_OUT].num_bytes // _TOKEN.itemsize,
-        num_train_bytes=num_train_bytes,
-        num_held_out_bytes=num_held_out_bytes,
-        num_train_documents=len(selection.train),
-        num_undecodable=selection.num_undecodable,
-        num_duplicates=selection.num_duplicates,
-        held_out_names=[document.shown_name for document in selection.held_out],
-        compressors=compressors,
-        files=files,
-    )
-    _write(folder / _RECORD, [record.model_dump_json(indent=2).encode()])
-
-
-def _token_blocks(
-    folder: Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    mark: int,
-    advance: Callable[[int], None],
-) -> Iterator[bytes]:
-    """Token ids as bytes, piece by piece, a mark before every document; reports the bytes of text."""
-    for batch in _batches(_pieces(folder, documents)):
-        texts = [text for _, text in batch]
-        for (is_first, _), encoding in zip(batch, tokenizer.encode_batch_fast(texts), strict=True):
-            ids = [mark, *encoding.ids] if is_first else encoding.ids
-            yield np.array(ids, dtype=_TOKEN).tobytes()
-        advance(sum(len(text.encode()) for text in texts))
-
-
-def _pieces(folder: Path, documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
-    """Each document as (is its first piece, text), cut at a line end where it is very long.
-
-    What the tokenizer returns takes a hundred times the room of the text: pieces bound the memory.
-    """
-    for document in documents:
-        text = read_text(folder, document)
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start + _PIECE_CHARS) + 1 or len(text)
-            yield start == 0, text[start:end]
-            start = end
-
-
-def _batches(pieces: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    batch: list[tuple[bool, str]] = []
-    num_chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        num_chars += len(piece[1])
-        if num_chars >= _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _bits_per_byte(selection: Selection) -> dict[str, float]:
-    text = "".join(read_text(selection.folder, document) for document in selection.held_out).encode()
-    packed = {"gzip -9": gzip.compress(text, 9, mtime=0), "xz -9": lzma.compress(text, preset=9)}
-    return {name: 8 * len(content) / len(text) for name, content in packed.items()}
-
-
-def _write(path: Path, blocks: Iterable[bytes]) -> _FileRecord:
-    """Write blocks to disk for good."""
-    num_bytes = crc32 = 0
-    with path.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-            num_bytes += len(block)
-            crc32 = zlib.crc32(block, crc32)
-        file.flush()
-        os.fsync(file.fileno())
-    return _FileRecord(num_bytes=num_bytes, crc32=crc32)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return cache / name if name and (cache / name / RECORD).is_file() else None
 
 
 def _read_record(folder: Path) -> CorpusRecord:
-    path = folder / _RECORD
+    path = folder / RECORD
     try:
-        record = CorpusRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        content = path.read_bytes()
+        found = json.loads(content)
+        if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
+            raise _damaged(path, f"format {found['format']}, this version reads {FORMAT}")
+        return CorpusRecord.model_validate_json(content)
+    except (OSError, ValueError, ValidationError) as error:
         raise _damaged(path, str(error).replace("\n", " ")) from error
-    if record.format != FORMAT:
-        raise _damaged(path, f"format {record.format}, this version reads {FORMAT}")
-    return record
 
 
 def _check_size(path: Path, num_bytes: int) -> None:
@@ -360,8 +294,8 @@ def _check_size(path: Path, num_bytes: int) -> None:
         raise _damaged(path, f"{path.stat().st_size} bytes, recorded {num_bytes}")
 
 
-def _map_tokens(path: Path) -> Shard:
-    return np.memmap(path, dtype=_TOKEN, mode="r")
+def _map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> Tokens:
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _crc32(path: Path) -> int:

@@ -112,7 +112,7 @@ def initialize(
         materialize(model, asked.seed, mesh)
     move_buffers(model, place)
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
-    made = make_optimizers(optimizer or build_optimizer(asked.optimizer), model)
+    made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
     groups = [group["params"] for each in made for group in each.param_groups]
     on_slices = [flag for each in made for flag in elementwise_groups(each)]
     whole = [group for group, flag in enumerate(on_slices) if not flag]

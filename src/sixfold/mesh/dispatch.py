@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Protocol
 from zlib import crc32
 
@@ -36,6 +37,7 @@ class Dispatcher:
 
     Attributes:
         ring: where they are recorded.
+        blocked_s: seconds that this rank has stood still for exchanges so far.
         phase_name: what the rank is doing at large; timeouts depend on it.
         on_broken: called with the error when an exchange breaks; it may end the process.
         neighbours: the rings of other ranks on this host, by rank, as far as they are known.
@@ -43,6 +45,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self.ring = Ring()
+        self.blocked_s = 0.0
         self.phase_name = "start"
         self.on_broken: Callable[[RuntimeError], None] | None = None
         self.neighbours: dict[int, Block] = {}
@@ -92,11 +95,13 @@ class Dispatcher:
                 rule="the ranks of a group issue the same exchanges in the same order",
                 fix="call it on every rank, with tensors of one size and type",
             )
+        began = perf_counter()
         try:
             works = [work for work in call() if work is not None]
         except RuntimeError as error:
             self._broken(error)
             raise
+        self.blocked_s += perf_counter() - began
         ring.leave(serial)
         return Pending(works, finish, (self, serial, text))
 
@@ -125,6 +130,7 @@ class Dispatcher:
     ) -> None:
         """Block until an exchange that `start` began has ended, and note it; called by `Pending` alone."""
         serial = self.ring.want(serial, text)
+        began = perf_counter()
         try:
             for work in works:
                 work.wait()
@@ -133,6 +139,7 @@ class Dispatcher:
         except RuntimeError as error:
             self._broken(error)
             raise
+        self.blocked_s += perf_counter() - began
         if all(work.is_completed() for work in works):
             self.ring.over(serial)
         else:  # on a GPU waiting only orders streams

@@ -35,31 +35,59 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention: [batch, heads, length, head_width], with fewer heads in key and value."""
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Attention: [batch, heads, length, head_width], with fewer heads in key and value.
+
+    Args:
+        allowed: which keys each query may see, bool [batch, 1, queries, keys]; None for all up to its own
+            position.
+    """
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= WRITTEN_OUT_LENGTH:
-        return attend_written_out(query, key, value)
+        return attend_written_out(query, key, value, allowed)
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        is_causal=allowed is None,
+        enable_gqa=key.shape[1] != query.shape[1],
     )
 
 
-def attend_written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_written_out(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
     """The same as plain batched products, one block of query rows after the other.
 
     torch's fused kernel multiplies bf16 on a CPU no faster than fp32, batched products do: three
     times faster forward and backward, although probabilities are kept for the backward pass.
-    Keys that a block cannot see are not multiplied.
+    Keys behind the last query that a block holds are not multiplied.
     """
     batch, heads, length, head_width = query.shape
-    groups = heads // key.shape[1]
+    groups, behind = heads // key.shape[1], key.shape[2] - length
     q = (query * head_width**-0.5).flatten(0, 1)
     k = key.repeat_interleave(groups, 1).flatten(0, 1)
     v = value.repeat_interleave(groups, 1).flatten(0, 1)
-    mask = query.new_full((length, length), float("-inf")).triu(1)
+    if allowed is None:
+        mask = query.new_full((1, length, key.shape[2]), float("-inf")).triu(1 + behind)
+    else:
+        mask = query.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+        mask = mask.expand(batch, heads, -1, -1).flatten(0, 1)
     blocks = []
     for start in range(0, length, BLOCK_ROWS):
         end = min(start + BLOCK_ROWS, length)
-        scores = torch.baddbmm(mask[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2))
-        blocks.append(scores.softmax(-1) @ v[:, :end])
+        seen = end + behind
+        scores = torch.baddbmm(mask[:, start:end, :seen], q[:, start:end], k[:, :seen].transpose(1, 2))
+        blocks.append(scores.softmax(-1) @ v[:, :seen])
     return torch.cat(blocks, 1).view(batch, heads, length, head_width)
+
+
+def within_documents(documents: Tensor) -> Tensor:
+    """Which keys each query may see where several documents share a sample: those of its own, up to it.
+
+    Args:
+        documents: the number of each token's document, [batch, length].
+
+    Returns:
+        bool [batch, 1, length, length].
+    """
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()

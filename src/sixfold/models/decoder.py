@@ -8,6 +8,7 @@ building it on the meta device and calling every `reset_parameters`, children fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.attention import attend, rotary_tables, rotate
+from sixfold.models.attention import attend, rotary_tables, rotate, within_documents
 
 NORM_EPS = 1e-6
 LOSS_ROWS = 256
 """Rows of logits that are upcast together: they fit the cache, a whole batch of them does not."""
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Scores [rows, vocab_size] and targets [rows] to their summed loss."""
+
+
+def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """In nats, summed."""
+    return F.cross_entropy(scores, targets, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.width, config.num_kv_heads * self.head_width)
         self.o_proj = Linear(config.num_heads * self.head_width, config.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of x [batch, length, width], each [batch, heads, length, head_width]."""
+
         def heads(projected: Tensor) -> Tensor:
             # Spelt out, because "-1" is ambiguous in an empty batch.
             num_heads = projected.shape[-1] // self.head_width
@@ -120,8 +132,11 @@ class Attention(nn.Module):
 
         query = rotate(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
         key = rotate(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
-        value = heads(self.v_proj(x)).transpose(1, 2)
-        out: Tensor = self.o_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return query, key, heads(self.v_proj(x)).transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
+        mixed = attend(*self.project(x, cos, sin), allowed)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
@@ -156,8 +171,8 @@ class Block(nn.Module):
             variance = 1 / (2 * projection.in_features) / (2 * self.num_layers)
             nn.init.normal_(projection.weight, std=variance**0.5)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        branch = self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
+        branch = self.self_attn(self.input_layernorm(x), cos, sin, allowed)
         x = x + F.dropout(branch, self.dropout, self.training)
         branch = self.mlp(self.post_attention_layernorm(x))
         return x + F.dropout(branch, self.dropout, self.training)
@@ -173,13 +188,13 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, allowed: Tensor | None = None) -> Tensor:
         config = self.config
         x = self.embed_tokens(inputs)
         cos, sin = rotary_tables(inputs.shape[1], config.width // config.num_heads, config.rope_base, x)
         x = F.dropout(x, config.dropout, self.training)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, allowed)
         out: Tensor = self.norm(x)
         return out
 
@@ -196,22 +211,34 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
+        self.loss: Loss = cross_entropy
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Tokens [batch, length] to the scores of the next token [batch, length, vocab_size]."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, length, width] to scores of the next token [batch, length, vocab_size]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.model(inputs), head.weight)
+        return F.linear(hidden, head.weight)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [batch, length + 1] to (summed cross-entropy in nats, number of targets).
+    def logits(self, inputs: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Tokens [batch, length] to the scores of the next token [batch, length, vocab_size]."""
+        allowed = None if documents is None else within_documents(documents)
+        return self.head(self.model(inputs, allowed))
 
-        The sum is fp32 (fp64 for fp64), whatever the type of the parameters.
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens [batch, length + 1] to (summed loss, number of targets).
+
+        The loss of a target is `self.loss`, cross-entropy in nats unless another one was put there. The sum
+        is fp32 (fp64 for fp64), whatever the type of the parameters.
+
+        Args:
+            documents: the number of each token's document, [batch, length + 1]. Attention then stays within
+                a document; the mark that opens the next one is its last target, the sign of its end.
         """
-        logits, targets = self.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        within = None if documents is None else documents[:, :-1]
+        logits, targets = self.logits(tokens[:, :-1], within).flatten(0, 1), tokens[:, 1:].flatten()
         wide = torch.promote_types(logits.dtype, torch.float32)
         num_pieces = max(1, -(-len(targets) // LOSS_ROWS))
         pieces = zip(logits.chunk(num_pieces), targets.chunk(num_pieces), strict=True)
-        sums = [F.cross_entropy(rows.to(wide), target, reduction="sum") for rows, target in pieces]
+        sums = [self.loss(rows.to(wide), target) for rows, target in pieces]
         return torch.stack(sums).sum(), torch.tensor(targets.numel(), device=tokens.device)
 
 

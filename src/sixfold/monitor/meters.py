@@ -28,7 +28,11 @@ class StepRecord:
         grad_norm: norm of the whole gradient before clipping.
         tokens: targets in this update, over all ranks.
         samples: samples consumed since the start of the run, over all ranks.
-        seconds: duration of this update.
+        seconds: duration of this update, its data included; below, where it went on this rank.
+        data_s: getting the batch.
+        compute_s: playing instructions: forward, backward, optimizer.
+        exchange_s: standing still for other ranks: communication that nothing hides.
+        host_s: the rest: what the library does around instructions.
         tokens_per_s: over all ranks, the median of the last updates.
         mfu: matrix-product operations per second as a fraction of what the ranks can do.
         memory_bytes: memory of this rank.
@@ -50,6 +54,10 @@ class StepRecord:
     eta_s: float
     loss_scale: float | None = None
     skipped: bool = False
+    data_s: float | None = None
+    compute_s: float | None = None
+    exchange_s: float | None = None
+    host_s: float | None = None
 
     def as_dict(self) -> dict[str, int | float | None]:
         return asdict(self)
@@ -105,6 +113,7 @@ class Meter:
         samples: int,
         loss_scale: float | None = None,
         skipped: bool = False,
+        spent: tuple[float, float, float] | None = None,
     ) -> StepRecord:
         """The update has ended now.
 
@@ -119,6 +128,7 @@ class Meter:
         self._seconds.append(seconds)
         self._rates.append(tokens / seconds)
         tokens_per_s = median(self._rates)
+        data_s, compute_s, exchange_s = spent or (None, None, None)
         return StepRecord(
             step=step,
             loss=loss,
@@ -133,6 +143,10 @@ class Meter:
             eta_s=median(self._seconds) * max(self.total_steps - step, 0),
             loss_scale=loss_scale,
             skipped=skipped,
+            data_s=data_s,
+            compute_s=compute_s,
+            exchange_s=exchange_s,
+            host_s=max(0.0, seconds - sum(spent)) if spent is not None else None,
         )
 
     def _utilisation(self, tokens_per_s: float) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 import torch
 
@@ -35,6 +36,8 @@ class StepResult:
         group_norms: the same of each parameter group, in the optimizer's order.
         loss_scale: the factor on losses in backward, taken off the gradients again.
         skipped: whether the update was left out, on every rank, because gradients overflowed in fp16.
+        compute_s: seconds that this rank alone spent in the instructions of a whole program, less those in
+            which it stood still for exchanges; None for a written-out step.
     """
 
     loss: float
@@ -44,6 +47,7 @@ class StepResult:
     group_norms: tuple[float, ...] = ()
     loss_scale: float = 1.0
     skipped: bool = False
+    compute_s: float | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -58,6 +62,7 @@ class _Step:
     weights: list[torch.Tensor | float] = field(default_factory=list)
     has_means: bool = False
     accumulates: bool = False
+    compute_s: float = 0.0
     result: StepResult | None = None
 
 
@@ -120,7 +125,7 @@ class Player:
             if self._step.result is None:
                 self._state.finish_reduce()
                 self._step.result = self._start_totals(self._step)()
-            return self._step.result
+            return replace(self._step.result, compute_s=self._step.compute_s)
         finally:
             if self._step.accumulates:
                 self._state.end()
@@ -136,7 +141,10 @@ class Player:
                 rule="a program of one stage, whole on its rank, is played",
                 fix="play sixfold.program.accumulation or forward_only; sixfold.simulate times the others",
             )
+        dispatcher = self._mesh.dispatcher
+        began, blocked = perf_counter(), dispatcher.blocked_s
         self._perform[instruction.op](self._step, instruction)
+        self._step.compute_s += perf_counter() - began - (dispatcher.blocked_s - blocked)
 
     def backward(self, micro: int, share: Share, *, retain_graph: bool) -> None:
         """Perform `backward` on a share that the caller made itself."""

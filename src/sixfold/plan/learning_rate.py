@@ -7,10 +7,18 @@ Read by the engine before each update.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sixfold.base.errors import PlanError
+from sixfold.base.plugins import load_plugin
 from sixfold.config import Config
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: 1.0 - t,
+    "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
+}
+"""From 1 at the start to 0 at the end."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class LearningRate:
     """A factor on the peak learning rate for each update.
 
     Args:
-        shape: "constant", "linear" or "cosine", after the warm-up.
+        shape: "constant", "linear", "cosine" or a plugin's name, after the warm-up.
         warmup_steps: updates of linear rise.
         final_ratio: factor at the last update, for linear and cosine.
         num_steps: updates in the run; None while it is not known.
@@ -51,7 +59,8 @@ class LearningRate:
         """Factor for update number `step`, from 0.
 
         The warm-up rises as (step + 1) / warmup_steps. With t from 0 to 1 over the rest, linear is
-        1 - (1 - final) t and cosine final + (1 - final) (1 + cos(pi t)) / 2.
+        1 - (1 - final) t and cosine final + (1 - final) (1 + cos(pi t)) / 2; a plugin's f(t) stands in the
+        place of (1 + cos(pi t)) / 2.
 
         Raises:
             PlanError: the shape needs the number of steps and it is not known.
@@ -64,8 +73,8 @@ class LearningRate:
         assert self.num_steps is not None, "checked above"
         rest = max(1, self.num_steps - 1 - self.warmup_steps)
         t = min(1.0, (step - self.warmup_steps) / rest)
-        falling = 1.0 - t if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * t))
-        return self.final_ratio + (1.0 - self.final_ratio) * falling
+        falling = _SHAPES.get(self.shape) or load_plugin("schedule", self.shape)
+        return self.final_ratio + (1.0 - self.final_ratio) * float(falling(t))
 
 
 def decide_learning_rate(config: Config) -> LearningRate:

@@ -6,6 +6,7 @@ are pointed at units is `optimizer.bind`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sixfold.base.errors import ConfigError, ModelError, StateError
+from sixfold.base.plugins import load_plugin
 from sixfold.config import OptimizerConfig
 
-OptimizerLike = Optimizer | Sequence[Optimizer] | Callable[[Iterable[Any]], Optimizer | Sequence[Optimizer]]
+Factory = Callable[[Iterable[Any]], Optimizer | Sequence[Optimizer]]
+OptimizerLike = Optimizer | Sequence[Optimizer] | Factory
 
 _CANNOT = {
     torch.optim.SparseAdam: "the gradients that ranks sum are dense; set sparse=True on embeddings or not, "
@@ -29,20 +32,76 @@ _CANNOT = {
 """Optimizers of torch that cannot be driven from reduced gradients, and what to do instead."""
 
 
-def build_optimizer(asked: OptimizerConfig) -> Callable[[Iterable[Any]], Optimizer]:
-    """A factory for the optimizer named in the configuration."""
+def build_optimizer(
+    asked: OptimizerConfig, module: nn.Module | None = None, blocks: Sequence[str] = ()
+) -> Factory:
+    """A factory for the optimizer named in the configuration.
+
+    Args:
+        module, blocks: where "muon" finds the matrices of repeated blocks, by the names of those.
+    """
+    if asked.name == "muon":
+        assert module is not None, "it updates parameters by what they are in their module"
+        return _muon(asked, module, blocks)
     kinds: dict[str, type[Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "sgd": torch.optim.SGD,
         "adagrad": torch.optim.Adagrad,
     }
-    kind = kinds[asked.name]
+    kind = kinds.get(asked.name) or load_plugin("optimizer", asked.name)
     named: dict[str, Any] = asked.model_dump(exclude={"name", "clip_norm", "ema_decay"}, exclude_none=True)
 
     def factory(parameters: Iterable[Any]) -> Optimizer:
         return kind(parameters, **named)
 
+    if asked.name not in kinds:
+        _check_settings(asked.name, kind, named)
     return factory
+
+
+def _muon(asked: OptimizerConfig, module: nn.Module, blocks: Sequence[str]) -> Factory:
+    """Muon for the matrices of repeated blocks, AdamW for the rest: embeddings, heads, norms.
+
+    Its steps are scaled to the size of AdamW's, so one rate and one decay serve both.
+    """
+    common: dict[str, Any] = asked.model_dump(include={"lr", "weight_decay"}, exclude_none=True)
+    others: dict[str, Any] = asked.model_dump(include={"betas", "eps"}, exclude_none=True)
+    momentum: dict[str, Any] = {"momentum": asked.momentum} if asked.momentum is not None else {}
+
+    def factory(parameters: Iterable[Any]) -> list[Optimizer]:
+        inside = {
+            parameter
+            for name, parameter in module.named_parameters()
+            if parameter.dim() == 2 and any(name.startswith(f"{block}.") for block in blocks)
+        }
+        given = list(parameters)
+        matrices = [parameter for parameter in given if parameter in inside]
+        rest = [parameter for parameter in given if parameter not in inside]
+        if not matrices:
+            raise ConfigError(
+                f'optimizer.name = "muon" for {type(module).__name__}, which has no trained matrix in a '
+                "repeated block",
+                rule="muon updates the matrices of repeated blocks, and leaves the rest to adamw",
+                fix='set layout.blocks, or optimizer.name = "adamw"',
+            )
+        made: list[Optimizer] = [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common, **momentum)
+        ]
+        return [*made, torch.optim.AdamW(rest, **common, **others)] if rest else made
+
+    return factory
+
+
+def _check_settings(name: str, kind: Callable[..., object], named: dict[str, Any]) -> None:
+    try:
+        inspect.signature(kind).bind((), **named)
+    except TypeError as error:
+        given = ", ".join(f"{key} = {value}" for key, value in named.items())
+        raise ConfigError(
+            f"optimizer.name = {name!r} with {given}: {error}",
+            rule="a plugin is called with the parameters, lr, and what else of [optimizer] is set",
+            fix="leave unset what it does not take, or give it such a parameter",
+        ) from error
 
 
 def make_optimizers(optimizer: OptimizerLike, module: nn.Module) -> tuple[Optimizer, ...]:

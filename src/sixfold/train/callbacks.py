@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import nn
+
 from sixfold.checkpoint import Keep, step_folder
+from sixfold.engine.persistence import ADAPTERS
 from sixfold.launch import current_session
+from sixfold.models.lora import Adapted, adapters_of
 from sixfold.monitor.meters import StepRecord
+from sixfold.train import adapters
 from sixfold.train.evaluate import bits_per_byte
-from sixfold.train.folder import CHECKPOINTS
+from sixfold.train.folder import ADAPTER_FOLDER, CHECKPOINTS
 from sixfold.train.run import Run
 
 
@@ -34,8 +39,8 @@ class Metrics:
 
     def after_update(self, run: Run, record: StepRecord) -> None:
         is_due = record.step % self._every == 0 or record.step == run.total_steps
-        if is_due and run.journal is not None:
-            run.journal.write(record.as_dict())
+        if is_due and run.is_first:
+            run.record(record.as_dict())
             run.console.update(record)
 
     def at_end(self, run: Run, finished: bool) -> None:
@@ -51,26 +56,35 @@ class Evaluations:
     def after_update(self, run: Run, record: StepRecord) -> None:
         due = self._every is not None and record.step % self._every == 0
         if due and record.step != run.total_steps:
-            run.say(f"update {record.step}: held-out bits per byte {self._measure(run):.4f}")
+            run.say(f"update {record.step}: held-out bits per byte {self._measure(run)['']:.4f}")
 
     def at_end(self, run: Run, finished: bool) -> None:
         if not finished:
             return
         measured = self._measure(run)
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in run.corpus.compressors.items())
-        run.say(f"\nheld-out bits per byte: {measured:.4f}   (on the same bytes: {others})")
+        others = [f"{name} {bits:.3f}" for name, bits in run.corpus.compressors.items()]
+        beside = f"   (on the same bytes: {', '.join(others)})" if others else ""
+        run.say(f"\nheld-out bits per byte: {measured['']:.4f}{beside}")
+        if len(measured) > 2:
+            parts = ", ".join(f"{name} {bits:.4f}" for name, bits in measured.items() if name)
+            run.say(f"of each source: {parts}")
 
-    def _measure(self, run: Run) -> float:
-        measured = bits_per_byte(run.engine, run.corpus, run.resolved.config.data.sequence_length)
-        if run.journal is not None:
-            run.journal.write({"step": run.engine.num_steps, "held_out_bits_per_byte": measured})
+    def _measure(self, run: Run) -> dict[str, float]:
+        measured = bits_per_byte(run.engine, run.corpus, run.resolved.config)
+        parts = {name: bits for name, bits in measured.items() if name and len(measured) > 2}
+        record = {"step": run.engine.num_steps, "held_out_bits_per_byte": measured[""]}
+        run.record(record | ({"held_out_parts": parts} if parts else {}))
         return measured
 
 
 class Checkpoints:
-    """Saves every so many updates and at the end; keeps the newest ones."""
+    """Saves every so many updates and at the end; keeps the newest ones.
+
+    Of a frozen model with adapters the adapters alone: the rest is what the run started from.
+    """
 
     def __init__(self, run: Run) -> None:
+        self._only = ADAPTERS if adapters.is_asked(run.resolved.config.model) else None
         self._every = run.resolved.config.checkpoint.every
         asked = run.resolved.config.checkpoint
         self._keep = Keep(asked.keep_last, asked.keep_every)
@@ -91,5 +105,24 @@ class Checkpoints:
     def _save(self, run: Run) -> None:
         folder = run.folder / CHECKPOINTS
         with current_session().saving():
-            run.engine.save(step_folder(folder, run.engine.num_steps), keep=self._keep)
+            run.engine.save(step_folder(folder, run.engine.num_steps), only=self._only, keep=self._keep)
         self._saved_step = run.engine.num_steps
+
+
+class Adapters:
+    """Leaves the adapters of a run in its folder, as `peft` reads them."""
+
+    def after_update(self, run: Run, record: StepRecord) -> None:
+        """They are in every checkpoint."""
+
+    def at_end(self, run: Run, finished: bool) -> None:
+        factors = [parameter for _, part in adapters_of(run.engine.module) for parameter in _factors_of(part)]
+        with run.engine.gathered(factors) as module:
+            if run.is_first:
+                folder = run.folder / ADAPTER_FOLDER
+                adapters.write_adapter(folder, module, run.resolved.config.model.hf)
+                run.say(f"adapter     {folder}")
+
+
+def _factors_of(part: Adapted) -> list[nn.Parameter]:
+    return [part.lora_A.weight, part.lora_B.weight]

@@ -13,7 +13,7 @@ from pathlib import Path
 from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.config import Resolved
 
-CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
 
 
 def check_place(into: Path | None, parent: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a training job is made of, decided before any rank computes: data, model, number types.
+"""What a training job is asked for: the settings that a request comes to.
 
-Used by the launcher for a first look and by every rank; both come to the same answer. It trains
-nothing and starts nothing.
+Used by the launcher for a first look and by every rank; both come to the same answer. No tensor library is
+loaded here, and nothing is trained or started.
 """
 
 from __future__ import annotations
@@ -9,13 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
-from sixfold.data.corpus import Corpus
-from sixfold.models.decoder import Decoder, DecoderConfig
-from sixfold.monitor.hardware import fast_bf16
 from sixfold.train.folder import CONFIG, run_to_resume
 
 RECIPE = Path(__file__).with_name("recipe.toml")
@@ -30,12 +25,14 @@ class Request:
         overrides: `key=value` texts.
         resume: run folder to go on with.
         into: run folder to make.
+        preset: a number of parameters such as "125m", from which sizes and learning rate follow.
     """
 
     config: Path | None = None
     overrides: tuple[str, ...] = ()
     resume: Path | None = None
     into: Path | None = None
+    preset: str | None = None
 
 
 def resolve(request: Request) -> Resolved:
@@ -44,8 +41,9 @@ def resolve(request: Request) -> Resolved:
     Raises:
         ConfigError: all problems at once.
     """
-    if request.resume is not None and (request.config is not None or request.into is not None):
-        other = "--config" if request.config is not None else "--into"
+    given = {"--config": request.config, "--into": request.into, "--preset": request.preset}
+    other = next((option for option, value in given.items() if value is not None), None)
+    if request.resume is not None and other is not None:
         raise ConfigError(
             f"--resume {request.resume} together with {other}",
             rule="a resumed run goes on in its folder with its own configuration",
@@ -54,39 +52,16 @@ def resolve(request: Request) -> Resolved:
     if request.resume is not None:
         file = run_to_resume(request.resume) / CONFIG
         return load(file, overrides=request.overrides).recall(file.read_text(), file)
-    return load(request.config, overrides=request.overrides, recipe=RECIPE)
-
-
-def decide_compute(resolved: Resolved) -> Resolved:
-    """Fill in the compute type where it is open: bf16 on GPUs and on processors that are fast at it."""
-    if resolved.config.precision.compute is not None:
-        return resolved
-    if torch.cuda.is_available():
-        return resolved.decide({"precision.compute": "bf16"}, "computing on a GPU")
-    if fast_bf16():
-        return resolved.decide(
-            {"precision.compute": "bf16"}, "this processor has instructions that multiply bf16"
-        )
-    return resolved.decide(
-        {"precision.compute": "fp32"}, "this processor is not known to multiply bf16 faster"
+    return _decide_tokenizer(
+        load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
     )
 
 
-def build_model(resolved: Resolved, corpus: Corpus) -> Decoder:
-    """The decoder that the configuration describes, on the meta device."""
-    asked = resolved.config.model
-    with torch.device("meta"):
-        return Decoder(
-            DecoderConfig.derive(
-                vocab_size=corpus.vocab_size,
-                context_length=resolved.config.data.sequence_length,
-                width=asked.width,
-                num_layers=asked.num_layers,
-                num_heads=asked.num_heads,
-                num_kv_heads=asked.num_kv_heads,
-                ffn_width=asked.ffn_width,
-                rope_base=asked.rope_base,
-                tie_embeddings=asked.tie_embeddings,
-                dropout=asked.dropout,
-            )
-        )
+def _decide_tokenizer(resolved: Resolved) -> Resolved:
+    model, data = resolved.config.model.hf, resolved.config.data
+    if model is None or data.tokenizer is not None or data.vocab_size is not None:
+        return resolved
+    own = model.expanduser() / "tokenizer.json"
+    if not own.is_file():
+        return resolved
+    return resolved.decide({"data.tokenizer": str(own)}, "comes with model.hf")

@@ -15,24 +15,31 @@ from pathlib import Path
 import torch
 
 from sixfold.base.errors import ConfigError
+from sixfold.base.plugins import load_plugin
 from sixfold.config import Resolved
+from sixfold.config.schema import flat
 from sixfold.data.corpus import prepare
-from sixfold.data.stream import TokenStream
 from sixfold.engine import initialize
 from sixfold.launch import Session, discover
-from sixfold.models.decoder import Decoder, num_flops
-from sixfold.models.generate import generate
 from sixfold.monitor.console import Console
 from sixfold.monitor.hardware import memory_bytes, peak_flops
 from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import Meter
+from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
 from sixfold.plan import LossScaling, decide_batch
-from sixfold.train import job
-from sixfold.train.callbacks import Callback, Checkpoints, Evaluations, Metrics
+from sixfold.train import adapters, job
+from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
+from sixfold.train.completion import Sampling, continuations
+from sixfold.train.compute import decide_compute
+from sixfold.train.facts import facts_of
 from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
+from sixfold.train.samples import samples_of
+from sixfold.train.subject import build_model, flops_per_token, loss_of, weights_of
+from sixfold.train.vocabulary import keep_vocabulary
+from sixfold.train.weights import start_from
 
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
@@ -45,7 +52,7 @@ def train(request: job.Request, session: Session) -> None:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
     with Console(sys.stdout) as console:
-        resolved = _note_launch(job.decide_compute(job.resolve(request)))
+        resolved = _note_launch(decide_compute(job.resolve(request)))
         standing = stand(request.resume, resolved) if request.resume is not None else None
         if standing is not None and standing.is_complete:
             if session.rank == 0:
@@ -53,10 +60,18 @@ def train(request: job.Request, session: Session) -> None:
             return
         run = _set_up(request, resolved, standing, console)
         # In the end it is saved before it is measured: a failure of the latter then costs nothing.
-        callbacks: Sequence[Callback] = (Metrics(run), Checkpoints(run), Evaluations(run))
+        own = [load_plugin("callback", name)(run) for name in run.resolved.config.train.callbacks]
+        if adapters.is_asked(run.resolved.config.model):
+            own.append(Adapters())
+        callbacks: Sequence[Callback] = (Metrics(run), *own, Checkpoints(run), Evaluations(run))
+        _tell_compiled(run)
         _settle_steps(run)
         if run.is_first:
             write_config(run.folder, run.resolved)
+            keep_vocabulary(run.folder, run.corpus)
+            names, settings = run.resolved.config.monitor.sinks, flat(run.resolved.config)
+            run.sinks = Sinks(names, run.folder, settings, warn=console.say)
+            run.record({"facts": facts_of(run)})
         finished = _updates(run, session, callbacks)
         for callback in callbacks:
             callback.at_end(run, finished)
@@ -69,13 +84,20 @@ def train(request: job.Request, session: Session) -> None:
             session.interrupted()
         if run.journal is not None:
             run.journal.close()
+        if run.sinks is not None:
+            run.sinks.close()
         run.engine.close()
 
 
 def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
-    engine = initialize(job.build_model(resolved, corpus), config=resolved)
+    module = build_model(config, corpus.vocab_size)
+    weights = weights_of(config)
+    # A checkpoint holds all of the model, unless it is one of adapters alone.
+    if weights is not None and (standing is None or adapters.is_asked(config.model)):
+        start_from(module, weights)
+    engine = initialize(module, config=resolved, loss_fn=loss_of(config, module))
     folder = request.resume
     if folder is None:
         folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
@@ -83,7 +105,7 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
         resolved=resolved,
         engine=engine,
         corpus=corpus,
-        stream=TokenStream(corpus.train, config.data.sequence_length, config.seed),
+        stream=samples_of(config, corpus),
         batch=decide_batch(
             config.batch, data_ranks=engine.data_ranks, sequence_length=config.data.sequence_length
         ),
@@ -121,6 +143,20 @@ def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
     if rank != 0:
         return ""
     return str(make_folder(request.into, parent))
+
+
+def _tell_compiled(run: Run) -> None:
+    """Say what compiling the blocks brings, from timed rehearsals with and without."""
+    backend = run.resolved.config.layout.compile
+    if backend is None:
+        return
+    with torch.compiler.set_stance("force_eager"):
+        plain = _seconds_per_update(run)
+    compiled = _seconds_per_update(run)
+    run.say(
+        f"compile     blocks by {backend}: {compiled:.3f} s an update, {plain:.3f} s as written "
+        f"({plain / compiled:.2f} times as fast)"
+    )
 
 
 def _settle_steps(run: Run) -> None:
@@ -163,11 +199,14 @@ def _seconds_per_update(run: Run) -> float:
 
 def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
     """Update until the end; False when asked to stop before it."""
-    meter = _meter(run)
+    meter, dispatcher = _meter(run), run.engine.mesh.dispatcher
     targets = run.batch.size * run.resolved.config.data.sequence_length
     while run.engine.num_steps < run.total_steps:
         meter.start()
-        loss = run.engine.train_step(run.next_batch())
+        began, blocked = time.perf_counter(), dispatcher.blocked_s
+        batch = run.next_batch()
+        data_s = time.perf_counter() - began
+        loss = run.engine.train_step(batch)
         assert run.engine.last is not None, "train_step leaves a result"
         record = meter.stop(
             run.engine.num_steps,
@@ -178,6 +217,7 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
             samples=run.engine.num_samples,
             loss_scale=run.engine.last.loss_scale if run.engine.plan.loss_scaling != LossScaling() else None,
             skipped=run.engine.last.skipped,
+            spent=(data_s, run.engine.last.compute_s or 0.0, dispatcher.blocked_s - blocked),
         )
         for callback in callbacks:
             callback.after_update(run, record)
@@ -189,16 +229,13 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
 
 def _meter(run: Run) -> Meter:
     config = run.resolved.config
-    module = run.engine.module
-    assert isinstance(module, Decoder), "the loop trains the model that `job` built"
-    length = config.data.sequence_length
     if config.monitor.peak_tflops is not None:
         own_peak = config.monitor.peak_tflops * 1e12
     else:
         own_peak = peak_flops(DTYPES[config.precision.compute or "fp32"], device=run.engine.device)
     return Meter(
         run.total_steps,
-        flops_per_token=num_flops(module.config, 1, length) / length,
+        flops_per_token=flops_per_token(run.engine.module, config.data.sequence_length),
         peak_flops=run.engine.mesh.total(own_peak)[0],
         memory=memory_bytes,
     )
@@ -206,14 +243,12 @@ def _meter(run: Run) -> Meter:
 
 def _complete_prompt(run: Run) -> None:
     asked = run.resolved.config.train
-    module = run.engine.module
-    if not asked.sample_tokens or not isinstance(module, Decoder):
+    if not asked.sample_tokens:
         return
-    start = torch.tensor(
-        [[run.corpus.document_mark, *run.corpus.encode(asked.prompt)]], device=run.engine.device
-    )
-    generator = torch.Generator(run.engine.device).manual_seed(run.resolved.config.seed)
-    with run.engine.gathered():
+    how = Sampling(seed=run.resolved.config.seed)
+    with run.engine.gathered() as module:
         if run.is_first:
-            tokens = generate(module, start, asked.sample_tokens, temperature=0.7, generator=generator)
-            run.say(f"\nsample\n{run.corpus.decode(tokens[0, 1:].tolist())}")
+            news = continuations(module, run.corpus.vocabulary, [asked.prompt], asked.sample_tokens, how)
+            text = asked.prompt + "".join(new for (new,) in news)
+            run.say(f"\nsample\n{text}")
+            run.record({"step": run.engine.num_steps, "sample": text})

@@ -24,7 +24,13 @@ _SHAPES = (
     "model.num_kv_heads",
     "model.ffn_width",
     "model.tie_embeddings",
+    "model.hf",
+    "model.lora_rank",
+    "model.lora_targets",
+    "model.lora_alpha",
+    "model.lora_from",
     "data.vocab_size",
+    "data.tokenizer",
 )
 """What the saved tensors were built from: another value is another model."""
 

@@ -5,18 +5,20 @@ Made by the loop, read by callbacks. It holds the parts of a run and trains noth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from sixfold.config import Resolved
 from sixfold.data.corpus import Corpus
-from sixfold.data.stream import TokenStream
+from sixfold.data.stream import Blend
 from sixfold.engine import Engine
 from sixfold.monitor.console import Console
 from sixfold.monitor.journal import Journal
+from sixfold.monitor.sinks import Sinks
 from sixfold.plan import BatchPlan
+from sixfold.train.subject import fields_of
 
 
 @dataclass
@@ -28,29 +30,39 @@ class Run:
         folder: the run folder.
         total_steps: updates in the whole run.
         journal: where metrics are written; the first rank's alone.
+        sinks: where they go besides; the first rank's alone.
     """
 
     resolved: Resolved
     engine: Engine
     corpus: Corpus
-    stream: TokenStream
+    stream: Blend
     batch: BatchPlan
     folder: Path
     console: Console
     total_steps: int = 0
     journal: Journal | None = None
+    sinks: Sinks | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes files and talks."""
         return self.engine.mesh.rank == 0
 
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Write one record of JSON values down, once over all ranks."""
+        if self.journal is not None:
+            self.journal.write(values)
+        if self.sinks is not None:
+            self.sinks.write(values)
+
     def say(self, message: str) -> None:
         """Tell the user, once over all ranks."""
         if self.is_first:
             self.console.say(message)
 
-    def next_batch(self) -> dict[str, torch.Tensor]:
+    def next_batch(self) -> dict[str, Any]:
         """This rank's part of the global batch that comes next."""
         part = self.batch.share(self.engine.data_rank)
-        return {"tokens": torch.from_numpy(self.stream.batch(self.engine.num_samples, part))}
+        samples = self.stream.batch(self.engine.num_samples, part)
+        return fields_of(self.resolved.config, self.corpus, samples)

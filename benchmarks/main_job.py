@@ -1,0 +1,218 @@
+"""The main job's speed: `sixfold train`'s own updates against a plain DistributedDataParallel script.
+
+    python benchmarks/main_job.py [--ranks 2] [--rounds 9] [--updates 4] [--smoke] [--json]
+
+The script is what one writes in an hour: the same decoder of torch's own modules (linear layers, RMS norms,
+fused attention, rotary positions), autocast to bf16, fp32 logits for the loss, AdamW and clipping. The same
+ranks hold both and give them turns, the order changing every round; each turn is a few updates on the
+same number of tokens of the main job's corpus, data included. Utilisation is of what the ranks' matrix
+products reach when all of them multiply at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+SMOKE = (
+    "train.steps=3",
+    "data.max_mb=0.5",
+    "data.vocab_size=300",
+    "data.held_out_documents=2",
+    "model.width=64",
+)
+
+
+def naive_script(
+    sizes: dict[str, int], tokens: Any, batch: int, length: int, lr: float
+) -> Callable[[], None]:
+    """One update of the plain script."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    width, heads, kv_heads = sizes["width"], sizes["num_heads"], sizes["num_kv_heads"]
+    head = width // heads
+    angles = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(0, head, 2) / head))
+    cos, sin = angles.cos()[None, None], angles.sin()[None, None]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+            self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head, bias=False)
+            self.out = nn.Linear(width, width, bias=False)
+            self.gate = nn.Linear(width, sizes["ffn_width"], bias=False)
+            self.up = nn.Linear(width, sizes["ffn_width"], bias=False)
+            self.down = nn.Linear(sizes["ffn_width"], width, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(self.attention_norm(x)).split(
+                (heads * head, kv_heads * head, kv_heads * head), -1
+            )
+            q, k, v = (each.unflatten(-1, (-1, head)).transpose(1, 2) for each in (q, k, v))
+            mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+            x = x + self.out(mixed.transpose(1, 2).flatten(2))
+            h = self.mlp_norm(x)
+            return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(sizes["vocab_size"], width)
+            self.layers = nn.ModuleList(Layer() for _ in range(sizes["num_layers"]))
+            self.norm = nn.RMSNorm(width)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(inputs)
+            for layer in self.layers:
+                x = layer(x)
+            return F.linear(self.norm(x), self.embedding.weight)
+
+    model = DistributedDataParallel(Model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    draw = torch.Generator().manual_seed(torch.distributed.get_rank())
+
+    def update() -> None:
+        starts = torch.randint(len(tokens) - length - 1, (batch,), generator=draw).tolist()
+        rows = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def work(options: dict[str, Any]) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+
+    import sixfold
+    from sixfold.config import load
+    from sixfold.data.corpus import prepare
+    from sixfold.models.decoder import num_flops
+    from sixfold.monitor.hardware import peak_flops
+    from sixfold.plan import decide_batch
+    from sixfold.train.job import RECIPE
+    from sixfold.train.samples import samples_of
+    from sixfold.train.subject import build_model, fields_of
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    overrides = [*options["set"], "precision.compute=bf16", "train.steps=100000"]
+    config = load(recipe=RECIPE, overrides=overrides).config
+    corpus, length = prepare(config.data), config.data.sequence_length
+    module: Any = build_model(config, corpus.vocab_size)
+    sizes = {
+        name: getattr(module.config, name) for name in ("width", "num_layers", "num_heads", "num_kv_heads")
+    }
+    sizes |= {"ffn_width": module.config.ffn_width, "vocab_size": corpus.vocab_size}
+    engine = sixfold.initialize(module, config=load(recipe=RECIPE, overrides=overrides))
+    blend = samples_of(config, corpus)
+    plan = decide_batch(config.batch, data_ranks=ranks, sequence_length=length)
+    part = plan.share(rank)
+
+    def ours() -> None:
+        engine.train_step(fields_of(config, corpus, blend.batch(engine.num_samples, part)))
+
+    tokens = corpus.parts[0].train
+    contestants = {
+        "sixfold": ours,
+        "ddp": naive_script(sizes, tokens, len(part), length, config.optimizer.lr),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(-1, options["rounds"]):
+        for name in list(contestants)[:: 1 if number % 2 else -1]:
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(options["updates"]):
+                contestants[name]()
+            dist.barrier()
+            if number >= 0:  # the first round warms up
+                spent[name].append((time.perf_counter() - began) / options["updates"])
+    peak = torch.tensor(peak_flops(torch.bfloat16), dtype=torch.float64)
+    dist.all_reduce(peak)
+    if rank == 0:
+        flops = num_flops(module.config, plan.size, length)
+        print(json.dumps({"spent": spent, "tokens": plan.size * length, "flops": flops, "peak": float(peak)}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def figures(told: dict[str, Any]) -> dict[str, float]:
+    """Medians over rounds."""
+    seconds = {name: statistics.median(values) for name, values in told["spent"].items()}
+    ratios = [b / a for a, b in zip(told["spent"]["sixfold"], told["spent"]["ddp"], strict=True)]
+    found = {f"{name} tokens/s": told["tokens"] / value for name, value in seconds.items()}
+    found |= {f"{name} utilisation": told["flops"] / value / told["peak"] for name, value in seconds.items()}
+    return {**found, "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--updates", type=int, default=4, help="in one turn")
+    parser.add_argument("--set", action="append", default=[], help="a setting of the recipe, as for train")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Start the ranks and print, or be one of them."""
+    args = parse()
+    if args.work:
+        work(json.loads(args.work))
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [*args.set, *(SMOKE if args.smoke else ())]
+    options = json.dumps({"rounds": args.rounds, "updates": args.updates, "set": settings})
+    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--work", options],
+            env=os.environ | common | {"MASTER_PORT": str(port), "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(args.ranks)
+    ]
+    told = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a rank failed; its error stands above")
+    found = figures(json.loads(told[0].splitlines()[-1]))
+    if args.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<22} {value:.3f}" if value < 100 else f"{name:<22} {value:.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What commands have in common in how they show things: JSON documents and progress.
+
+Used by the modules of single commands. It computes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+def print_json(value: object) -> None:
+    """One document, indented."""
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+@contextmanager
+def progress_bar(*, shown: bool = True) -> Iterator[Callable[[str, float], None]]:
+    """A bar for each phase on a terminal, a line for each elsewhere; a function of (phase, part done)."""
+    if not shown:
+        yield lambda phase, part: None
+        return
+    if not sys.stderr.isatty():
+        yield _as_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        tasks = {}
+
+        def show(phase: str, part: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=1.0)
+            progress.update(tasks[phase], completed=part)
+
+        yield show
+
+
+def _as_lines() -> Callable[[str, float], None]:
+    said: set[str] = set()
+
+    def show(phase: str, part: float) -> None:
+        if phase not in said:
+            said.add(phase)
+            typer.echo(f"corpus      {phase} ...", err=True)
+
+    return show

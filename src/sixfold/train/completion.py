@@ -1,0 +1,159 @@
+"""Texts continued by the model of a run: while it trains, and afterwards from its newest checkpoint.
+
+Called by the loop for its sample and by `sixfold generate`. It trains nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint import latest, open_checkpoint
+from sixfold.config import load
+from sixfold.data.tokenizer import Vocabulary
+from sixfold.models.decoder import Decoder
+from sixfold.models.generate import CachedDecoder, Reader, continue_with
+from sixfold.parallel import DTYPES
+from sixfold.train.folder import CHECKPOINTS, CONFIG, run_to_resume
+from sixfold.train.subject import build_model, weights_of
+from sixfold.train.vocabulary import vocabulary_of
+from sixfold.train.weights import fill, tensors_in
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the likeliest, otherwise scores are divided by it and sampled from.
+        top_k: sample among so many likeliest alone; None for all.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.7
+    top_k: int | None = None
+    seed: int = 0
+
+
+def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, Vocabulary]:
+    """The model of a run in its compute type, and its vocabulary.
+
+    Args:
+        checkpoint: one of its checkpoints; None for the newest.
+
+    Raises:
+        CheckpointError: there is no run, or no complete checkpoint in it.
+    """
+    folder = run_to_resume(folder)
+    newest = checkpoint or latest(folder / CHECKPOINTS)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS} holds no complete checkpoint",
+            rule="texts are continued by the model of a checkpoint",
+            fix="let the run come to its first save, or set checkpoint.every",
+        )
+    vocabulary = vocabulary_of(folder)
+    config = load(folder / CONFIG).config
+    module = build_model(config, vocabulary.size, device="cpu")
+    saved = open_checkpoint(newest)
+    base = weights_of(config) if saved.manifest.only else None
+    tensors = tensors_in(base) if base is not None else {}
+    fill(module, tensors | {name: saved.read_model(name) for name in saved.model_names}, newest)
+    # Buffers keep their types, as in training: rotary frequencies lose too much in a narrow one.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.precision.compute or "fp32"])
+    return module.eval(), vocabulary
+
+
+def continuations(
+    module: nn.Module, vocabulary: Vocabulary, prompts: Sequence[str], num_tokens: int, how: Sampling
+) -> Iterator[list[str]]:
+    """Continue each prompt until its document ends, at most by `num_tokens`.
+
+    Yields:
+        What has come anew of each text, token by token; empty where a character is not whole yet, and once
+        a text has ended.
+    """
+    device = next(module.parameters()).device
+    ids = [[vocabulary.mark, *vocabulary.encode(prompt)] for prompt in prompts]
+    generator = torch.Generator(device).manual_seed(how.seed)
+    writers = [_Writer(vocabulary) for _ in prompts]
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            reader = reader_of(module)
+            tokens = continue_with(reader, ids, num_tokens, how.temperature, how.top_k, generator, device)
+            for following in tokens:
+                yield [writer.add(token) for writer, token in zip(writers, following.tolist(), strict=True)]
+                if all(writer.has_ended for writer in writers):
+                    return
+    finally:
+        module.train(was_training)
+
+
+def reader_of(module: nn.Module) -> Reader:
+    """What reads tokens with a module, and remembers them."""
+    return CachedDecoder(module) if isinstance(module, Decoder) else CachedTransformer(module)
+
+
+class CachedTransformer:
+    """Reads with a causal model of `transformers`, which keeps keys and values itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        config: Any = module.config
+        self._module: Any = module
+        self.context_length = int(config.max_position_embeddings)
+
+    def start(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        self._mask = (places >= padding[:, None]).long()
+        self._place = (places - padding[:, None]).clamp(min=0)
+        self._past = None
+        return self._forward(tokens)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), 1)
+        self._place = self._place[:, -1:] + 1
+        return self._forward(tokens[:, None])
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        out = self._module(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=self._place,
+            past_key_values=self._past,
+            use_cache=True,
+        )
+        self._past = out.past_key_values
+        scores: Tensor = out.logits[:, -1]
+        return scores
+
+
+class _Writer:
+    """Turns the tokens of one text into characters as soon as they are whole."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._before: list[int] = []
+        self._pending: list[int] = []
+        self.has_ended = False
+
+    def add(self, token: int) -> str:
+        self.has_ended |= token == self._vocabulary.mark
+        if self.has_ended:
+            return ""
+        self._pending.append(token)
+        # Some vocabularies write a token differently at the start of a text, so the one before comes along.
+        known = self._vocabulary.decode(self._before)
+        text = self._vocabulary.decode([*self._before, *self._pending])
+        if text.endswith("\ufffd"):
+            return ""
+        self._before, self._pending = self._pending, []
+        return text[len(known) :]

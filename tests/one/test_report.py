@@ -1,0 +1,151 @@
+"""The report: what it reads out of run folders, and what stands in its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, DataError
+from sixfold.launch import current_session
+from sixfold.monitor.report import picture
+from sixfold.monitor.report.page import page
+from sixfold.monitor.report.story import differing, read_story
+from sixfold.train import loop
+from sixfold.train.job import Request
+from tests.one import lab
+from tests.one.runs import make_run
+from tests.one.terminal import Terminal
+
+
+class Outline(HTMLParser):
+    """Tags that are open, headings, and whatever a page would fetch."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data") and not (value or "").startswith(("#", "data:")):
+                self.fetched.append(f"{tag} {name}={value}")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+
+def test_a_page_stands_alone_and_tells_everything(tmp_path: Path) -> None:
+    stories = [
+        read_story(make_run(tmp_path / "first")),
+        read_story(make_run(tmp_path / "second<2>", lr=3e-3, zero=2, num_steps=5)),
+    ]
+    text = page(stories)
+    outline = Outline(text)
+    assert outline.open == []
+    assert outline.fetched == []
+    assert len(set(outline.ids)) == len(outline.ids)
+    assert "<script" not in text
+    assert "@import" not in text
+    assert not re.findall(r"url\((?!#)", text)
+    assert outline.headings == [
+        "2 runs",
+        "Figures",
+        "What differs",
+        "Curves",
+        "Where the time of an update went",
+        "Layout",
+        "Samples",
+        "Settings",
+    ]
+    for told in ("optimizer.lr", "second&lt;2&gt;", "compute 75.0%", "exposed communication 15.0%", "1.9000"):
+        assert told in text
+    assert "def &lt;b&gt;sample" in text
+    assert "decided: one per core" in text
+    assert text.count("<figure>") == 7
+    assert text.count("rank 1<") == 2
+
+
+def test_only_what_differs_is_compared(tmp_path: Path) -> None:
+    stories = [read_story(make_run(tmp_path / "a")), read_story(make_run(tmp_path / "b", lr=3e-3))]
+    assert differing(stories) == {"optimizer.lr": [1e-3, 3e-3]}
+
+
+def test_a_run_without_facts_or_times_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "old", num_steps=2)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in one.items() if not k.endswith("_s")} for one in records if "loss" in one]
+    for one in kept:
+        one["loss"] = "nan"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept) + '{"step": 3, "lo')
+    text = page([read_story(run)])
+    assert Outline(text).headings == ["old", "Figures", "Curves", "Settings"]
+
+
+def test_many_ranks_are_drawn_in_part() -> None:
+    facts = {
+        "degrees": {"pipe": 4, "data": 8, "context": 1, "tensor": 4},
+        "parts": {"parameters": 8, "gradients": 8, "optimizer": 8},
+    }
+    drawn = picture.layout(facts)
+    assert drawn.count('class="rank"') == 64
+    assert "and 64 ranks more" in drawn
+    assert "pipe 1, data 7, tensor 3" in drawn
+
+
+def test_the_command(sixfold: Terminal) -> None:
+    make_run(sixfold.folder / "a")
+    make_run(sixfold.folder / "b")
+    assert sixfold("report", "a") == EXIT_DONE
+    assert (sixfold.folder / "a" / "report.html").exists()
+    assert sixfold("report", "a", "b", "--json") == EXIT_DONE
+    told = json.loads(sixfold.out)
+    assert told["file"] == "report.html"
+    assert told["runs"]["a"]["updates"] == 12
+    assert told["runs"]["a"]["spent"]["data_s"] == pytest.approx(0.05)
+    assert sixfold("report", "a", "--into", "none/such.html") == EXIT_USAGE
+    assert "cannot be written" in sixfold.err
+    (sixfold.folder / "empty").mkdir()
+    assert sixfold("report", "empty") == EXIT_USAGE
+    assert "holds no config.toml" in sixfold.err
+
+
+def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
+    lab.write_corpus(tmp_path / "text")
+    config = lab.write_config(tmp_path / "my.toml", lab.settings(tmp_path))
+    loop.train(Request(config, into=tmp_path / "run"), current_session())
+    story = read_story(tmp_path / "run")
+    for one in story.updates:
+        parts = [one[name] for name in ("data_s", "compute_s", "exchange_s", "host_s")]
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) == pytest.approx(one["seconds"], rel=0.01)
+    assert story.spent()["compute_s"] > 0.5
+    assert story.sample is not None
+    assert story.sample.startswith("def ")
+    assert story.facts["degrees"]["data"] == 1
+    assert "Layout" in Outline(page([story])).headings
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match="no update"):
+        read_story(tmp_path / "run")
