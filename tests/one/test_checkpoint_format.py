@@ -305,14 +305,14 @@ def test_a_piece_is_read_without_its_neighbours(tmp_path: Path, monkeypatch: pyt
     save(tmp_path / "c", whole({"small": torch.ones(3), "large": large}, {"step": 1}))
     saved = open_checkpoint(tmp_path / "c")
     num_read = 0
-    plain = ranges._read_into
+    plain = ranges.read_into
 
     def counted(handle: FileIO, buffer: memoryview) -> int:
         nonlocal num_read
         num_read += plain(handle, buffer)
         return len(buffer)
 
-    monkeypatch.setattr(ranges, "_read_into", counted)
+    monkeypatch.setattr(ranges, "read_into", counted)
     cuts = [0, 1, 17, 20_000, 350_000, 700_000]
     for start, stop in pairwise(cuts):
         num_read, found = 0, torch.empty(stop - start)

@@ -92,7 +92,7 @@ class Ranges:
     def _read_cells(self, handle: FileIO, file: str, start: int, memory: memoryview) -> None:
         """Fill `memory` with whole cells from `start` on."""
         handle.seek(start)
-        filled = _read_into(handle, memory)
+        filled = read_into(handle, memory)
         for begin in range(0, len(memory), CELL_BYTES):
             crc = zlib.crc32(memory[begin : min(begin + CELL_BYTES, filled)])
             saved = int(self._sums[file][(start + begin) // CELL_BYTES])
@@ -109,7 +109,7 @@ class Ranges:
             raise damaged(self.folder, [f"{file}: {error.strerror}"]) from error
 
 
-def _read_into(handle: FileIO, buffer: memoryview) -> int:
+def read_into(handle: FileIO, buffer: memoryview) -> int:
     """Fill the buffer as far as the file goes; returns the bytes read."""
     filled = 0
     while filled < len(buffer):

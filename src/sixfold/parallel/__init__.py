@@ -11,9 +11,10 @@ from sixfold.parallel.facts import (
     block_names,
     dtype_name,
     module_facts,
+    persistent_buffers,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
-from sixfold.parallel.pages import keep_pages
+from sixfold.parallel.pages import keep_pages, untouched_zeros
 
 __all__ = [
     "BATCH_NORMS",
@@ -28,4 +29,6 @@ __all__ = [
     "materialize",
     "module_facts",
     "move_buffers",
+    "persistent_buffers",
+    "untouched_zeros",
 ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh, Pending
-from sixfold.parallel import DTYPES
+from sixfold.parallel import DTYPES, untouched_zeros
 from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
 from sixfold.plan.residency import ALL
 from sixfold.state.absent import absent_class
@@ -29,6 +29,7 @@ class Unit:
         precision: its number types; None for parameters that are not floating.
         residency: what is cut.
         parameters: the module's own parameters by name; their numbers on rank 0 are taken over.
+        is_blank: nothing is taken over, because all numbers are filled in afterwards.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Unit:
         residency: Residency,
         parameters: Mapping[str, nn.Parameter],
         mesh: Mesh,
+        *,
+        is_blank: bool = False,
     ) -> None:
         self.plan = plan
         self.precision = precision
@@ -51,7 +54,7 @@ class Unit:
         self.kept = self._range_of(residency.parameters)
         """Elements of the unit in `part`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
-        self.working = self._zeros(plan.numel, compute)
+        self.working = self._working(compute, is_blank=is_blank)
         """What forward and backward read: [numel] in the compute type. Without memory while it is dropped."""
         self.part = self._zeros(_length(self.kept), compute) if residency.parameters else self.working
         """What this rank keeps of it: [kept]."""
@@ -79,7 +82,7 @@ class Unit:
         self._pending = Pending()
         if precision and plan.trainable:
             self._make_trainable(precision)
-        self._adopt()
+        self._adopt(is_blank=is_blank)
         self._versions = [parameter._version for parameter in self.parameters]
         self.is_dropped = False
         self._classes = [type(parameter) for parameter in self.parameters]
@@ -104,14 +107,17 @@ class Unit:
             self._local_views = self.views_of(self._local)
             self.grads = self._local[self.own]
 
-    def _adopt(self) -> None:
-        # Rank 0's numbers, in the master's type: the master takes them before their rounding.
-        whole = self.working if self.master is self.held else self._zeros(self.plan.numel, self.master.dtype)
+    def _working(self, dtype: torch.dtype, *, is_blank: bool) -> torch.Tensor:
+        if not self.residency.parameters:
+            return self._zeros(self.plan.numel, dtype)
+        # It comes and goes, so malloc has it. One that is dropped at once is not even written.
+        make = torch.empty if is_blank else torch.zeros
+        return make(self.plan.numel, dtype=dtype, device=self._mesh.device)
+
+    def _adopt(self, *, is_blank: bool) -> None:
         with torch.no_grad():
-            for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
-                view.copy_(parameter)
-            self._mesh.broadcast(whole).wait()
-            self.fill(whole)
+            if not is_blank:
+                self._take_over()
             for view, parameter in zip(self.views_of(self.working), self.parameters, strict=True):
                 parameter.data = view
         if self.precision is None or self.grads is None:
@@ -123,8 +129,18 @@ class Unit:
         for parameter, view in zip(self.parameters, self._local_views, strict=False):
             parameter.grad = view
 
+    def _take_over(self) -> None:
+        # Rank 0's numbers, in the master's type: the master takes them before their rounding.
+        whole = self.working
+        if self.master is not self.held:
+            whole = torch.zeros(self.plan.numel, dtype=self.master.dtype, device=self._mesh.device)
+        for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
+            view.copy_(parameter)
+        self._mesh.broadcast(whole).wait()
+        self.fill(whole)
+
     def _zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self._mesh.device)
+        return untouched_zeros(numel, dtype, self._mesh.device)
 
     def slot_of(self, flat: torch.Tensor, slot: Slot) -> torch.Tensor:
         """The view of `flat` [numel] that belongs to one parameter, in its shape."""
