@@ -206,5 +206,5 @@ def test_what_is_no_foreign_checkpoint_is_said(tmp_path: Path) -> None:
     save(tmp_path / "c", content(1))
     with pytest.raises(CheckpointError, match="is a native checkpoint"):
         import_folder(tmp_path / "c", tmp_path / "d")
-    with pytest.raises(CheckpointError, match="neither safetensors files nor"):
+    with pytest.raises(CheckpointError, match="neither safetensors files, nor"):
         import_folder(tmp_path, tmp_path / "d")

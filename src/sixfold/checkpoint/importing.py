@@ -1,4 +1,4 @@
-"""Foreign checkpoints into native form: Hugging Face folders and those of torch.distributed.checkpoint.
+"""Foreign checkpoints into native form: of Hugging Face, torch.distributed.checkpoint and DeepSpeed.
 
 Called by `sixfold ckpt import`, on one process. Tensors come in under their own names with equal bytes;
 what a foreign checkpoint does not tell (data position, settings) is left open. It never changes the
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import Content, untie, whole
 from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS
+from sixfold.checkpoint.partitioned import partitions_in, read_partitions
 from sixfold.checkpoint.weights import INDEX, open_weights, safetensors_files
 from sixfold.checkpoint.writing import save
 
@@ -60,9 +61,12 @@ def _reader_of(source: Path) -> tuple[str, Callable[[Path], Content]]:
         return "a folder of torch.distributed.checkpoint", _distributed
     if (source / INDEX).exists() or any(source.glob("*.safetensors")):
         return "a Hugging Face folder", _hugging_face
+    partitions = partitions_in(source)
+    if partitions is not None:
+        return "a DeepSpeed checkpoint", lambda _: read_partitions(partitions)
     raise CheckpointError(
-        f"{source} holds neither safetensors files nor a .metadata file",
-        rule="a Hugging Face folder or one of torch.distributed.checkpoint is imported",
+        f"{source} holds neither safetensors files, nor a .metadata file, nor files of ZeRO partitions",
+        rule="a folder of Hugging Face, torch.distributed.checkpoint or DeepSpeed is imported",
         fix="name the folder in which such files lie",
     )
 
