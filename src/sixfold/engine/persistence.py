@@ -36,7 +36,15 @@ from sixfold.engine.weights import matching_weights, read_weights
 from sixfold.mesh import Mesh
 from sixfold.parallel import persistent_buffers
 from sixfold.plan import Slot
-from sixfold.state import Average, BoundOptimizer, ModelState, Unit, state_bytes_per_weight
+from sixfold.state import (
+    Average,
+    BoundOptimizer,
+    ModelState,
+    Unit,
+    range_in,
+    state_bytes_per_weight,
+    zero_between,
+)
 
 MASTER, EMA = "master", "ema"
 _BESIDE = {MASTER, EMA}
@@ -335,11 +343,12 @@ class Persistence:
 
 def _blank(unit: Unit, numbers: torch.Tensor, names: set[str]) -> torch.Tensor:
     """Host memory for a unit's `numbers` [own], with those in it that are not to be read."""
-    blank = torch.zeros(numbers.shape, dtype=numbers.dtype)
-    for slot in unit.plan.slots:
+    blank = torch.empty(numbers.shape, dtype=numbers.dtype)
+    parts = [(slot, unit.part_of(blank, slot)) for slot in unit.plan.slots]
+    for slot, part in parts:
         if slot.name not in names:
-            unit.part_of(blank, slot).copy_(unit.part_of(numbers, slot))
-    return blank
+            part.copy_(unit.part_of(numbers, slot))
+    return zero_between(blank, [range_in(blank, part) for _, part in parts])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ collective follows from it. Made by `ModelState`; it never decides when to gathe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -406,3 +406,19 @@ def _length(part: slice) -> int:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def range_in(flat: torch.Tensor, part: torch.Tensor) -> tuple[int, int]:
+    """(start, stop) of the elements of `flat` that `part`, a view of it, shows."""
+    start = int(part.storage_offset() - flat.storage_offset())
+    return start, start + part.numel()
+
+
+def zero_between(flat: torch.Tensor, filled: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Zero the elements of `flat` that lie in none of the ranges (start, stop), and return it."""
+    at = 0
+    for start, stop in sorted(filled):
+        flat[at:start] = 0
+        at = max(at, stop)
+    flat[at:] = 0
+    return flat
