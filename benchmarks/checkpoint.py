@@ -9,6 +9,7 @@ same state and makes it durable (fsync), then everyone reads it back from the pa
     raw                each rank writes and syncs its share of the bytes into a file of its own
     torch.save         rank 0 has everything whole and writes it; nothing is gathered, which flatters it
     distributed        torch.distributed.checkpoint of FSDP2's DTensors, all ranks, then synced
+    deepspeed          its engine with ZeRO stage 2, `save_checkpoint`, then synced; where it is installed
 
 It also times how long `engine.save(wait=False)` holds up training, beside a step, and the steps meanwhile.
 """
@@ -16,6 +17,7 @@ It also times how long `engine.save(wait=False)` holds up training, beside a ste
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -34,11 +36,9 @@ CHUNK_BYTES = 4 * 2**20
 KEYS = 3  # master, exp_avg, exp_avg_sq
 
 
-def make_engine(num_layers: int) -> Any:
-    """A stack of square matrices, trained for one step so that there is optimizer state."""
+def make_model(num_layers: int) -> Any:
+    """A stack of square matrices."""
     import torch
-
-    import sixfold
 
     class Stack(torch.nn.Module):
         def __init__(self) -> None:
@@ -52,8 +52,17 @@ def make_engine(num_layers: int) -> Any:
                 x = torch.tanh(layer(x))
             return x.square().mean()
 
+    return Stack()
+
+
+def make_engine(num_layers: int) -> Any:
+    """Trained for one step, so that there is optimizer state."""
+    import torch
+
+    import sixfold
+
     with torch.device("meta"):
-        model = Stack()
+        model = make_model(num_layers)
     engine = sixfold.initialize(model, config={"layout": {"zero": 2}})
     engine.train_step(batch())
     return engine
@@ -140,6 +149,32 @@ def distributed(names: Sequence[str], rank: int, ranks: int) -> Contestant:
     return save, lambda folder: dcp.load(cut, checkpoint_id=folder / "dcp")
 
 
+def partitions(num_layers: int, rank: int) -> Contestant:
+    """DeepSpeed's engine with cut gradients and optimizer, trained for one step too."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    model = make_model(num_layers)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "train_micro_batch_size_per_gpu": 16,
+            "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        },
+    )
+    engine.backward(engine(batch()))
+    engine.step()
+
+    def save(folder: Path) -> None:
+        engine.save_checkpoint(str(folder))
+        if rank == 0:
+            synced(folder)
+
+    return save, lambda folder: engine.load_checkpoint(str(folder))
+
+
 def timed(action: Callable[[], None]) -> tuple[float, float]:
     """(seconds of the slowest rank, CPU seconds of all ranks)."""
     import torch
@@ -165,6 +200,8 @@ def run_rounds(folder: Path, num_layers: int, rounds: int, rank: int, ranks: int
         "torch.save": whole_by_torch(names, rank),
         "distributed": distributed(names, rank, ranks),
     }
+    if importlib.util.find_spec("deepspeed"):
+        found["deepspeed"] = partitions(num_layers, rank)
     turns: dict[str, dict[str, list[tuple[float, float]]]] = {
         name: {"save": [], "load": []} for name in found
     }

@@ -142,7 +142,7 @@ def test_export_keeps_the_index_of_several_files(tmp_path: Path, sixfold: Termin
     back = dict(open_checkpoint(tmp_path / "back").model())
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     (tmp_path / "e" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"2 tensor\(s\) of model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: No such file"):
         import_folder(tmp_path / "e", tmp_path / "again")
     (tmp_path / "e" / "model-00001-of-00003.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="is whole"):
@@ -206,5 +206,5 @@ def test_what_is_no_foreign_checkpoint_is_said(tmp_path: Path) -> None:
     save(tmp_path / "c", content(1))
     with pytest.raises(CheckpointError, match="is a native checkpoint"):
         import_folder(tmp_path / "c", tmp_path / "d")
-    with pytest.raises(CheckpointError, match="neither safetensors files nor"):
+    with pytest.raises(CheckpointError, match="neither safetensors files, nor"):
         import_folder(tmp_path, tmp_path / "d")

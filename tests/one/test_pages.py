@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from sixfold.parallel import keep_pages
+from sixfold.mesh import keep_pages
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

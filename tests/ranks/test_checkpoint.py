@@ -203,14 +203,14 @@ def test_a_save_sends_little_and_needs_little_and_a_load_reads_what_it_owns(
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
     num_read = 0
-    plain_read = ranges._read_into
+    plain_read = ranges.read_into
 
     def counted(handle: FileIO, buffer: memoryview) -> int:
         nonlocal num_read
         num_read += plain_read(handle, buffer)
         return len(buffer)
 
-    monkeypatch.setattr(ranges, "_read_into", counted)
+    monkeypatch.setattr(ranges, "read_into", counted)
     engine.load(tmp_path / "one")
     owned = 4 * sum(unit.master.numel() * 3 for unit in engine.state.units)
     assert owned - 2**20 < num_read < 1.1 * owned

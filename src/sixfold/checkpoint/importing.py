@@ -1,4 +1,4 @@
-"""Foreign checkpoints into native form: Hugging Face folders and those of torch.distributed.checkpoint.
+"""Foreign checkpoints into native form: of Hugging Face, torch.distributed.checkpoint and DeepSpeed.
 
 Called by `sixfold ckpt import`, on one process. Tensors come in under their own names with equal bytes;
 what a foreign checkpoint does not tell (data position, settings) is left open. It never changes the
@@ -7,7 +7,6 @@ source.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,9 +21,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import Content, untie, whole
 from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS
+from sixfold.checkpoint.partitioned import partitions_in, read_partitions
+from sixfold.checkpoint.weights import INDEX, open_weights, safetensors_files
 from sixfold.checkpoint.writing import save
 
-_INDEX = "model.safetensors.index.json"
 _MAX_EXTRA_BYTES = 64 * 2**20
 _STATE_OF = re.compile(r"^(?:.+\.)?optim(?:izer)?s?\.state\.(.+)\.([^.]+)$")
 """Optimizer state as torch's own `get_state_dict` names it."""
@@ -59,42 +59,24 @@ def _reader_of(source: Path) -> tuple[str, Callable[[Path], Content]]:
         )
     if (source / ".metadata").exists():
         return "a folder of torch.distributed.checkpoint", _distributed
-    if (source / _INDEX).exists() or any(source.glob("*.safetensors")):
+    if (source / INDEX).exists() or any(source.glob("*.safetensors")):
         return "a Hugging Face folder", _hugging_face
+    partitions = partitions_in(source)
+    if partitions is not None:
+        return "a DeepSpeed checkpoint", lambda _: read_partitions(partitions)
     raise CheckpointError(
-        f"{source} holds neither safetensors files nor a .metadata file",
-        rule="a Hugging Face folder or one of torch.distributed.checkpoint is imported",
+        f"{source} holds neither safetensors files, nor a .metadata file, nor files of ZeRO partitions",
+        rule="a folder of Hugging Face, torch.distributed.checkpoint or DeepSpeed is imported",
         fix="name the folder in which such files lie",
     )
 
 
 def _hugging_face(source: Path) -> Content:
-    names: dict[str, Path] = {}
-    files = sorted(source.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names |= dict.fromkeys(opened.keys(), file)
-        except Exception as error:  # the library's own error is not a public class
-            raise CheckpointError(
-                f"{file}: {error}",
-                rule="every safetensors file of the folder is whole",
-                fix="download the folder again",
-            ) from error
-    index = source / _INDEX
-    if index.exists():
-        listed = json.loads(index.read_text())["weight_map"]
-        missing = sorted(name for name, file in listed.items() if names.get(name) != source / file)
-        if missing:
-            raise CheckpointError(
-                f"{source}: {len(missing)} tensor(s) of {_INDEX} are not in their files: "
-                f"{', '.join(missing[:4])}",
-                rule="the index names the file of every tensor",
-                fix="download the folder again",
-            )
+    open_weights(source)  # all that is wrong with headers and index
+    files = safetensors_files(source)
     # Mapped into memory, not read: `save` takes a chunk at a time.
     tensors = {name: tensor for file in files for name, tensor in _tensors_of(file)}
-    stays = {_INDEX, STATE, SUMS, *(file.name for file in files)}
+    stays = {INDEX, STATE, SUMS, *(file.name for file in files)}
     extra = {
         path.name: path.read_bytes()
         for path in sorted(source.iterdir())

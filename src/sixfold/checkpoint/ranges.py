@@ -6,7 +6,6 @@ knows no tensors and never writes.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.files import CHUNK_BYTES
 from sixfold.checkpoint.manifest import SUMS, Manifest, damaged
-from sixfold.checkpoint.sums import CELL_BYTES
+from sixfold.checkpoint.sums import CELL_BYTES, crc32
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class Ranges:
             data = (self.folder / SUMS).read_bytes()
         except OSError as error:
             raise damaged(self.folder, [f"{SUMS}: {error.strerror}"]) from error
-        if zlib.crc32(data) != self.manifest.sums_crc32:
-            raise damaged(self.folder, [f"{SUMS}: crc32 {zlib.crc32(data):08x}, not that of the manifest"])
+        if crc32(data) != self.manifest.sums_crc32:
+            raise damaged(self.folder, [f"{SUMS}: crc32 {crc32(data):08x}, not that of the manifest"])
         sums, cells = np.frombuffer(data, "<u4"), self.manifest.cells
         return {
             file: sums[cells.first(number) : cells.first(number + 1)]
@@ -92,9 +91,9 @@ class Ranges:
     def _read_cells(self, handle: FileIO, file: str, start: int, memory: memoryview) -> None:
         """Fill `memory` with whole cells from `start` on."""
         handle.seek(start)
-        filled = _read_into(handle, memory)
+        filled = read_into(handle, memory)
         for begin in range(0, len(memory), CELL_BYTES):
-            crc = zlib.crc32(memory[begin : min(begin + CELL_BYTES, filled)])
+            crc = crc32(memory[begin : min(begin + CELL_BYTES, filled)])
             saved = int(self._sums[file][(start + begin) // CELL_BYTES])
             if crc != saved:
                 place = f"crc32 {crc:08x} from byte {start + begin} on, {saved:08x} was saved"
@@ -109,7 +108,7 @@ class Ranges:
             raise damaged(self.folder, [f"{file}: {error.strerror}"]) from error
 
 
-def _read_into(handle: FileIO, buffer: memoryview) -> int:
+def read_into(handle: FileIO, buffer: memoryview) -> int:
     """Fill the buffer as far as the file goes; returns the bytes read."""
     filled = 0
     while filled < len(buffer):

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from torch import Tensor
 
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import MODEL, OPTIMIZER, Piece
+from sixfold.checkpoint.fitting import nearest, refuse_misfits
 from sixfold.checkpoint.manifest import STATE, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.placing import Place, fill_pieces
 from sixfold.checkpoint.ranges import Ranges
 from sixfold.checkpoint.retention import latest, old_name
 from sixfold.checkpoint.tensorfile import Spec
-
-_NUM_NEAR_NAMES = 20
-"""Missing names that get their nearest spelling; the search is slow and one prefix explains them all."""
 
 
 def open_checkpoint(folder: Path | str) -> Saved:
@@ -57,7 +55,7 @@ def open_checkpoint(folder: Path | str) -> Saved:
 
 
 def _other_folder(folder: Path) -> str:
-    near = _near(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))
+    near = nearest(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))
     if near:
         return f"did you mean {folder.with_name(near)}?"
     newest = latest(folder.parent)
@@ -164,38 +162,39 @@ class Saved:
         self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]], *, strict: bool = True
     ) -> None:
         """The check of `load_model` alone."""
-        problems = self._mismatches(expected)
-        if strict:
-            problems = [*self._unaccounted(expected), *problems]
-        if problems:
-            raise CheckpointError(
-                f"{self.folder} does not fit the model, {len(problems)} problem(s):\n    "
-                + "\n    ".join(problems),
-                rule="the checkpoint holds every tensor of the model with its shape and type, and no other",
-                fix="build the model that was saved, or read tensors with `read_model` and convert them"
-                + ("; strict=False accepts missing and extra names" if strict else ""),
-            )
+        wanted = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in expected.items()}
+        found = {name: entry.spec for name, entry in self._entries[MODEL].items()}
+        for alias, name in self.aliases.items():
+            if alias in wanted:
+                found[alias] = found[name]
+                if name not in wanted:
+                    found.pop(name)
+        refuse_misfits(self.folder, found, wanted, strict=strict)
+
+    def places(self, part: str) -> dict[str, Place]:
+        """Where each tensor of a part lies."""
+        return {
+            name: Place(entry.file, entry.start, entry.spec) for name, entry in self._entries[part].items()
+        }
+
+    def read_ranges(self, file: str, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each memory with the bytes of a file from its number on, verified."""
+        self._ranges.fill(file, wanted)
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Read each piece's elements into its tensor; on the disk nothing else is touched, but for at most
-        64 KiB beyond each end of a run of neighbouring pieces.
+        """Read each piece's elements into its tensor, converted where it has another type. On disk nothing
+        else is touched, but for at most 64 KiB beyond each end of a run of neighbouring pieces.
 
         Raises:
             CheckpointError: damaged; what was filled is not to be used.
         """
-        wanted: dict[str, list[tuple[int, memoryview]]] = {}
-        for piece in pieces:
-            entry = self._entries[piece.part].get(piece.name)
-            if entry is None:
-                raise self._unknown(piece.name, tuple(self._entries[piece.part]))
-            if piece.tensor.dtype != entry.spec.dtype or piece.stop > entry.spec.numel:
-                raise AssertionError(
-                    f"{piece.name}: {entry.spec} cannot fill {piece.tensor.dtype} to {piece.stop}"
-                )
-            start = entry.start + piece.start * entry.spec.dtype.itemsize
-            wanted.setdefault(entry.file, []).append((start, _memory_of(piece.tensor)))
-        for file, ranges in wanted.items():
-            self._ranges.fill(file, ranges)
+        fill_pieces(pieces, self._place_of, self.read_ranges)
+
+    def _place_of(self, piece: Piece) -> Place:
+        entry = self._entries[piece.part].get(piece.name)
+        if entry is None:
+            raise self._unknown(piece.name, tuple(self._entries[piece.part]))
+        return Place(entry.file, entry.start, entry.spec)
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare files with their checksums, all of them where none are named; raises one
@@ -223,31 +222,8 @@ class Saved:
             states.setdefault(name, {})[key] = entry
         return states
 
-    def _mismatches(self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> list[str]:
-        problems = []
-        for name, (shape, dtype) in expected.items():
-            entry = self._entries[MODEL].get(self.aliases.get(name, name))
-            if entry is None:
-                continue
-            if entry.shape != tuple(shape):
-                problems.append(f"{name}: shape {list(entry.shape)} saved, {list(shape)} expected")
-            if entry.spec.dtype != dtype:
-                problems.append(f"{name}: {entry.spec.dtype} saved, {dtype} expected")
-        return problems
-
-    def _unaccounted(self, expected: Iterable[str]) -> list[str]:
-        expected = set(expected)
-        missing = sorted(expected - set(self.model_names))
-        wanted = {self.aliases.get(name, name) for name in expected}
-        extra = sorted(name for name in self._entries[MODEL] if name not in wanted)
-        near = {name: _near(name, extra) for name in missing[:_NUM_NEAR_NAMES]}
-        return [
-            *(f"missing: {name}" + (f" (saved: {near[name]})" if near.get(name) else "") for name in missing),
-            *(f"extra: {name}" for name in extra),
-        ]
-
     def _unknown(self, name: str, names: Sequence[str]) -> CheckpointError:
-        near = _near(name, names)
+        near = nearest(name, names)
         fix = f"did you mean {near!r}?" if near else f"ask for one of its {len(names)} names"
         return CheckpointError(
             f"{self.folder} holds no {name!r}",
@@ -259,13 +235,3 @@ class Saved:
         tensor = torch.empty(entry.shape, dtype=entry.spec.dtype)
         self.fill([Piece(entry.part, entry.name, 0, tensor)])
         return tensor
-
-
-def _near(name: str, names: Iterable[str]) -> str | None:
-    return next(iter(get_close_matches(name, list(names), n=1)), None)
-
-
-def _memory_of(tensor: Tensor) -> memoryview:
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise AssertionError(f"strides {tensor.stride()} on {tensor.device}: not contiguous host memory")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -7,12 +7,17 @@ bytes. All sums of a checkpoint lie in one file, cells of the first file first. 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+try:  # the same sums, four times as fast
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:
+    from zlib import crc32 as crc32
 
 CELL_BYTES = 64 * 2**10
 """At most this much is read beyond each end of a wanted range, to verify it."""
@@ -58,7 +63,7 @@ class Tally:
             crc, start = 0, at
             if self._pieces and self._pieces[-1][1] == at and at % CELL_BYTES:
                 start, _, crc = self._pieces.pop()
-            self._pieces.append((start, at + size, zlib.crc32(data[done : done + size], crc)))
+            self._pieces.append((start, at + size, crc32(data[done : done + size], crc)))
             at, done = at + size, done + size
 
     def to_bytes(self) -> bytes:
@@ -105,13 +110,16 @@ def join_crc32(first: int, second: int, second_bytes: int) -> int:
 
     Appending n bytes multiplies the sum, a polynomial over GF(2), by x^(8n) modulo the crc's own.
     """
-    power, base = 1 << 31, 1 << 23  # x^0 and x^8; the highest bit is the lowest power
-    while second_bytes:
-        if second_bytes & 1:
-            power = _times(base, power)
-        base = _times(base, base)
-        second_bytes >>= 1
-    return _times(power, first) ^ second
+    for bit in range(second_bytes.bit_length()):
+        if second_bytes >> bit & 1:
+            first = _times(_power(bit), first)
+    return first ^ second
+
+
+@cache
+def _power(bit: int) -> int:
+    """x^(8 * 2^bit); the highest bit is the lowest power."""
+    return 1 << 23 if bit == 0 else _times(_power(bit - 1), _power(bit - 1))
 
 
 def _times(a: int, b: int) -> int:

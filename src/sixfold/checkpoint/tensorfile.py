@@ -128,6 +128,34 @@ def _lay_out(file: str, specs: Mapping[str, Spec]) -> TensorFile:
     return TensorFile(file, header, tuple(slots))
 
 
+class HeaderError(ValueError):
+    """The header of a safetensors file does not describe the file."""
+
+
+def slots_in(header: bytes | bytearray, file_bytes: int) -> tuple[Slot, ...]:
+    """The tensors that a header, without its length, places in a file of so many bytes.
+
+    Raises:
+        HeaderError: they cannot lie there, or have a type that torch does not have.
+    """
+    at = 8 + len(header)
+    slots = []
+    try:
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise HeaderError(f"{name!r} has the type {entry['dtype']!r}, which is not known here")
+            slot = Slot(name, Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]]), at + begin, at + end)
+            if not 0 <= begin <= end or end - begin != slot.spec.num_bytes or slot.stop > file_bytes:
+                raise HeaderError(f"{name!r} does not fit into its {file_bytes} bytes: it is cut short")
+            slots.append(slot)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, HeaderError) else HeaderError(f"its header: {error!r}") from error
+    return tuple(slots)
+
+
 def index_json(files: Sequence[TensorFile]) -> bytes:
     """The index that tells readers of safetensors which of several files holds which tensor."""
     total = sum(slot.stop - slot.start for file in files for slot in file.slots)

@@ -127,7 +127,7 @@ class Saving:
         flight, began, pause = self._flight, time.monotonic(), _FIRST_POLL_S
         try:
             while flight is not None and self._flight is flight:
-                time.sleep(pause)
+                flight.await_end(pause)
                 pause = min(2 * pause, _LAST_POLL_S)
                 if limit_s is not None and time.monotonic() - began > limit_s and not flight.is_over:
                     flight.error = flight.error or _lonely(flight.folder, limit_s)
@@ -196,6 +196,9 @@ class _Flight:
     @property
     def is_over(self) -> bool:
         return self._over.is_set()
+
+    def await_end(self, limit_s: float) -> None:
+        self._over.wait(limit_s)
 
     def join(self) -> None:
         self._thread.join()

@@ -12,9 +12,8 @@ import errno
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from sixfold.checkpoint.content import Content, Piece, check_content
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS, FileEntry, Manifest, TensorEntry, read_manifest
 from sixfold.checkpoint.retention import Keep, next_serial, old_name, prune, temporary_name
-from sixfold.checkpoint.sums import Cells, Tally, joined
+from sixfold.checkpoint.sums import Cells, Tally, crc32, joined
 from sixfold.checkpoint.tensorfile import TAGS, Slot, TensorFile, chunks_of, index_json, plan_files
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -58,7 +57,7 @@ class Plan:
     @property
     def digest(self) -> int:
         """Equal on ranks whose tensors would lie at the same places."""
-        return zlib.crc32(b"".join(file.name.encode() + file.header for _, file in self.tensor_files))
+        return crc32(b"".join(file.name.encode() + file.header for _, file in self.tensor_files))
 
     def slots(self) -> dict[tuple[str, str], tuple[str, Slot]]:
         """(part, tensor) -> its file and place."""
@@ -186,11 +185,11 @@ class Save:
         return f"record-{self.key}-{rank}"
 
     def _await(self, *names: str) -> None:
-        pause = _FIRST_POLL_S
+        began = time.monotonic()
         while not self.files.names(self._temporary).issuperset(names):
             self._check()
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL_S)
+            # As often as it takes to lose little of the time that was waited anyway.
+            time.sleep(min(max(_FIRST_POLL_S, (time.monotonic() - began) / 16), _LAST_POLL_S))
 
     def _check(self) -> None:
         if self.is_cancelled():
@@ -219,17 +218,21 @@ class Save:
         # Not all ranks begin with one file: a file system may take one writer of a file at a time.
         numbered = list(enumerate(self.plan.sizes))
         first = len(numbered) * self.rank // self.num_ranks
-        for number, name in (*numbered[first:], *numbered[:first]):
-            mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
-            if not mine and self.rank:
-                continue
-            with self.files.reopen(self._temporary / name) as handle:
+        with ExitStack() as opened:
+            handles = []
+            for number, name in (*numbered[first:], *numbered[:first]):
+                mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
+                if not mine and self.rank:
+                    continue
+                handles.append(opened.enter_context(self.files.reopen(self._temporary / name)))
                 for start, chunks in mine:
                     for chunk in chunks:
                         self._check()
                         tally.add(number, start, chunk)
-                        self.files.write(handle, chunk, start)
+                        self.files.write(handles[-1], chunk, start)
                         start += len(chunk)
+            # All of them at the end: until then the disk works beside this.
+            for handle in handles:
                 self.files.sync(handle)
         return tally.to_bytes()
 
@@ -265,7 +268,7 @@ class Save:
         for name in (*others, *([self._ready] if others else [])):
             self.files.remove_file(self._temporary / name)
         self._write_file(SUMS, sums)
-        self._write_file(MANIFEST, self._manifest(zlib.crc32(sums)).to_bytes())
+        self._write_file(MANIFEST, self._manifest(crc32(sums)).to_bytes())
         self.files.sync_folder(self._temporary)
         self._take_name()
 

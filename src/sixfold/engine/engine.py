@@ -388,10 +388,12 @@ class Engine:
         """Continue from a checkpoint: weights, optimizer, counters; every rank calls it and reads its part.
 
         A part of a model (`save(only=...)`) replaces that part; without state of training it leaves
-        optimizer and counters alone.
+        optimizer and counters alone. So do weights that other tools saved, a folder of safetensors files or
+        one such file: they are converted to the model's number types and read straight into place.
 
         Raises:
-            CheckpointError: missing, damaged, or of another model; nothing was changed.
+            CheckpointError: missing, damaged, or of another model; nothing was changed, unless a foreign file
+                became unreadable on the way.
         """
         self._order.check_idle("load")
         self.state.arrive("load")

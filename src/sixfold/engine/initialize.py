@@ -28,12 +28,12 @@ from sixfold.engine.admission import (
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.watch import meet, patience_of, watch
+from sixfold.engine.weights import find_weights, given_names, read_weights
 from sixfold.launch import Placement, discover
-from sixfold.mesh import Streams
+from sixfold.mesh import Streams, keep_pages
 from sixfold.parallel import (
     block_names,
     change_forwards,
-    keep_pages,
     materialize,
     module_facts,
     move_buffers,
@@ -60,6 +60,7 @@ def initialize(
     config: ConfigLike = None,
     optimizer: OptimizerLike | None = None,
     loss_fn: LossFn | None = None,
+    weights: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> Engine:
     """Make `model` trainable on every rank of this job.
@@ -72,10 +73,14 @@ def initialize(
             factory that receives the parameters and returns such; None for the one that `config` names.
         loss_fn: `loss_fn(output, batch)` returning a loss or a pair (sum, weight); None when the
             model returns its loss.
+        weights: what the model starts from instead: a folder of safetensors files with the model's own names,
+            such as a Hugging Face one, one such file, or a checkpoint, of which the model part counts. With
+            the model on meta each rank reads the elements that it owns, and nothing else is made.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
+        CheckpointError: `weights` are not those of this model; lists what does not fit.
     """
     resolved = _resolve(config)
     asked = resolved.config
@@ -108,8 +113,10 @@ def initialize(
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
+    found = find_weights(model, Path(weights).expanduser(), facts.aliases, mesh) if weights else None
+    given = given_names(model, found, facts.aliases) if found else set()
     if facts.on_meta:
-        materialize(model, asked.seed, mesh)
+        materialize(model, asked.seed, mesh, given)
     move_buffers(model, place)
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
@@ -119,9 +126,11 @@ def initialize(
     facts = module_facts(model, groups, whole_groups=whole, blocks=blocks)
     plan = decide(asked, facts.parameters, mesh.world_size)
     prefetch_mb = asked.layout.prefetch_mb
-    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6))
+    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6), given)
     ending.callback(state.remove)
     state.share_buffers(model.buffers())
+    if found:
+        read_weights(model, state, found)
     bound = bind(made, state, asked.optimizer.ema_decay)
     return Engine(
         module=model,

@@ -30,10 +30,21 @@ from sixfold.checkpoint import (
     state_name,
 )
 from sixfold.checkpoint.together import Saving, raise_together
+from sixfold.checkpoint.weights import Weights, are_weights
 from sixfold.config import CheckpointConfig
+from sixfold.engine.weights import matching_weights, read_weights
 from sixfold.mesh import Mesh
+from sixfold.parallel import persistent_buffers
 from sixfold.plan import Slot
-from sixfold.state import Average, BoundOptimizer, ModelState, Unit, state_bytes_per_weight
+from sixfold.state import (
+    Average,
+    BoundOptimizer,
+    ModelState,
+    Unit,
+    range_in,
+    state_bytes_per_weight,
+    zero_between,
+)
 
 MASTER, EMA = "master", "ema"
 _BESIDE = {MASTER, EMA}
@@ -72,7 +83,7 @@ class Persistence:
                 slot.name: whole[slot.name].to(self.state.storage_type(unit))
                 for unit, slot in self.state.slots()
             },
-            **self._persistent_buffers(),
+            **persistent_buffers(self.module),
         }
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
@@ -118,7 +129,7 @@ class Persistence:
         per_weight = state_bytes_per_weight(
             self.bound.inners, [dtypes.get(group, torch.float32) for group in groups]
         )
-        needed = sum(each.nbytes for each in self._persistent_buffers().values())
+        needed = sum(each.nbytes for each in persistent_buffers(self.module).values())
         for unit, slot in self.state.slots():
             needed += slot.numel * self.state.storage_type(unit).itemsize
             if unit.plan.trainable:
@@ -130,7 +141,7 @@ class Persistence:
     def _content(self, counters: Mapping[str, Any], only: str | None) -> Content:
         names = self._names(only)
         slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
-        buffers = {name: each for name, each in self._persistent_buffers().items() if name in names}
+        buffers = {name: each for name, each in persistent_buffers(self.module).items() if name in names}
         model = {slot.name: Spec(slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
         model |= {name: Spec(tuple(each.shape), each.dtype) for name, each in buffers.items()}
         masters = {unit: unit.master for unit in self.state.units}
@@ -178,22 +189,30 @@ class Persistence:
             return self._load(folder)
 
     def _load(self, folder: Path) -> Mapping[str, Any] | None:
-        incoming: _Incoming | None = None
+        incoming: _Incoming | Weights | None = None
         failure: SixfoldError | None = None
         try:
-            incoming = self._read(folder)
+            if are_weights(folder):
+                incoming = matching_weights(self.module, folder, self.aliases)
+            else:
+                incoming = self._read(folder)
         except SixfoldError as error:
             failure = error
         raise_together(self.mesh, failure)
         if incoming is None:
             raise AssertionError("a rank that could not read has told of its failure")
+        if isinstance(incoming, Weights):
+            read_weights(self.module, self.state, incoming)
+            for unit, numbers in self._averages.items():
+                numbers.copy_(unit.master)
+            return None
         for unit, values in incoming.masters.items():
             unit.fill_own(values)
         for unit, values in incoming.averages.items():
             self._averages[unit].copy_(values)
         self.state.publish_all()
         with torch.no_grad():
-            for name, buffer in self._persistent_buffers().items():
+            for name, buffer in persistent_buffers(self.module).items():
                 if name in incoming.buffers:
                     buffer.copy_(incoming.buffers[name])
         training = incoming.counters.get("optimizer")
@@ -208,7 +227,7 @@ class Persistence:
         saved = open_checkpoint(folder)
         names = self._names(saved.manifest.only)
         slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
-        buffers = {name: each for name, each in self._persistent_buffers().items() if name in names}
+        buffers = {name: each for name, each in persistent_buffers(self.module).items() if name in names}
         saved.check_model(
             {slot.name: (slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
             | {name: (tuple(each.shape), each.dtype) for name, each in buffers.items()}
@@ -221,17 +240,11 @@ class Persistence:
         masters = {unit: _blank(unit, unit.master, names) for unit in self.state.units}
         averages = {unit: _blank(unit, numbers, names) for unit, numbers in self._averages.items()}
         unsaved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        converted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def read_into(unit: Unit, slot: Slot, mine: torch.Tensor, key: str | None) -> None:
-            part, name, dtype = MODEL, slot.name, self.state.storage_type(unit)
-            if key is not None:
-                part, name, dtype = OPTIMIZER, state_name(name, key), saved.optimizer_specs[name][key].dtype
-            target = mine if mine.dtype == dtype else torch.empty(mine.shape, dtype=dtype)
-            if target is not mine:
-                converted.append((mine, target))
             if mine.numel():
-                pieces.append(Piece(part, name, max(0, unit.own.start - slot.offset), target))
+                part, name = (MODEL, slot.name) if key is None else (OPTIMIZER, state_name(slot.name, key))
+                pieces.append(Piece(part, name, max(0, unit.own.start - slot.offset), mine))
 
         for unit, slot in slots:
             held = saved.optimizer_specs.get(slot.name, {})
@@ -251,7 +264,7 @@ class Persistence:
         )
         pieces += [Piece(OPTIMIZER, state_name(name, key), start, part) for name, key, start, part in wanted]
         saved.fill(pieces)
-        for mine, source in converted + unsaved:
+        for mine, source in unsaved:
             mine.copy_(source)
         return _Incoming(masters, averages, read, state, counters)
 
@@ -282,7 +295,7 @@ class Persistence:
 
     def _names(self, only: str | None) -> set[str]:
         """Names of parameters and buffers that `only` asks for, tied ones under their first name."""
-        every = [slot.name for _, slot in self.state.slots()] + list(self._persistent_buffers())
+        every = [slot.name for _, slot in self.state.slots()] + list(persistent_buffers(self.module))
         if only is None:
             return set(every)
         if only == ADAPTERS:
@@ -322,10 +335,6 @@ class Persistence:
         }
         return {MASTER: masters, EMA: self._averages}
 
-    def _persistent_buffers(self) -> dict[str, torch.Tensor]:
-        kept = self.module.state_dict(keep_vars=True)
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
-
     def _model_card(self) -> dict[str, bytes]:
         """The configuration file that lets Hugging Face's `from_pretrained` read the model part."""
         describe = getattr(getattr(self.module, "config", None), "to_json_string", None)
@@ -334,11 +343,12 @@ class Persistence:
 
 def _blank(unit: Unit, numbers: torch.Tensor, names: set[str]) -> torch.Tensor:
     """Host memory for a unit's `numbers` [own], with those in it that are not to be read."""
-    blank = torch.zeros(numbers.shape, dtype=numbers.dtype)
-    for slot in unit.plan.slots:
+    blank = torch.empty(numbers.shape, dtype=numbers.dtype)
+    parts = [(slot, unit.part_of(blank, slot)) for slot in unit.plan.slots]
+    for slot, part in parts:
         if slot.name not in names:
-            unit.part_of(blank, slot).copy_(unit.part_of(numbers, slot))
-    return blank
+            part.copy_(unit.part_of(numbers, slot))
+    return zero_between(blank, [range_in(blank, part) for _, part in parts])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.mesh import Mesh
+from sixfold.mesh.pages import keep_pages, untouched_zeros
 from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
@@ -22,5 +23,7 @@ __all__ = [
     "Pending",
     "Scratch",
     "Streams",
+    "keep_pages",
     "key_of",
+    "untouched_zeros",
 ]

@@ -29,6 +29,7 @@ from sixfold.mesh.cut import Copied, Cut
 from sixfold.mesh.dispatch import Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
+from sixfold.mesh.pages import untouched_zeros
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import GROUP, Spread
@@ -167,18 +168,25 @@ class Mesh:
         written again after `reclaim`."""
         return self.host.scratch if self.host else self.scratch
 
-    def cut(self, numel: int, dtype: torch.dtype, spread: Spread, *, is_read: bool = False) -> Cut:
-        """Zeros [numel] cut over `spread`; whole for good where that is (). A collective.
+    def cut(
+        self, numel: int, dtype: torch.dtype, spread: Spread, *, is_read: bool = False, is_blank: bool = False
+    ) -> Cut:
+        """Numbers [numel] cut over `spread`; whole for good where that is (). A collective.
 
         Args:
             is_read: whether others gather slices of what this rank keeps, by `spread_out`.
+            is_blank: the whole is dropped before anything reads it; else it is zeros like the part.
         """
         if spread == GROUP and isinstance(self.shard, HostGroup):
             return self.shard.common(numel, dtype)
-        kept = (self.exchangeable if is_read else self.scratch).take
-        size = numel // self.geometry.num_parts(spread)
-        part, place = kept(size, dtype).zero_(), self.place_in(spread)
-        whole = torch.zeros(numel, dtype=dtype, device=self.device) if spread else part
+        size, place = numel // self.geometry.num_parts(spread), self.place_in(spread)
+        if is_read:
+            part = self.exchangeable.take(size, dtype).zero_()
+        else:
+            part = untouched_zeros(size, dtype, self.device)
+        make, whole = torch.empty if is_blank else torch.zeros, part
+        if spread:
+            whole = make(numel, dtype=dtype, device=self.device)  # it comes and goes, so malloc has it
         return Copied(
             whole,
             part,

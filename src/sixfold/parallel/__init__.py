@@ -11,9 +11,9 @@ from sixfold.parallel.facts import (
     block_names,
     dtype_name,
     module_facts,
+    persistent_buffers,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
-from sixfold.parallel.pages import keep_pages
 
 __all__ = [
     "BATCH_NORMS",
@@ -24,8 +24,8 @@ __all__ = [
     "check_backend",
     "check_blocks",
     "dtype_name",
-    "keep_pages",
     "materialize",
     "module_facts",
     "move_buffers",
+    "persistent_buffers",
 ]

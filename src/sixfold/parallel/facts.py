@@ -146,3 +146,9 @@ def named_blocks(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 def _block_of(name: str, blocks: Sequence[str]) -> str | None:
     return next((block for block in blocks if name.startswith(block + ".")), None)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are part of a module's saved state."""
+    kept = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}

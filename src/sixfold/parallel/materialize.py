@@ -3,12 +3,13 @@
 Called by the engine before state exists. Every module is initialised by its own rule, under a
 generator keyed by (seed, module name), on whole shapes and on the CPU: the same weights for every rank
 count, layout and device. One rank draws, since all take over its numbers; the others' memory stays
-untouched, which on a CPU means that it is never taken. A model that comes with weights is never touched.
+untouched, which on a CPU means that it is never taken. Tensors whose numbers come from a file afterwards
+take no memory anywhere. A model that comes with weights is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,19 +19,23 @@ from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
 
 
-def materialize(module: nn.Module, seed: int, mesh: Mesh) -> None:
+def materialize(module: nn.Module, seed: int, mesh: Mesh, given: Collection[str] = ()) -> None:
     """Allocate `module` on the CPU and, on rank 0, initialise it by its own rules.
 
     Plain modules need `reset_parameters`; children go before parents, since parents may rewrite
     what their children drew. Models with `initialize_weights` (Hugging Face) bring their rules in
     `_init_weights`. Ties hold afterwards as they did before.
 
+    Args:
+        given: parameters and buffers whose numbers come later, by all of their names. A module that holds
+            nothing else does not draw, and its parameters take no memory.
+
     Raises:
         ModelError: a tensor was left without an initial value; all of them are named. On every rank.
     """
     failure: Exception | None = None
     try:
-        _materialize(module, Streams(seed, torch.device("cpu")), draws=mesh.rank == 0)
+        _materialize(module, Streams(seed, torch.device("cpu")), given, draws=mesh.rank == 0)
     except Exception as error:  # also out of the model's own rules
         failure = error
     told = mesh.share_text(str(failure) if failure is not None else "")
@@ -44,22 +49,42 @@ def materialize(module: nn.Module, seed: int, mesh: Mesh) -> None:
         )
 
 
-def _materialize(module: nn.Module, streams: Streams, *, draws: bool) -> None:
+def _materialize(module: nn.Module, streams: Streams, given: Collection[str], *, draws: bool) -> None:
     ties = _ties(module)
     # What has storage already keeps its numbers, whatever a rule makes of them.
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(module).items() if not tensor.is_meta}
-    module.to_empty(device=streams.device)
+    settled = {name for name, part in module.named_modules() if _is_settled(name, part, given)}
+    for name, part in module.named_modules():
+        _allocate(part, streams.device, is_settled=name in settled)
     _tie_again(module, ties)
     if not draws:
-        _put_back(module, kept)
         return
-    unset = _Unset(module)
+    unset = _Unset(module, {*given, *kept})
     if _method(module, "initialize_weights"):
-        _by_model_rules(module, streams)
+        _by_model_rules(module, streams, settled)
     else:
-        _by_module_rules(module, streams)
+        _by_module_rules(module, streams, settled)
     _put_back(module, kept)
     unset.refuse()
+
+
+def _allocate(part: nn.Module, device: torch.device, *, is_settled: bool) -> None:
+    """Storage for what a module holds itself and has none."""
+    for key, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+        if parameter.is_meta:
+            shown = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            memory = shown if is_settled else torch.empty_like(parameter, device=device)
+            setattr(part, key, nn.Parameter(memory, parameter.requires_grad))
+    for key, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+        if buffer.is_meta:
+            setattr(part, key, torch.empty_like(buffer, device=device))
+
+
+def _is_settled(name: str, part: nn.Module, given: Collection[str]) -> bool:
+    """Whether a module holds something itself, and all of it is given."""
+    own = [key for key, _ in part.named_parameters(recurse=False, remove_duplicate=False)]
+    own += [key for key, _ in part.named_buffers(recurse=False, remove_duplicate=False)]
+    return bool(own) and all((f"{name}.{key}" if name else key) in given for key in own)
 
 
 def _put_back(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
@@ -81,8 +106,10 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _by_module_rules(module: nn.Module, streams: Streams) -> None:
+def _by_module_rules(module: nn.Module, streams: Streams, settled: Collection[str]) -> None:
     for name, part in _children_first(module):
+        if name in settled:
+            continue
         # torch's own attention and transformer hide theirs behind an underscore.
         reset = _method(part, "reset_parameters") or _method(part, "_reset_parameters")
         if reset is not None:
@@ -90,7 +117,7 @@ def _by_module_rules(module: nn.Module, streams: Streams) -> None:
                 reset()
 
 
-def _by_model_rules(module: nn.Module, streams: Streams) -> None:
+def _by_model_rules(module: nn.Module, streams: Streams, settled: Collection[str]) -> None:
     tie, initialize = _method(module, "tie_weights"), _method(module, "initialize_weights")
     assert initialize is not None, "chosen because it has this rule"
     if tie is not None:
@@ -99,6 +126,8 @@ def _by_model_rules(module: nn.Module, streams: Streams) -> None:
 
     def keyed(rule: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def apply(part: nn.Module) -> None:
+            if names[part] in settled:
+                return
             with streams.keyed("init", names[part]):
                 rule(part)
 
@@ -146,11 +175,11 @@ class _Unset:
     `to_empty` leaves whatever the memory held; a tensor that no rule writes would train on garbage.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, settled: Collection[str]) -> None:
         self._tensors = [
             (name, tensor)
             for name, tensor in _tensors(module).items()
-            if tensor.numel() and tensor.dtype != torch.bool
+            if tensor.numel() and tensor.dtype != torch.bool and name not in settled
         ]
         with torch.no_grad():
             for _, tensor in self._tensors:

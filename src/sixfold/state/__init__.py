@@ -10,7 +10,7 @@ from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit
+from sixfold.state.unit import Unit, range_in, zero_between
 
 __all__ = [
     "Average",
@@ -21,6 +21,8 @@ __all__ = [
     "build_optimizer",
     "elementwise_groups",
     "make_optimizers",
+    "range_in",
     "refuse_two_definitions",
     "state_bytes_per_weight",
+    "zero_between",
 ]

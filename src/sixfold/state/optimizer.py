@@ -24,7 +24,7 @@ from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.making import kind_of
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit
+from sixfold.state.unit import Unit, range_in, zero_between
 
 StatePiece: TypeAlias = tuple[str, str, int, torch.Tensor]
 """(parameter, key, first element, elements) of one rank's optimizer state; a number for a whole tensor
@@ -214,8 +214,10 @@ class BoundOptimizer:
                     flat = torch.empty(tuple(shape), dtype=dtype)
                     pieces.append((slots[0].name, key, 0, flat))
                 else:
-                    flat = torch.zeros(run.tensor.shape, dtype=dtype)
-                    pieces += _pieces_of(run, slots, key, flat.view(-1))
+                    flat = torch.empty(run.tensor.shape, dtype=dtype)
+                    mine = list(_pieces_of(run, slots, key, flat.view(-1)))
+                    zero_between(flat.view(-1), [range_in(flat, part) for *_, part in mine])
+                    pieces += mine
                 state.setdefault(run.tensor, {})[key] = flat
         return state, pieces
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -32,16 +32,26 @@ class ModelState:
     Args:
         module: whose parameters become views of the units' buffers.
         prefetch_bytes: bound on what is gathered ahead of its use; None for always one unit.
+        given: parameters whose numbers are filled in afterwards.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, prefetch_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        prefetch_bytes: int | None = None,
+        given: Collection[str] = (),
+    ) -> None:
         self.mesh = mesh
         self.residency = plan.residency
         self._module = module
         parameters = dict(module.named_parameters())
         self.units: list[Unit] = []
         for unit_plan in plan.units:
-            unit = Unit(unit_plan, plan.precision_of(unit_plan), plan.residency, parameters, mesh)
+            is_blank = all(slot.name in given for slot in unit_plan.slots)
+            precision = plan.precision_of(unit_plan)
+            unit = Unit(unit_plan, precision, plan.residency, parameters, mesh, is_blank=is_blank)
             self.units.append(unit)
             if self.residency.parameters:
                 unit.drop()

@@ -8,13 +8,13 @@ collective follows from it. Made by `ModelState`; it never decides when to gathe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from sixfold.base.errors import StateError
-from sixfold.mesh import Mesh, Pending
+from sixfold.mesh import Mesh, Pending, untouched_zeros
 from sixfold.parallel import DTYPES
 from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
 from sixfold.plan.residency import ALL
@@ -29,6 +29,7 @@ class Unit:
         precision: its number types; None for parameters that are not floating.
         residency: what is cut.
         parameters: the module's own parameters by name; their numbers on rank 0 are taken over.
+        is_blank: nothing is taken over, because all numbers are filled in afterwards.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Unit:
         residency: Residency,
         parameters: Mapping[str, nn.Parameter],
         mesh: Mesh,
+        *,
+        is_blank: bool = False,
     ) -> None:
         self.plan = plan
         self.precision = precision
@@ -52,7 +55,11 @@ class Unit:
         """Elements of the unit in `part`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
         self._cut = mesh.cut(
-            plan.numel, compute, residency.parameters, is_read=self.spread != residency.parameters
+            plan.numel,
+            compute,
+            residency.parameters,
+            is_read=self.spread != residency.parameters,
+            is_blank=is_blank,
         )
         self.working = self._cut.whole
         """What forward and backward read: [numel] in the compute type; not to be read while it is dropped."""
@@ -83,7 +90,7 @@ class Unit:
         self._pending = Pending()
         if precision and plan.trainable:
             self._make_trainable(precision)
-        self._adopt()
+        self._adopt(is_blank=is_blank)
         self._versions = [parameter._version for parameter in self.parameters]
         self.is_dropped = False
         self._classes = [type(parameter) for parameter in self.parameters]
@@ -108,16 +115,10 @@ class Unit:
             self._local_views = self.views_of(self._local)
             self.grads = self._local[self.own]
 
-    def _adopt(self) -> None:
-        # Rank 0's numbers, in the master's type: the master takes them before their rounding.
-        whole = self.working if self.master is self.held else self._zeros(self.plan.numel, self.master.dtype)
+    def _adopt(self, *, is_blank: bool) -> None:
         with torch.no_grad():
-            for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
-                view.copy_(parameter)
-            self._mesh.broadcast(whole).wait()
-            self.part.copy_(whole[self.kept])
-            self.master.copy_(whole[self.own])
-            self.settle().wait()
+            if not is_blank:
+                self._take_over()
             for view, parameter in zip(self.views_of(self.working), self.parameters, strict=True):
                 parameter.data = view
         if self.precision is None or self.grads is None:
@@ -129,8 +130,20 @@ class Unit:
         for parameter, view in zip(self.parameters, self._local_views, strict=False):
             parameter.grad = view
 
+    def _take_over(self) -> None:
+        # Rank 0's numbers, in the master's type: the master takes them before their rounding.
+        whole = self.working
+        if self.master is not self.held:
+            whole = torch.zeros(self.plan.numel, dtype=self.master.dtype, device=self._mesh.device)
+        for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
+            view.copy_(parameter)
+        self._mesh.broadcast(whole).wait()
+        self.part.copy_(whole[self.kept])
+        self.master.copy_(whole[self.own])
+        self.settle().wait()
+
     def _zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self._mesh.device)
+        return untouched_zeros(numel, dtype, self._mesh.device)
 
     def slot_of(self, flat: torch.Tensor, slot: Slot) -> torch.Tensor:
         """The view of `flat` [numel] that belongs to one parameter, in its shape."""
@@ -398,3 +411,19 @@ def _length(part: slice) -> int:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def range_in(flat: torch.Tensor, part: torch.Tensor) -> tuple[int, int]:
+    """(start, stop) of the elements of `flat` that `part`, a view of it, shows."""
+    start = int(part.storage_offset() - flat.storage_offset())
+    return start, start + part.numel()
+
+
+def zero_between(flat: torch.Tensor, filled: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Zero the elements of `flat` that lie in none of the ranges (start, stop), and return it."""
+    at = 0
+    for start, stop in sorted(filled):
+        flat[at:start] = 0
+        at = max(at, stop)
+    flat[at:] = 0
+    return flat

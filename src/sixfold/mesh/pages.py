@@ -3,15 +3,19 @@ copy into it.
 
 Called by the engine once, for ranks that compute on CPUs. Each step frees and takes the same activations,
 gathered parameters and gradients; by glibc's defaults every large one is mapped anew. It changes malloc's
-settings for the whole process and allocates nothing.
+settings for the whole process. What lives as long as the engine is mapped apart, by `untouched_zeros`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_MAPPED_BYTES = 2**20
 
 
 def keep_pages() -> bool:
@@ -25,3 +29,16 @@ def keep_pages() -> bool:
     if mallopt is None:  # not glibc
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def untouched_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros [numel]; on the CPU, where they are many, the system gives their memory as it is touched.
+
+    `torch.zeros` writes them, so that buffers nobody has used yet would be there in full. The storage of
+    such a tensor cannot be resized.
+    """
+    num_bytes = numel * dtype.itemsize
+    if device.type != "cpu" or num_bytes < _MAPPED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(numel, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype)
