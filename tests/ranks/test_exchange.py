@@ -99,8 +99,13 @@ def _rank() -> int:
 @pytest.mark.ranks(1)
 def test_scratch_is_used_again() -> None:
     scratch = Scratch(torch.device("cpu"))
-    first, second = (scratch.take(8, torch.float32) for _ in range(2))
+    first, second = (scratch.take(100, torch.float32) for _ in range(2))
+    begins = first.data_ptr()
     scratch.give(first)
-    assert scratch.take(8, torch.bfloat16) is not first
-    assert scratch.take(8, torch.float32) is first
-    assert scratch.take(8, torch.float32) is not second
+    assert scratch.take(100, torch.bfloat16).data_ptr() != begins
+    assert scratch.take(50, torch.float32).data_ptr() != begins  # half of it would be idle
+    again = scratch.take(90, torch.float32)
+    assert (again.data_ptr(), again.shape) == (begins, (90,))
+    scratch.give(again)
+    assert scratch.take(101, torch.float32).data_ptr() not in (begins, second.data_ptr())
+    assert scratch.take(100, torch.float32).data_ptr() == begins

@@ -15,7 +15,7 @@ from torch import nn
 from sixfold.base.errors import StateError
 from sixfold.state.unit import Unit
 
-MOST_UNDER_WAY = 3
+MOST_UNDER_WAY = 2
 """Units whose cut gradients may be on their way at once: each holds its whole gradient until it has
 arrived."""
 

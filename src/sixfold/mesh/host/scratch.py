@@ -26,7 +26,9 @@ class Readers(Protocol):
 
 
 class SharedScratch(Scratch):
-    """`Scratch` in shared memory.
+    """`Scratch` in shared memory: what is taken nobody reads, and taking never waits until others have read.
+
+    A buffer for which there is no memory is refused with a MeshError.
 
     Args:
         memory: where the buffers lie.
@@ -37,20 +39,6 @@ class SharedScratch(Scratch):
         self.memory = memory
         self._starts: list[int] = []  # of all buffers, ascending
         self._readers: dict[int, dict[Readers, int]] = {}
-
-    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor [numel] that nobody reads; it never waits until others have read one.
-
-        Raises:
-            MeshError: there is no memory for it.
-        """
-        free = self._free[numel, dtype]
-        for index, tensor in enumerate(free):
-            readers = self._readers.get(self._start_of(tensor), {})
-            if all(each.is_finished(number, by_all=True) for each, number in readers.items()):
-                return free.pop(index)
-        self._starts.append(self.memory.reserve(numel * dtype.itemsize))
-        return self.memory.tensor(self._starts[-1], numel, dtype)
 
     def reclaim(self, tensor: torch.Tensor) -> None:
         """Return when no other rank reads `tensor`, so that it may be written."""
@@ -64,6 +52,14 @@ class SharedScratch(Scratch):
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether others can read `tensor` where it lies."""
         return self.memory.offset_of(tensor) is not None
+
+    def _is_idle(self, buffer: torch.Tensor) -> bool:
+        readers = self._readers.get(self._start_of(buffer), {})
+        return all(each.is_finished(number, by_all=True) for each, number in readers.items())
+
+    def _make(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        self._starts.append(self.memory.reserve(numel * dtype.itemsize))
+        return self.memory.tensor(self._starts[-1], numel, dtype)
 
     def _start_of(self, tensor: torch.Tensor) -> int:
         if not tensor.numel():
