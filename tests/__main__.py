@@ -16,8 +16,8 @@ STEPS: dict[str, list[str]] = {
     "lint": ["ruff", "check", "."],
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
-    # Two at a time: many tests wait or start on one core. One of the workers gets all tests with ranks.
-    "tests": ["pytest", "-q", "-n", "2", "--dist", "loadgroup", "tests"],
+    # Two files at a time: many tests wait, or compute on one core. Whoever has files with ranks has a pool.
+    "tests": ["pytest", "-q", "-n", "2", "--dist", "loadfile", "tests"],
 }
 
 

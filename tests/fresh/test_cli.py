@@ -35,7 +35,7 @@ from sixfold.launch.guardian import members
 from sixfold.monitor.journal import read_records
 from tests.one import lab
 
-pytestmark = [pytest.mark.fresh, pytest.mark.xdist_group("cli")]  # so that one worker has the shared run
+pytestmark = pytest.mark.fresh
 
 STEPS = 6
 LIMIT_S = 120.0

@@ -27,7 +27,7 @@ from sixfold.launch import NodePlacement, job, launch
 from sixfold.launch.guardian import members
 from sixfold.testing import free_port
 
-pytestmark = [pytest.mark.fresh, pytest.mark.xdist_group("launch")]  # so that there is one server
+pytestmark = pytest.mark.fresh
 
 LIMIT_S = 10.0  # what a launch may take to leave nothing behind
 START_S = 60.0

@@ -321,6 +321,11 @@ def test_a_failed_writer_is_told_by_every_rank_at_the_same_point(
         step(engine)
         engine.save(tmp_path / "after")
         assert open_checkpoint(tmp_path / "after").step == engine.num_steps
+        # A step tells of the failure while the writers are still on their way out.
+        for thread in threading.enumerate():
+            if thread.name == "sixfold-save":
+                thread.join()
+        dist.barrier()
         assert {path.name for path in tmp_path.iterdir()} == {"before", "after"}
 
 

@@ -23,8 +23,6 @@ from sixfold.base.errors import WorkerError
 from sixfold.testing import Pool, RankFailure
 from sixfold.testing import pool as pool_module
 
-pytestmark = pytest.mark.xdist_group("ranks")  # where the session's pool is: there is one of this module's
-
 _KEPT: list[Any] = []  # what bodies below leak on purpose
 
 

@@ -9,9 +9,8 @@
 Fixtures are made in pytest's process and their values travel to the ranks as pickles (tmp_path,
 parametrised values); monkeypatch is made anew on each rank and undone there.
 `fresh=True` gives a world that the test may destroy. Around every test, also those without ranks,
-the plugin checks that pytest's own process is left as it was found. Under pytest-xdist each worker that
-gets tests with ranks starts a pool of its own; `--dist loadgroup` gives all of them to one worker. It never
-runs a test body in pytest.
+the plugin checks that pytest's own process is left as it was found. Under pytest-xdist each worker starts
+a pool of its own, with its first test that has ranks. It never runs a test body in pytest.
 """
 
 from __future__ import annotations
@@ -56,15 +55,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is not None:
         sizes = _wish(mark).sizes
         metafunc.parametrize("num_ranks", sizes, indirect=True, ids=[f"ranks={size}" for size in sizes])
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if item.get_closest_marker("ranks") or "rank_pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(autouse=True)
