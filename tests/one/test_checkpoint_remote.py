@@ -62,6 +62,8 @@ def test_what_lies_there_is_exported_and_damage_is_named(
     save(f"{ROOT}/c", content(1))
     assert sixfold("export", f"{ROOT}/c", tmp_path / "e") == EXIT_DONE
     assert [path.name for path in (tmp_path / "e").iterdir()] == ["model.safetensors"]
+    assert sixfold("export", f"{ROOT}/c", f"{ROOT}/e") == EXIT_USAGE
+    assert "a local path is needed" in sixfold.err
     data = bytearray(store.cat_file("/bucket/run/c/model.safetensors"))
     data[-1] ^= 1
     store.pipe_file("/bucket/run/c/model.safetensors", bytes(data))

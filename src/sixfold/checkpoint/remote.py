@@ -1,12 +1,13 @@
 """Folders behind a URL: object stores and whatever else fsspec knows, with the interface of `Path`.
 
 Everything that reads takes them as it takes local folders. A save is made whole in a local folder first,
-since such stores write no ranges and rename nothing, and then copied here, its manifest last. Only this
-module knows the difference.
+since such stores write no ranges and rename nothing, and then copied here, its manifest last. Those who write
+or remove ask `is_remote`; this module knows no checkpoints.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import zlib
@@ -28,7 +29,7 @@ def folder_at(folder: str | Path) -> Path:
     text = str(folder)
     protocol, _, rest = text.partition(":/")
     if len(protocol) < 2 or not protocol.replace("+", "").isalnum():
-        return Path(folder).expanduser().absolute()
+        return Path(os.path.abspath(Path(folder).expanduser()))
     if isinstance(folder, Path) and not rest.startswith("/"):
         raise CheckpointError(
             f"the folder {text!r} as a Path",

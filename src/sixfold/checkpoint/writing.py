@@ -167,7 +167,7 @@ class Save:
             if isinstance(error, OSError):
                 # Once a save is given up, rank 0 takes the folder away under the others' hands.
                 self._check()
-                raise _refused(self._target, self.plan.num_bytes, error, self.files) from error
+                raise _refused(self.folder, self.plan.num_bytes, error, self.files) from error
             raise
         if self.rank == 0 and self.keep is not None:
             prune(self.folder.parent, self.keep, files=self.files)

@@ -15,6 +15,8 @@ def path(text: str) -> Path:
     """A path that was given; an empty one would silently mean the working directory."""
     if not text:
         raise typer.BadParameter("the path is empty; name one, or leave the option out")
+    if "://" in text:
+        raise typer.BadParameter("a URL where a local path is needed; name a folder or file of this machine")
     return Path(text)
 
 
