@@ -28,18 +28,11 @@ from sixfold.testing import Pool
 from tests.ranks import plain
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (1, {"zero": 2}),
-    (2, {"zero": 0}),
-    (2, {"zero": 1}),
-    (3, {"zero": 0}),
-    (3, {"zero": 2}),
-    (4, {"zero": 1}),
-    (4, {"zero": 2}),
-    (4, {"zero": 2, "shard": 2}),
-    (3, {"zero": 3}),
-    (4, {"zero": 3, "shard": 2}),
+    *((ranks, {"zero": zero}) for ranks in (1, 2, 3, 4) for zero in (0, 1, 2, 3)),
+    *((4, {"zero": zero, "shard": 2}) for zero in (1, 2, 3)),
     (4, {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}),
 ]
+"""{1, 2, 3, 4 ranks} x {0, 1, 2, 3, hybrid}: groups of hybrid sharding have two ranks, and there are two."""
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "fp64": {"compute": "fp64"},

@@ -15,6 +15,7 @@ from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import MODEL, OPTIMIZER
 from sixfold.checkpoint.manifest import STATE
 from sixfold.checkpoint.reading import Saved
+from sixfold.checkpoint.remote import is_remote, open_bytes
 
 
 def export_files(saved: Saved) -> tuple[str, ...]:
@@ -49,11 +50,12 @@ def export(saved: Saved, target: Path, *, link: bool = True) -> tuple[str, ...]:
             shutil.rmtree(unfinished)
         unfinished.mkdir()
         for name in names:
-            if link:
+            if link and not is_remote(saved.folder):
                 with suppress(OSError):  # other file systems, or one without links
                     os.link(saved.folder / name, unfinished / name)
                     continue
-            shutil.copyfile(saved.folder / name, unfinished / name)
+            with open_bytes(saved.folder / name) as read, (unfinished / name).open("wb") as written:
+                shutil.copyfileobj(read, written)
         unfinished.rename(target)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -12,12 +12,16 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from contextlib import suppress
 from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from sixfold.checkpoint.remote import is_remote, remove_remote
+
+MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**20
 """Most that is handed to the system at once: what was summed a moment ago is copied from the cache."""
 
@@ -78,7 +82,9 @@ class Files:
 
     def remove(self, folder: Path) -> None:
         """Remove a folder with everything in it, if it is there."""
-        if folder.exists():
+        if is_remote(folder):
+            remove_remote(folder, first=MANIFEST)
+        elif folder.exists():
             shutil.rmtree(folder)
 
     def names(self, folder: Path) -> set[str]:
@@ -89,7 +95,8 @@ class Files:
         return set()
 
     def free_bytes(self, folder: Path) -> int:
-        return shutil.disk_usage(folder).free
+        """Room for what is written here or, for a remote folder, made before it goes there."""
+        return shutil.disk_usage(tempfile.gettempdir() if is_remote(folder) else folder).free
 
 
 def _reserve(handle: int, size: int) -> None:

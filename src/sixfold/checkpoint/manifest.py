@@ -16,10 +16,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint.files import MANIFEST as MANIFEST
 from sixfold.checkpoint.sums import Cells
 from sixfold.checkpoint.tensorfile import DTYPES, Spec
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 SUMS = "checksums.crc32"
 FORMAT: Final = "sixfold-checkpoint"

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.files import CHUNK_BYTES
 from sixfold.checkpoint.manifest import SUMS, Manifest, damaged
+from sixfold.checkpoint.remote import open_bytes
 from sixfold.checkpoint.sums import CELL_BYTES, crc32
 
 
@@ -79,7 +80,7 @@ class Ranges:
         try:
             data = (self.folder / SUMS).read_bytes()
         except OSError as error:
-            raise damaged(self.folder, [f"{SUMS}: {error.strerror}"]) from error
+            raise damaged(self.folder, [f"{SUMS}: {error.strerror or error}"]) from error
         if crc32(data) != self.manifest.sums_crc32:
             raise damaged(self.folder, [f"{SUMS}: crc32 {crc32(data):08x}, not that of the manifest"])
         sums, cells = np.frombuffer(data, "<u4"), self.manifest.cells
@@ -88,7 +89,7 @@ class Ranges:
             for number, file in enumerate(self._sizes)
         }
 
-    def _read_cells(self, handle: FileIO, file: str, start: int, memory: memoryview) -> None:
+    def _read_cells(self, handle: BinaryIO, file: str, start: int, memory: memoryview) -> None:
         """Fill `memory` with whole cells from `start` on."""
         handle.seek(start)
         filled = read_into(handle, memory)
@@ -100,19 +101,19 @@ class Ranges:
                 raise damaged(self.folder, [f"{file}: {place}"])
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[FileIO]:
+    def _opened(self, file: str) -> Iterator[BinaryIO]:
         try:
-            with FileIO(self.folder / file, "rb") as handle:
+            with open_bytes(self.folder / file) as handle:
                 yield handle
         except OSError as error:
-            raise damaged(self.folder, [f"{file}: {error.strerror}"]) from error
+            raise damaged(self.folder, [f"{file}: {error.strerror or error}"]) from error
 
 
-def read_into(handle: FileIO, buffer: memoryview) -> int:
+def read_into(handle: BinaryIO, buffer: memoryview) -> int:
     """Fill the buffer as far as the file goes; returns the bytes read."""
     filled = 0
     while filled < len(buffer):
-        size = handle.readinto(buffer[filled:])
+        size = handle.readinto(buffer[filled:])  # type: ignore[attr-defined]
         if not size:
             break
         filled += size

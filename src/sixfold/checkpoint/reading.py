@@ -8,7 +8,6 @@ or shape to make it fit.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +20,10 @@ from torch import Tensor
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import MODEL, OPTIMIZER, Piece
 from sixfold.checkpoint.fitting import nearest, refuse_misfits
-from sixfold.checkpoint.manifest import STATE, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.manifest import MANIFEST, STATE, Manifest, TensorEntry, read_manifest
 from sixfold.checkpoint.placing import Place, fill_pieces
 from sixfold.checkpoint.ranges import Ranges
+from sixfold.checkpoint.remote import folder_at
 from sixfold.checkpoint.retention import latest, old_name
 from sixfold.checkpoint.tensorfile import Spec
 
@@ -34,9 +34,9 @@ def open_checkpoint(folder: Path | str) -> Saved:
     Raises:
         CheckpointError: not a checkpoint, not complete, damaged, or of another format version.
     """
-    folder = Path(os.path.abspath(folder))
-    if not folder.exists() and old_name(folder).exists():
-        folder = old_name(folder)  # a save that replaced it was killed between its two renames
+    folder = folder_at(folder)
+    if not (folder / MANIFEST).exists() and (old_name(folder) / MANIFEST).exists():
+        folder = old_name(folder)  # a save that replaced it was killed before its own had the name
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is {'a file' if folder.exists() else 'not there'}",

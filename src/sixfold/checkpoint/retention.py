@@ -14,6 +14,7 @@ from pathlib import Path
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.files import Files
 from sixfold.checkpoint.manifest import Manifest, OtherVersionError, read_manifest
+from sixfold.checkpoint.remote import folder_at, is_remote
 
 _TEMPORARY = ".tmp-"
 _OLD = ".old-"
@@ -76,7 +77,7 @@ def latest(folder: Path | str) -> Path | None:
         OtherVersionError: one of them was written by another version of the format; passing over it
             would silently go back in the run.
     """
-    found = complete(Path(folder))
+    found = complete(folder_at(folder))
     return found[-1][0] if found else None
 
 
@@ -85,12 +86,15 @@ def prune(folder: Path | str, keep: Keep, *, files: Files | None = None) -> tupl
 
     To be called while no save into this folder is under way. Returns the checkpoints removed.
     """
-    files, folder = files or Files(), Path(folder)
+    files, folder = files or Files(), folder_at(folder)
     leftovers, surplus = removable(folder, keep)
     try:
         for path in leftovers:
             files.remove(path)
         for path in surplus:
+            if is_remote(path):
+                files.remove(path)
+                continue
             # Out of sight in one operation, so that a kill leaves no half checkpoint under a good name.
             files.rename(path, temporary_name(path))
             files.remove(temporary_name(path))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
 
 from sixfold.base.errors import CheckpointError
@@ -20,6 +19,7 @@ from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS
 from sixfold.checkpoint.placing import Place, fill_pieces
 from sixfold.checkpoint.ranges import read_into
 from sixfold.checkpoint.reading import open_checkpoint
+from sixfold.checkpoint.remote import open_bytes
 from sixfold.checkpoint.tensorfile import HeaderError, Spec, slots_in
 
 INDEX = "model.safetensors.index.json"
@@ -157,7 +157,7 @@ def _check_index(folder: Path, places: Mapping[str, Place]) -> None:
 def _places_in(file: Path) -> dict[str, Place]:
     try:
         size = file.stat().st_size
-        with FileIO(file, "rb") as handle:
+        with open_bytes(file) as handle:
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -180,7 +180,7 @@ def _damaged(file: Path, problem: str) -> CheckpointError:
 def _reader(folder: Path) -> Callable[[str, list[tuple[int, memoryview]]], None]:
     def read(file: str, ranges: list[tuple[int, memoryview]]) -> None:
         try:
-            with FileIO(folder / file, "rb") as handle:
+            with open_bytes(folder / file) as handle:
                 for start, memory in sorted(ranges, key=lambda pair: pair[0]):
                     handle.seek(start)
                     if read_into(handle, memory) < len(memory):

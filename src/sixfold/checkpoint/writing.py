@@ -22,6 +22,7 @@ from sixfold.base.units import bytes_text
 from sixfold.checkpoint.content import Content, Piece, check_content
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS, FileEntry, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.remote import copy_folder, folder_at, is_remote, staging_folder
 from sixfold.checkpoint.retention import Keep, next_serial, old_name, prune, temporary_name
 from sixfold.checkpoint.sums import Cells, Tally, crc32, joined
 from sixfold.checkpoint.tensorfile import TAGS, Slot, TensorFile, chunks_of, index_json, plan_files
@@ -86,7 +87,7 @@ def save(
         SaveError: the disk refused. The previous checkpoint is untouched and no temporary folder is left.
     """
     check_content(content)
-    Save(Path(folder), content, plan(content, max_file_bytes), files=files or Files()).run()
+    Save(folder_at(folder), content, plan(content, max_file_bytes), files=files or Files()).run()
 
 
 def plan(content: Content, max_file_bytes: int = MAX_FILE_BYTES) -> Plan:
@@ -135,7 +136,8 @@ class Save:
     keep: Keep | None = None
 
     def __post_init__(self) -> None:
-        self._target = Path(os.path.abspath(self.folder))
+        self.folder = folder_at(self.folder)
+        self._target = staging_folder(self.folder, self.key) if is_remote(self.folder) else self.folder
         self._temporary = temporary_name(self._target)
         self._cells = Cells(tuple(self.plan.sizes.values()))
 
@@ -155,6 +157,8 @@ class Save:
             record = self._write()
             if self.rank == 0:
                 self._commit(record)
+                if is_remote(self.folder):
+                    self._deliver()
             else:
                 self._leave_record(record)
         except BaseException as error:
@@ -163,15 +167,26 @@ class Save:
             if isinstance(error, OSError):
                 # Once a save is given up, rank 0 takes the folder away under the others' hands.
                 self._check()
-                raise _refused(self._target, self.plan.num_bytes, error, self.files) from error
+                raise _refused(self.folder, self.plan.num_bytes, error, self.files) from error
             raise
         if self.rank == 0 and self.keep is not None:
-            prune(self._target.parent, self.keep, files=self.files)
+            prune(self.folder.parent, self.keep, files=self.files)
+
+    def _deliver(self) -> None:
+        """Copy what was made to where it belongs; an earlier checkpoint of this name is there until then."""
+        old = old_name(self.folder)
+        if (self.folder / MANIFEST).exists():
+            self.files.remove(old)
+            copy_folder(self.folder, old, last=MANIFEST)
+        self.files.remove(self.folder)
+        copy_folder(self._target, self.folder, last=MANIFEST)
+        self.files.remove(old)
+        self.files.remove(self._target.parent)
 
     def _clear_up(self) -> None:
         for _ in range(_CLEARINGS):
             with suppress(OSError):
-                self.files.remove(self._temporary)
+                self.files.remove(self._target.parent if is_remote(self.folder) else self._temporary)
                 return
             time.sleep(_LAST_POLL_S)  # a rank that does not know yet has just put a file there
 
@@ -200,7 +215,7 @@ class Save:
     def _create(self) -> None:
         """Rank 0: all files at full size, so that a full disk is met here."""
         target, files = self._target, self.files
-        _refuse_foreign(target)
+        _refuse_foreign(self.folder)
         files.make_folder(target.parent)
         files.remove(self._temporary)
         if files.free_bytes(target.parent) < self.plan.num_bytes:
@@ -284,7 +299,7 @@ class Save:
         slots = self.plan.slots()
         return Manifest(
             step=step,
-            serial=next_serial(self._target.parent),
+            serial=next_serial(self.folder.parent),
             files=tuple(FileEntry(name=name, size=size) for name, size in self.plan.sizes.items()),
             # In the caller's order, not the file's.
             tensors=tuple(

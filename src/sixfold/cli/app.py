@@ -24,6 +24,7 @@ from sixfold.cli.options import (
     Overrides,
     Preset,
     Target,
+    folder_or_url,
     only_when_dry,
     path,
 )
@@ -108,7 +109,7 @@ def run(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT")],
+    checkpoint: Annotated[Path, typer.Argument(parser=folder_or_url, metavar="CHECKPOINT")],
     target: Target,
     copy: Annotated[bool, typer.Option("--copy", help="Copy even where files could be linked.")] = False,
     dry_run: DryRun = False,

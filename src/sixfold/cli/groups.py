@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli.options import AsJson, ConfigFile, DryRun, Folder, Overrides, Preset, Target, path
+from sixfold.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryRun,
+    Folder,
+    Overrides,
+    Preset,
+    Target,
+    folder_or_url,
+    path,
+)
 
 data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no_args_is_help=True)
 
@@ -108,8 +118,8 @@ def ckpt_verify(folder: Folder, as_json: AsJson = False) -> None:
 
 @ckpt.command("diff")
 def ckpt_diff(
-    first: Annotated[Path, typer.Argument(parser=path, metavar="FIRST")],
-    second: Annotated[Path, typer.Argument(parser=path, metavar="SECOND")],
+    first: Annotated[Path, typer.Argument(parser=folder_or_url, metavar="FIRST")],
+    second: Annotated[Path, typer.Argument(parser=folder_or_url, metavar="SECOND")],
     as_json: AsJson = False,
 ) -> None:
     """Tell in which tensors and counters two checkpoints differ; the exit code is 1 if they do."""

@@ -15,7 +15,18 @@ def path(text: str) -> Path:
     """A path that was given; an empty one would silently mean the working directory."""
     if not text:
         raise typer.BadParameter("the path is empty; name one, or leave the option out")
+    if "://" in text:
+        raise typer.BadParameter("a URL where a local path is needed; name a folder or file of this machine")
     return Path(text)
+
+
+def folder_or_url(text: str) -> Path:
+    """The same, or a URL that fsspec knows."""
+    if "://" not in text:
+        return path(text)
+    from sixfold.checkpoint.remote import folder_at
+
+    return folder_at(text)
 
 
 Into = Annotated[
@@ -44,7 +55,7 @@ Preset = Annotated[
     str | None,
     typer.Option("--preset", metavar="SIZE", help="Size the model by its parameters: 10m, 125m, 1b."),
 ]
-Folder = Annotated[Path, typer.Argument(parser=path, metavar="FOLDER")]
+Folder = Annotated[Path, typer.Argument(parser=folder_or_url, metavar="FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Target = Annotated[Path, typer.Argument(parser=path, metavar="TARGET", help="Folder to make.")]
 DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]

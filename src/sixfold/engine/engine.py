@@ -16,6 +16,7 @@ from torch import nn
 
 from sixfold.base.errors import ConfigError
 from sixfold.checkpoint import Keep
+from sixfold.checkpoint.remote import folder_at
 from sixfold.config import Resolved
 from sixfold.data.loader import Loader
 from sixfold.engine.order import Order
@@ -359,7 +360,7 @@ class Engine:
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
         }
-        self._persistence.save(Path(folder).expanduser(), counters, only=only, wait=wait, keep=keep)
+        self._persistence.save(folder_at(folder), counters, only=only, wait=wait, keep=keep)
 
     def rehearse_save(self, folder: str | Path) -> None:
         """Find out whether checkpoints can be saved into a folder; every rank calls it, best at the start.
@@ -372,7 +373,7 @@ class Engine:
         """
         self._order.check_idle("rehearse_save")
         self.state.arrive("rehearse_save")
-        self._persistence.rehearse(Path(folder).expanduser())
+        self._persistence.rehearse(folder_at(folder))
 
     def wait_for_save(self) -> None:
         """Return when a save begun with `wait=False` is complete; every rank calls it.
@@ -397,7 +398,7 @@ class Engine:
         """
         self._order.check_idle("load")
         self.state.arrive("load")
-        counters = self._persistence.load(Path(folder).expanduser())
+        counters = self._persistence.load(folder_at(folder))
         if counters is not None:
             self.num_steps, self.num_samples = int(counters["step"]), int(counters["samples"])
             self.num_skipped = int(counters.get("skipped", 0))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sixfold.checkpoint.remote import folder_at
 from sixfold.checkpoint.together import Saving
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import (
@@ -113,7 +114,7 @@ def initialize(
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
-    found = find_weights(model, Path(weights).expanduser(), facts.aliases, mesh) if weights else None
+    found = find_weights(model, folder_at(weights), facts.aliases, mesh) if weights else None
     given = given_names(model, found, facts.aliases) if found else set()
     if facts.on_meta:
         materialize(model, asked.seed, mesh, given)

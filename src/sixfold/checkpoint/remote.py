@@ -1,0 +1,88 @@
+"""Folders behind a URL: object stores and whatever else fsspec knows, with the interface of `Path`.
+
+Everything that reads takes them as it takes local folders. A save is made whole in a local folder first,
+since such stores write no ranges and rename nothing, and then copied here, its manifest last. Those who write
+or remove ask `is_remote`; this module knows no checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zlib
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from sixfold.base.errors import CheckpointError
+
+_COPY_BYTES = 8 * 2**20
+
+
+def folder_at(folder: str | Path) -> Path:
+    """The folder that a local path or a URL such as "s3://bucket/run" names.
+
+    Raises:
+        CheckpointError: nothing here speaks the URL's protocol, or it was made a `Path` before.
+    """
+    text = str(folder)
+    protocol, _, rest = text.partition(":/")
+    if len(protocol) < 2 or not protocol.replace("+", "").isalnum():
+        return Path(os.path.abspath(Path(folder).expanduser()))
+    if isinstance(folder, Path) and not rest.startswith("/"):
+        raise CheckpointError(
+            f"the folder {text!r} as a Path",
+            rule="a Path folds the slashes of a URL",
+            fix=f'hand it over as text: "{protocol}://{rest}"',
+        )
+    if isinstance(folder, str):
+        from upath import UPath
+
+        try:
+            found = UPath(folder)
+            _ = found.fs  # made here, so that what it needs is missed here
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(
+                f"the folder {text!r}: {error}",
+                rule="fsspec has or finds a file system for the protocol of a URL",
+                fix="install what the message names, such as `pip install s3fs`, or name a local folder",
+            ) from error
+        return cast(Path, found)
+    return folder
+
+
+def is_remote(folder: Path) -> bool:
+    """Whether `folder_at` made it from a URL."""
+    return not isinstance(folder, Path)
+
+
+def staging_folder(folder: Path, key: str) -> Path:
+    """Where a save of a remote folder is made, the same on all ranks of a host."""
+    return (
+        Path(tempfile.gettempdir())
+        / f"sixfold-save-{zlib.crc32(str(folder).encode()):08x}-{key}"
+        / folder.name
+    )
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file to read from, unbuffered where it is local."""
+    return cast(BinaryIO, path.open("rb") if is_remote(path) else FileIO(path, "rb"))
+
+
+def copy_folder(source: Path, target: Path, last: str) -> None:
+    """Copy the files of a folder, the one named `last` when all others are there."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in source.iterdir() if path.name != last)
+    for name in (*names, last):
+        with open_bytes(source / name) as read, (target / name).open("wb") as written:
+            shutil.copyfileobj(read, written, _COPY_BYTES)
+
+
+def remove_remote(folder: Path, first: str) -> None:
+    """Remove a folder, if it is there, the file named `first` before all others."""
+    found: Any = folder
+    (folder / first).unlink(missing_ok=True)
+    if folder.exists():
+        found.fs.rm(found.path, recursive=True)
