@@ -54,6 +54,10 @@ def test_a_damaged_token_file_is_refused_by_name(sixfold: Terminal) -> None:
     assert sixfold("data", "inspect", "corpus") == EXIT_DONE
     assert sixfold("data", "inspect", "corpus", "--verify") == EXIT_USAGE
     assert "train-0.bin is damaged: crc32" in sixfold.err
+    started = ("--set", "launch.ranks=1", "--set", "data.path=corpus", "--set", "train.steps=1")
+    assert sixfold("train", *started) == EXIT_USAGE
+    assert "train-0.bin is damaged: crc32" in sixfold.err
+    assert not (sixfold.folder / "runs").exists()
     path.write_bytes(content[:-1])
     assert sixfold("data", "inspect", "corpus") == EXIT_USAGE
     assert "train-0.bin is damaged" in sixfold.err
