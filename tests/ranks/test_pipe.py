@@ -1,0 +1,93 @@
+"""Pipelines follow one process: every schedule, residency and kind of model, pairwise."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sixfold.program import SCHEDULES, stages_of
+from sixfold.testing import Pool
+from tests.covering import Case, all_cases, covering, label
+from tests.ranks import pipes, plain
+from tests.ranks.test_parity import FP32_LOSS_BOUND, FP64_BOUND
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "schedule": tuple(SCHEDULES),
+    "pipe": (2, 3, 4),
+    "num_micro": (1, 4, 7, 8),
+    "zero": (0, 1, 2, 3),
+    "data": (1, 2),
+    "shares": ("even", "uneven", "empty"),
+    "model": tuple(pipes.TASKS),
+    "frozen": (False, True),
+    "ragged": (False, True),
+    "evaluates": (False, True),
+    "recompute": (None, "full", "selective"),
+    "optimizer": ("adamw", "sgd"),
+    "transport": ("host", "network"),
+}
+
+
+def legal(case: Case) -> bool:
+    num_stages = sum(map(len, stages_of(case["schedule"], case["pipe"], pipes.virtual_of(case["schedule"]))))
+    # Seven blocks, and the head of a language model may be a stage of its own.
+    is_sequential = case["model"] in ("sequential", "pairs")
+    too_many = num_stages > (pipes.NUM_LAYERS if is_sequential else pipes.NUM_LAYERS + 1)
+    too_large = case["pipe"] * case["data"] > 4
+    nothing_to_pad = case["ragged"] and is_sequential
+    tied_frozen = case["frozen"] and case["model"].startswith("tied")
+    one_share = case["data"] == 1 and case["shares"] != "even"
+    return not (too_many or too_large or nothing_to_pad or tied_frozen or one_share)
+
+
+CASES = covering(FACTORS, legal)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_pipeline_follows_one_process(case: Case, rank_pool: Pool) -> None:
+    rank_pool.run(follow, case, ranks=case["pipe"] * case["data"], timeout_s=60)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("pipe", FACTORS["pipe"])
+@pytest.mark.parametrize("schedule", FACTORS["schedule"])
+def test_a_pipeline_follows_one_process_in_every_combination(
+    schedule: str, pipe: int, rank_pool: Pool
+) -> None:
+    draw = random.Random(f"{schedule} {pipe}")
+    drawn = {name: (draw.choice(FACTORS[name]),) for name in ("recompute", "optimizer", "transport")}
+    fixed = {**FACTORS, **drawn, "schedule": (schedule,), "pipe": (pipe,)}
+    for case in all_cases(fixed, legal):
+        rank_pool.run(follow, case, ranks=pipe * case["data"], timeout_s=60)
+
+
+def follow(case: Case) -> None:
+    """One case on every rank: parameters in fp64 after 3 steps, losses in fp32 over 8."""
+    way = pipes.Case(
+        **{name: case[name] for name in ("model", "schedule", "pipe", "data", "num_micro", "zero", "shares")},
+        frozen=case["frozen"],
+        ragged=case["ragged"],
+        optimizer=case["optimizer"],
+    )
+    layout = {"recompute": case["recompute"], "transport": case["transport"]}
+    reference = pipes.plain_run(way)
+    engine = pipes.engine_of(way, **layout)
+    losses, norms = pipes.train(engine, way, evaluates=case["evaluates"])
+    whole = engine.full_state_dict()
+    precise = 1e-6 if pipes.TASKS[way.model].fp32_inside else 1e-12
+    assert plain.farthest(whole, reference.model) < FP64_BOUND
+    assert norms == pytest.approx(reference.grad_norms, rel=FP64_BOUND, abs=0)
+    assert losses == pytest.approx(reference.losses, rel=precise, abs=0)
+    assert whole.keys() == engine.module.state_dict(keep_vars=True).keys()
+    engine.close()
+
+    short = replace(way, dtype=torch.float32, steps=8)
+    reference = pipes.plain_run(short)
+    engine = pipes.engine_of(short, **layout)
+    losses, _ = pipes.train(engine, short)
+    engine.close()
+    assert losses == pytest.approx(reference.losses, rel=FP32_LOSS_BOUND, abs=0)
