@@ -91,6 +91,10 @@ def _planned(model: nn.Module, plan: Mapping[str, Any]) -> Parts:
     """From the pipeline plan of a Hugging Face model: part -> (names of inputs, names of outputs)."""
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise _uncuttable(model, "its loss takes the routing of all layers (output_router_logits)")
+    here = {name for name, _ in model.named_modules()}
+    if not here.issuperset(plan):
+        missing = ", ".join(sorted(plan.keys() - here))
+        raise _uncuttable(model, f"its pipeline plan names {missing}, and it has no such part")
     lists = [name for name in plan if isinstance(model.get_submodule(name), nn.ModuleList)]
     if len(lists) != 1:
         raise _uncuttable(model, f"its pipeline plan names {len(lists)} lists of blocks")
