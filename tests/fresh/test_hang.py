@@ -124,8 +124,6 @@ class Block(nn.Linear):
             raise ValueError("boom")
         if Block.armed and case == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if Block.armed and case == "sleep":
-            time.sleep(60)
         return super().forward(x)
 
 settings = {
@@ -141,14 +139,7 @@ for step in range(3):
 """
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("raise", "ValueError: boom"),
-        ("kill", "SIGKILL"),
-        ("sleep", "rank 2 is slow and has not come to transfer #"),
-    ],
-)
+@pytest.mark.parametrize(("case", "words"), [("raise", "ValueError: boom"), ("kill", "SIGKILL")])
 def test_a_pipeline_ends_with_the_name_of_its_culprit(
     case: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

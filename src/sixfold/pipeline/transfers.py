@@ -19,8 +19,6 @@ from sixfold.mesh import Link, Mesh, Pending
 
 Kind = tuple[Any, ...]
 """What the shapes of a stage's output depend on: those of its micro-batch, and whether it learns."""
-MOST_UNDER_WAY = 4
-"""Tensors that may be on their way out at once: each is kept until it has left."""
 
 
 @dataclass(frozen=True)
@@ -244,10 +242,7 @@ class Transfers:
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
-        self._wait_for_all_but(0)
-
-    def _wait_for_all_but(self, num: int) -> None:
-        while len(self._sent) > num:
+        while self._sent:
             self._sent.popleft()[0].wait()
 
     def _link(self, stage: int) -> Link:
@@ -266,8 +261,9 @@ class Transfers:
         for tensor in tensors:
             out = tensor.detach().contiguous()
             self._sent.append((self._link(stage).send(out), out))
-        # Programs reach their end even if every send blocks, so waiting for an earlier one is safe here.
-        self._wait_for_all_but(MOST_UNDER_WAY)
+        # Not waited for: a receiver that does not know a form yet takes a message later than it stands.
+        while self._sent and self._sent[0][0].has_arrived():
+            self._sent.popleft()[0].wait()
 
     def _tell(self, stage: int, text: str) -> None:
         words = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._mesh.device)
