@@ -56,8 +56,8 @@ class Sizes:
         sleeps: whether blocks sleep in place of computing.
     """
 
-    width: int = 512
-    length: int = 128
+    width: int = 256
+    length: int = 64
     num_blocks: int = 8
     num_micro: int = 8
     micro: int = 2
@@ -254,7 +254,7 @@ def work(sizes: Sizes, name: str, schedule: str) -> None:
     quit_rank()
 
 
-def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 9) -> dict[str, float]:
+def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 7) -> dict[str, float]:
     """Record steps, feed the first half to the simulator, compare its makespan with that of the others."""
     import torch
     import torch.distributed as dist
