@@ -95,3 +95,13 @@ def test_the_main_job_is_compared_with_a_plain_script(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     assert figures["sixfold tokens/s"] > 0
     assert figures["least"] <= figures["ratio"] <= figures["most"]
+
+
+def test_pipeline_prints_its_table(tmp_path: Path) -> None:
+    file = ROOT / "benchmarks" / "pipeline.py"
+    command = [sys.executable, str(file), "--tiny", "--only", "torch-1f1b", "--rounds", "1", "--steps", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (cells,) = [line.split("|")[2:8] for line in done.stdout.splitlines() if line.startswith("| torch-1f1b")]
+    assert float(cells[0]) > 0
+    assert "NOT THE SAME WORK" not in done.stdout

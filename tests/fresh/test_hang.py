@@ -110,3 +110,45 @@ def test_ranks_without_a_launcher_tell_it_once_and_all_end(script: Path, tmp_pat
     assert "Traceback" not in told[0] + told[2]
     assert not list(tmp_path.glob("*.ring"))
     assert time.monotonic() - began < 120
+
+
+PIPELINE = """
+import os, signal, sys, time, torch, sixfold
+from torch import nn
+case = sys.argv[1]
+
+class Block(nn.Linear):
+    armed = False
+    def forward(self, x):
+        if Block.armed and case == "raise":
+            raise ValueError("boom")
+        if Block.armed and case == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+settings = {
+    "layout": {"pipe": 4},
+    "batch": {"micro": 1},
+    "launch": {"timeout_s": 2.0, "start_timeout_s": 60.0},
+}
+model = nn.Sequential(*(Block(4, 4) for _ in range(4)))
+engine = sixfold.initialize(model, config=settings, loss_fn=lambda out, _: out.mean())
+for step in range(3):
+    Block.armed = step == 2 and engine.mesh.pipe_rank == 2
+    engine.train_step(torch.ones(6, 4))
+"""
+
+
+@pytest.mark.parametrize(("case", "words"), [("raise", "ValueError: boom"), ("kill", "SIGKILL")])
+def test_a_pipeline_ends_with_the_name_of_its_culprit(
+    case: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PIPELINE)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "sixfold.launch.script", str(script), case]
+    assert launch(command, ranks=4, run_folder=tmp_path, threads=1) != 0
+    said = capfd.readouterr().err
+    assert words in said, said
+    assert "rank 2" in said, said
+    assert time.monotonic() - began < 90

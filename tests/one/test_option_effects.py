@@ -32,9 +32,12 @@ from sixfold.config import Resolved, describe, load
 from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
 from sixfold.engine import watch
+from sixfold.engine.playing import programs_for
 from sixfold.launch import current_session
 from sixfold.mesh import Host
+from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
+from sixfold.parallel import ModelCut
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
 from sixfold.train import loop
@@ -289,6 +292,14 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     ),
     "layout.prefetch_mb": ({"layout.zero": 3}, 0.0, lambda bench, changes: gathered(bench, changes)),
     "layout.shard": ({"layout.zero": 2}, 1, lambda bench, changes: group_size(bench, changes)),
+    "layout.pipe": ({}, 3, lambda bench, changes: stages_text(bench, changes)),
+    "layout.schedule": ({"layout.pipe": 2}, "gpipe", lambda bench, changes: programs(bench, changes)),
+    "layout.virtual_stages": (
+        {"layout.pipe": 2, "layout.schedule": "interleaved"},
+        2,
+        lambda bench, changes: stages_text(bench, changes),
+    ),
+    "layout.balance": ({"layout.pipe": 2}, [1, 5], lambda bench, changes: stages_text(bench, changes)),
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
     "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
@@ -368,6 +379,19 @@ def residency_text(bench: Lab, changes: dict[str, Any]) -> str:
     return str(decide_residency(bench.resolved(changes).config.layout))
 
 
+def stages_text(bench: Lab, changes: dict[str, Any]) -> str:
+    """Where a model of six layers is cut."""
+    config = DecoderConfig.derive(vocab_size=8, context_length=4, width=8, num_layers=6, num_heads=1)
+    with torch.device("meta"):
+        model = Decoder(config)
+    return str(ModelCut.decide(model, bench.resolved(changes).config.layout).plan)
+
+
+def programs(bench: Lab, changes: dict[str, Any]) -> str:
+    """What the first rank plays."""
+    return str(programs_for(bench.resolved(changes).config.layout, "training", 4)[0])
+
+
 def noting(verb: str, events: list[tuple[str, str]]) -> Callable[[Unit], Any]:
     real = getattr(Unit, verb)
 
@@ -434,7 +458,6 @@ def test_differs(path: str, bench: Lab) -> None:
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
     "layout.tensor": (2, {"layout.tensor": 2}),
-    "layout.pipe": (2, {"layout.pipe": 2}),
     "layout.context": (2, {"layout.context": 2}),
     "layout.expert": (2, {"layout.expert": 2}),
 }

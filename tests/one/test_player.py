@@ -16,7 +16,7 @@ NOTHING: Any = None
 def test_instructions_of_pipelines_are_refused_by_name() -> None:
     player = Player(NOTHING, NOTHING, NOTHING, clip_norm=None, scaler=NOTHING)
     for instruction in set(training("zero-bubble-h1", 2, 1, longest_window=1, shifts=True)[1].instructions):
-        if instruction.op.value in ("forward", "reduce", "step", "publish"):
+        if instruction.op.value in ("forward", "gather", "drop", "reduce", "step", "publish"):
             continue
-        with pytest.raises(ProgramError, match=f"{instruction} cannot be played yet"):
+        with pytest.raises(ProgramError, match=f"{instruction} cannot be played here"):
             player.perform(instruction)

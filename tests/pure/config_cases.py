@@ -53,6 +53,9 @@ FULL: dict[str, dict[str, object]] = {
         "prefetch_mb": 16.0,
         "tensor": 2,
         "pipe": 3,
+        "schedule": "interleaved",
+        "virtual_stages": 2,
+        "balance": [1, 2, 3, 3, 2, 1],
         "context": 1,
         "expert": 2,
         "recompute": "selective",
@@ -109,7 +112,7 @@ OPTIONAL = {
     "model.num_kv_heads", "model.ffn_width", "model.batch_stats", "data.path", "data.max_mb", "data.cache",
     "batch.global", "batch.micro", "layout.data", "layout.zero", "layout.shard", "layout.recompute",
     "layout.parameters", "layout.gradients", "layout.optimizer", "layout.blocks", "layout.prefetch_mb",
-    "layout.compile", "layout.transport",
+    "layout.compile", "layout.transport", "layout.schedule", "layout.virtual_stages", "layout.balance",
     "precision.compute", "precision.storage", "precision.grad", "precision.reduce", "precision.master",
     "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
     "optimizer.ema_decay", "train.steps", "train.eval_every", "checkpoint.every", "checkpoint.keep_every",
@@ -118,8 +121,8 @@ OPTIONAL = {
 
 WORDS = {
     "data.documents",
-    "model.batch_stats", "layout.recompute", "layout.transport", "optimizer.name", "lr_schedule.name",
-    "checkpoint.when_busy",
+    "model.batch_stats", "layout.recompute", "layout.transport", "layout.schedule", "optimizer.name",
+    "lr_schedule.name", "checkpoint.when_busy",
     *(f"layout.{kind}" for kind in ("parameters", "gradients", "optimizer")),
     *(f"precision.{kind}" for kind in ("compute", "storage", "grad", "reduce", "master")),
 }  # fmt: skip
@@ -127,8 +130,9 @@ WORDS = {
 _COUNTS = (
     "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
     "data.held_out_documents", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
-    "layout.pipe", "layout.context", "layout.expert", "train.steps", "train.eval_every", "checkpoint.every",
-    "checkpoint.keep_last", "checkpoint.keep_every", "monitor.every", "launch.ranks", "launch.threads",
+    "layout.pipe", "layout.virtual_stages", "layout.context", "layout.expert", "train.steps",
+    "train.eval_every", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "monitor.every",
+    "launch.ranks", "launch.threads",
 )  # fmt: skip
 
 OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
@@ -143,6 +147,7 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "data.sequence_length": (1, 0, -64),
     "layout.zero": (4, -1),
     "layout.prefetch_mb": (-1.0,),
+    "layout.balance": ([1, 2, 3, 3, 2, 0], [-1, 2, 3, 3, 2, 1]),
     "optimizer.lr": (0, 0.0, -1e-3),
     "optimizer.betas": ([0.9, 1.0], [-0.1, 0.9], [0.9], [0.9, 0.95, 0.99]),
     "optimizer.eps": (0.0, -1e-8),
@@ -176,6 +181,11 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("precision.master", "bf16", "precision.compute"),
     ("layout.parameters", "whole", "layout.prefetch_mb"),
     ("layout.shard", 3, "layout.data"),
+    ("layout.pipe", 1, "layout.schedule"),
+    ("layout.pipe", 2, "layout.balance"),
+    ("layout.virtual_stages", 3, "layout.balance"),
+    ("layout.schedule", "zero-bubble-v", "layout.compile"),
+    ("layout.balance", [2, 2], "layout.pipe"),
     ("layout.expert", 3, "layout.data"),
     ("layout.data", 5, "layout.shard"),
 )

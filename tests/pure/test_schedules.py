@@ -34,6 +34,7 @@ from sixfold.program import (
     global_order,
     passes,
     peaks,
+    post_ahead,
     stages_of,
     training,
 )
@@ -342,6 +343,30 @@ def test_ranks_with_fewer_micro_batches_gather_and_reduce_in_the_same_order(argu
 
     total = arguments["num_micro"] + arguments["num_served"]
     assert collectives(arguments["num_micro"], arguments["num_served"]) == collectives(total, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(settings_of())
+def test_receives_that_are_posted_ahead_change_nothing_else(arguments: dict) -> None:
+    for program in training(**arguments):
+        ahead = post_ahead(program)
+        assert Counter(ahead.instructions) == Counter(program.instructions)
+        for moves in (True, False):
+            kept = [
+                [each for each in one.instructions if (each.op in RECEIVES) == moves]
+                for one in (program, ahead)
+            ]
+            assert kept[0] == kept[1]
+        place = {each: number for number, each in enumerate(ahead.instructions) if each.micro is not None}
+        before = {each: number for number, each in enumerate(program.instructions) if each.micro is not None}
+        for each in place:
+            if each.op in RECEIVES:
+                assert place[each] <= before[each]
+            if each.op is Op.RECEIVE_GRADIENT:
+                assert place[each] > place[Instruction(Op.FORWARD, each.stage, each.micro)]
+        for each, following in pairwise(ahead.instructions):
+            if each.op is Op.REDUCE:
+                assert following.op not in RECEIVES
 
 
 def test_what_is_served_is_not_sent() -> None:

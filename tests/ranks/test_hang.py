@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import MeshError
 from sixfold.base.ring import ranks_of
-from sixfold.mesh import Mesh
+from sixfold.mesh import Mesh, agree
 from sixfold.monitor.verdict import Verdict
 from sixfold.monitor.watcher import Watcher
 from sixfold.plan import Geometry
@@ -211,7 +211,7 @@ def test_exchanges_are_recorded(num_ranks: int) -> None:
     pending.wait()
     pending.wait()
     mesh.all_reduce(torch.ones(2)).wait()
-    mesh.agree({"name": "text"})
+    agree(mesh, {"name": "text"})
     assert mesh.everyones(mesh.rank, 0.5) == [[0.0, 0.5], [1.0, 0.5]]
     found = mesh.dispatcher.ring.position()
     assert all(each.is_over for each in found.exchanges)

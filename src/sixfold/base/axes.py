@@ -52,5 +52,13 @@ CARDS: dict[str, AxisCard] = {
             checkpoint="every rank writes and reads the ranges of its slices",
             page="axes/shard.md",
         ),
+        AxisCard(
+            name="pipe",
+            divides="the layers of the model, in order, into stages",
+            collectives=("send", "receive", "all-reduce", "broadcast"),
+            changes_module=True,
+            checkpoint="every rank writes and reads the parameters of its stages; tied ones once",
+            page="axes/pipe.md",
+        ),
     )
 }

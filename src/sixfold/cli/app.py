@@ -81,6 +81,29 @@ def train(
     raise typer.Exit(run_train(request, dry_run=dry_run, as_json=as_json))
 
 
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", "-n", min=1, help="Ranks of the run. Unset: as train would start."),
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option("--timeline", parser=path, metavar="FILE", help="Draw one update into this HTML file."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
+    from sixfold.cli.plan import show_plan
+    from sixfold.train.job import Request
+
+    request = Request(config, tuple(overrides or ()), preset=preset)
+    raise typer.Exit(show_plan(request, ranks=ranks, timeline=timeline, as_json=as_json))
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     script: Annotated[

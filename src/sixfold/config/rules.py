@@ -348,3 +348,54 @@ def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
         f"layout.expert divides layout.data x layout.context = {data * context}",
         f"set layout.expert = {_divisor_below(data * context, expert)}",
     )
+
+
+@_rule("layout.pipe", "layout.schedule", "layout.virtual_stages", "layout.balance")
+def _stages_need_a_pipeline(pipe: int, *given: object) -> Verdict:
+    keys = ("schedule", "virtual_stages", "balance")
+    idle = [f"layout.{key}" for key, value in zip(keys, given, strict=True) if value is not None]
+    if pipe > 1 or not idle:
+        return None
+    return (
+        f"{' and '.join(idle)} is about a pipeline of several ranks, and layout.pipe = 1",
+        "set layout.pipe = 2 or more, or leave them unset",
+    )
+
+
+_NUM_VIRTUAL = {"interleaved": None, "breadth-first": None, "zero-bubble-v": 2}
+"""Stages on each rank by schedule, None where any number is; those that are not named have one."""
+
+
+@_rule("layout.virtual_stages", "layout.schedule")
+def _schedule_has_its_stages(virtual: int | None, schedule: str | None) -> Verdict:
+    name = schedule or "1f1b"
+    own = _NUM_VIRTUAL.get(name, 1)
+    if virtual is None or own is None or virtual == own:
+        return None
+    return (
+        f'with layout.schedule = "{name}" each rank has {own} stage(s)',
+        'leave layout.virtual_stages unset, or set layout.schedule = "interleaved"',
+    )
+
+
+@_rule("layout.balance", "layout.pipe", "layout.virtual_stages", "layout.schedule")
+def _one_number_a_stage(
+    balance: tuple[int, ...] | None, pipe: int, virtual: int | None, schedule: str | None
+) -> Verdict:
+    num_stages = pipe * (virtual or _NUM_VIRTUAL.get(schedule or "1f1b", 1) or 1)
+    if balance is None or pipe == 1 or len(balance) == num_stages:
+        return None
+    return (
+        f"layout.balance gives the blocks of each of {num_stages} stages, and has {len(balance)} numbers",
+        f"give {num_stages} numbers, or leave layout.balance unset",
+    )
+
+
+@_rule("layout.schedule", "layout.compile")
+def _split_backward_is_not_compiled(schedule: str | None, compiled: str | None) -> Verdict:
+    if compiled is None or schedule is None or not schedule.startswith("zero-bubble"):
+        return None
+    return (
+        "a zero-bubble schedule puts off weight gradients, and a compiled block computes its backward as one",
+        'set layout.schedule = "1f1b" or "interleaved", or leave layout.compile unset',
+    )

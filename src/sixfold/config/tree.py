@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sixfold.config.names import Names
 
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble-h1", "zero-bubble-h2", "zero-bubble-v"
+]
 WideDType = Literal["fp64", "fp32", "bf16"]
 Spread = Literal["whole", "group", "all"]
 Positive = Annotated[int, Field(ge=1)]
@@ -143,7 +146,13 @@ class LayoutConfig(Section):
     tensor: Positive = 1
     """Ranks along the tensor axis."""
     pipe: Positive = 1
-    """Ranks along the pipe axis."""
+    """Ranks along the pipe axis: the model is cut into stages, in order."""
+    schedule: Schedule | None = None
+    """Order of forwards and backwards in a pipeline (`docs/schedules.md`). Unset: 1f1b."""
+    virtual_stages: Positive | None = None
+    """Stages on each rank of a pipeline. Unset: as many as the schedule has, else 1."""
+    balance: tuple[Positive, ...] | None = None
+    """Blocks (layers, or children of a Sequential) of each stage. Unset: cut by estimated cost."""
     context: Positive = 1
     """Ranks along the context axis."""
     expert: Positive = 1

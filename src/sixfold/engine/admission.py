@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig, Resolved
-from sixfold.mesh import Mesh
+from sixfold.mesh import Mesh, agree
 from sixfold.parallel import BATCH_NORMS, ModuleFacts, check_backend, check_blocks, dtype_name
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ def check_model(model: nn.Module, asked: Config) -> None:
 def check_agreement(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Config) -> None:
     """Raise MeshError on every rank unless all hold the same model and configuration."""
     own_launch = asked.model_copy(update={"launch": None})
-    mesh.agree(
+    agree(
+        mesh,
         {
             "parameter names": " ".join(fact.name for fact in facts.parameters),
             "parameter shapes": " ".join(str(fact.shape) for fact in facts.parameters),
@@ -84,7 +85,7 @@ def check_agreement(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Con
             "buffers": " ".join(f"{name}{tuple(part.shape)}" for name, part in model.named_buffers()),
             "tied names": " ".join(f"{alias}={name}" for alias, name in sorted(facts.aliases.items())),
             "configuration": own_launch.model_dump_json(warnings=False),
-        }
+        },
     )
 
 

@@ -6,7 +6,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,12 @@ from sixfold.config import Resolved
 from sixfold.data.loader import Loader
 from sixfold.engine.order import Order
 from sixfold.engine.persistence import Persistence
+from sixfold.engine.playing import Playing
 from sixfold.launch import current_session
-from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import DTYPES
-from sixfold.pipeline import (
-    Batch,
-    Counts,
-    LossForm,
-    LossScaler,
-    Player,
-    Share,
-    StepResult,
-    WrittenOut,
-    fields_of,
-    split,
-    to_device,
-)
+from sixfold.mesh import Mesh
+from sixfold.pipeline import Batch, StepResult, WrittenOut, to_device
 from sixfold.plan import LearningRate, Memory, Plan
-from sixfold.program import Program, accumulation, check, forward_only, rehearsal
+from sixfold.simulate import Timeline
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -67,10 +55,9 @@ class Engine:
         resolved: Resolved,
         plan: Plan,
         mesh: Mesh,
-        streams: Streams,
         state: ModelState,
         bound: BoundOptimizer,
-        loss_form: LossForm,
+        playing: Playing,
         persistence: Persistence,
         learning_rate: LearningRate,
         ending: ExitStack,
@@ -90,16 +77,10 @@ class Engine:
         self.last: StepResult | None = None
         self._last_weight: float | None = None
         self._ending = ending
-        self._streams = streams
-        self._loss_form = loss_form
-        self._scaler = LossScaler(plan.loss_scaling)
-        self._player = Player(
-            state, bound, mesh, clip_norm=resolved.config.optimizer.clip_norm, scaler=self._scaler
-        )
-        self._written_out = WrittenOut(self._player)
-        self._order = Order(self._player, self._written_out, bound.average)
-        compute = resolved.config.precision.compute
-        self._cast = DTYPES[compute] if compute is not None else None
+        self._playing = playing
+        self._scaler = playing.scaler
+        self._written_out = WrittenOut(playing.player)
+        self._order = Order(playing.player, self._written_out, bound.average, mesh.pipe_ranks)
 
     # What this rank is and has.
 
@@ -163,9 +144,18 @@ class Engine:
         """
         self._order.check_idle("train_step")
         self._start_update()
-        self.last = self._play("train_step", accumulation, batch)
+        self.last = self._playing.play("train_step", "training", batch, self.num_steps, self._last_weight)
         self._count_update(self.last)
         return self.last.loss
+
+    def timed_step(self, batch: Batch) -> Timeline:
+        """`train_step`, with the times of all its instructions on the ranks of this rank's pipeline.
+
+        Every rank calls it. The timeline is laid beside a predicted one by `sixfold.simulate.html_page`.
+        """
+        with self._playing.recording() as found:
+            self.train_step(batch)
+        return found[0]
 
     def eval_step(self, batch: Batch) -> StepResult:
         """Loss of this rank's part of a global batch, in evaluation mode, without learning from it.
@@ -177,7 +167,7 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                return self._play("eval_step", _evaluation, batch)
+                return self._playing.play("eval_step", "evaluation", batch, self.num_steps, self._last_weight)
         finally:
             self.module.train(was_training)
 
@@ -188,46 +178,10 @@ class Engine:
         """
         self._order.check_idle("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._play("rehearse", rehearsal, batch)
+        self._playing.play("rehearse", "rehearsal", batch, self.num_steps, self._last_weight)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
-
-    def _play(self, what: str, schedule: Callable[[int, int, int], Program], batch: Batch) -> StepResult:
-        """Play this rank's program for `batch`.
-
-        Args:
-            what: the call it is for.
-            schedule: writes the program for numbers of micro-batches, of reductions, and of micro-batches
-                that only others have.
-        """
-        if not self._loss_form.is_settled:
-            found_on = to_device(batch, self.device, self._cast)
-            self._loss_form.settle(found_on, self._streams, self.mesh, lambda: self.state.arrive("settle"))
-        micros = split(batch, self.resolved.config.batch.micro)
-        most = self.state.largest(what, len(micros))
-        counts = Counts.of(batch)
-        scale = self._loss_form.scale(counts, self._last_weight, self.mesh)
-        residency = self.plan.residency
-        num_reduces = max(1, most) if residency.reduces_each else 1
-        program = schedule(len(micros), num_reduces, most - len(micros) if residency.parameters else 0)
-        check(program)
-        forwards = {micro: self._forward_of(micro, part, scale) for micro, part in enumerate(micros)}
-        return self._player.play(program, forwards, scale, counts)
-
-    def _forward_of(self, micro: int, batch: Batch, scale: float) -> Callable[[], Share]:
-        def forward() -> Share:
-            part = to_device(batch, self.device, None)
-            # The loss function sees targets and weights as they were given; only the module's inputs
-            # are cast.
-            inputs = to_device(part, self.device, self._cast)
-            args, kwargs = fields_of(inputs, self.module.forward, all_of_them=self._loss_form.loss_fn is None)
-            if self._loss_form.counts_items:
-                kwargs["num_items_in_batch"] = scale
-            with self._stream(micro):
-                return self._loss_form.read(self.module(*args, **kwargs), part, scale)
-
-        return forward
 
     # The same, written out.
 
@@ -236,10 +190,15 @@ class Engine:
 
         Without gradients (`torch.no_grad`) it is the module's forward and nothing is counted.
         """
-        args, kwargs = to_device(args, self.device, self._cast), to_device(kwargs, self.device, self._cast)
+        self._order.check_whole("engine(...)")
+        cast = self._playing.cast
+        args, kwargs = to_device(args, self.device, cast), to_device(kwargs, self.device, cast)
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        with self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place, self._stream(*place):
+        with (
+            self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place,
+            self._playing.stream(self.num_steps, *place),
+        ):
             return self.module(*args, **kwargs)
 
     def backward(
@@ -253,11 +212,13 @@ class Engine:
                 divides by the sum of weights over micro-batches and ranks.
             retain_graph: keep the graph for a further backward.
         """
+        self._order.check_whole("engine.backward")
         self._written_out.backward(loss, weight, retain_graph=retain_graph)
 
     def step(self) -> StepResult:
         """One update from the backwards since the last one; every rank calls it, with or without any."""
         self._order.check_open("step")
+        self._order.check_whole("engine.step")
         self.state.arrive("step")
         self._start_update()
         self.last = self._written_out.step()
@@ -419,9 +380,6 @@ class Engine:
         finally:
             self._ending.close()
 
-    def _stream(self, micro: int, forward: int = 0) -> Any:
-        return self._streams.keyed("step", self.num_steps, self.data_rank, micro, forward)
-
     def _start_update(self) -> None:
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
@@ -435,7 +393,3 @@ class Engine:
         self.num_samples += result.samples
         self._last_weight = result.weight
         self._saving.look()  # here every rank is at the same point
-
-
-def _evaluation(num_micro: int, num_reduces: int, num_served: int) -> Program:
-    return forward_only(num_micro, num_served)

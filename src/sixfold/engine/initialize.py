@@ -28,18 +28,21 @@ from sixfold.engine.admission import (
 )
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
+from sixfold.engine.playing import Playing
 from sixfold.engine.watch import meet, patience_of, watch
 from sixfold.engine.weights import find_weights, given_names, read_weights
 from sixfold.launch import Placement, discover
 from sixfold.mesh import Streams, keep_pages
 from sixfold.parallel import (
+    Deferral,
+    ModelCut,
     block_names,
     change_forwards,
     materialize,
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import LossForm
+from sixfold.pipeline import LossForm, LossScaler, Player, Transfers
 from sixfold.plan import decide, decide_learning_rate, exchange_memory
 from sixfold.state import (
     ModelState,
@@ -48,6 +51,7 @@ from sixfold.state import (
     elementwise_groups,
     make_optimizers,
     refuse_two_definitions,
+    take_over,
 )
 from sixfold.state.making import OptimizerLike
 
@@ -99,16 +103,18 @@ def initialize(
     blocks = block_names(model, asked.layout.blocks)
     check_block_options(model, blocks, asked.layout, place)
     facts = module_facts(model, blocks=blocks)
+    cut = ModelCut.decide(model, asked.layout)
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
-    draft = decide(asked, facts.parameters, _world_size(placement))
+    draft = decide(asked, facts.parameters, _world_size(placement), cut.plan)
     address = _address(placement)
     mesh = meet(draft.geometry, place, _rank(placement), address, asked.launch)
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
+    own = decide(asked, cut.facts_of(facts.parameters, mesh.pipe_rank), mesh.world_size, cut.plan)
     mesh = mesh.sharing(
-        asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=patience_of(asked.launch)
+        asked.layout.transport, exchange_bytes=exchange_memory(own), timeout_s=patience_of(asked.launch)
     )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
@@ -125,23 +131,62 @@ def initialize(
     on_slices = [flag for each in made for flag in elementwise_groups(each)]
     whole = [group for group, flag in enumerate(on_slices) if not flag]
     facts = module_facts(model, groups, whole_groups=whole, blocks=blocks)
-    plan = decide(asked, facts.parameters, mesh.world_size)
+    stages = cut.stages(mesh.pipe_rank)
+    for stage in stages:
+        ending.callback(stage.remove)
+    plan = decide(asked, cut.facts_of(facts.parameters, mesh.pipe_rank), mesh.world_size, cut.plan)
+    take_over(model, stages, mesh, given)
+    deferral = None
+    if cut.plan is not None and (asked.layout.schedule or "").startswith("zero-bubble"):
+        deferral = Deferral()
+        deferral.attach(stage.module for stage in stages)
+        ending.callback(deferral.remove)
     prefetch_mb = asked.layout.prefetch_mb
-    state = ModelState(model, plan, mesh, None if prefetch_mb is None else round(prefetch_mb * 1e6), given)
+    state = ModelState(
+        model,
+        plan,
+        mesh,
+        None if prefetch_mb is None else round(prefetch_mb * 1e6),
+        given,
+        stages=stages,
+        buffer_sources=cut.buffer_sources(mesh),
+        puts_off=deferral is not None,
+    )
     ending.callback(state.remove)
     state.share_buffers(model.buffers())
     if found:
         read_weights(model, state, found)
     bound = bind(made, state, asked.optimizer.ema_decay)
+    scaler = LossScaler(plan.loss_scaling)
+    player = Player(
+        state,
+        bound,
+        mesh,
+        clip_norm=asked.optimizer.clip_norm,
+        scaler=scaler,
+        last_stage=cut.plan.last if cut.plan else 0,
+        transfers=Transfers(mesh, cut.plan.rank_of) if cut.plan else None,
+        deferral=deferral,
+    )
     return Engine(
         module=model,
         resolved=resolved,
         plan=plan,
         mesh=mesh,
-        streams=streams,
         state=state,
         bound=bound,
-        loss_form=LossForm(model, loss_fn),
+        playing=Playing(
+            module=model,
+            stages=stages,
+            asked=asked,
+            plan=plan,
+            mesh=mesh,
+            streams=streams,
+            state=state,
+            player=player,
+            scaler=scaler,
+            loss_form=LossForm(model, loss_fn),
+        ),
         persistence=Persistence(
             model,
             mesh,

@@ -21,12 +21,16 @@ class Order:
         player: knows whether an update was begun.
         written_out: knows by how many backwards.
         average: the one that is kept, if any.
+        pipe_ranks: ranks that the model's layers are cut over.
     """
 
-    def __init__(self, player: Player, written_out: WrittenOut, average: Average | None) -> None:
+    def __init__(
+        self, player: Player, written_out: WrittenOut, average: Average | None, pipe_ranks: int
+    ) -> None:
         self._player = player
         self._written_out = written_out
         self._average = average
+        self._pipe_ranks = pipe_ranks
         self._is_averaged = False
         self.is_closed = False
 
@@ -66,6 +70,17 @@ class Order:
                 f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",
                 rule="an update that was begun is ended before another one, a save or an edit",
                 fix=f"call engine.step() before engine.{what}",
+            )
+
+    def check_whole(self, what: str) -> None:
+        """Raise StateError where no rank has the whole model."""
+        if self._pipe_ranks > 1:
+            raise StateError(
+                f"{what} with layout.pipe = {self._pipe_ranks}",
+                rule="in a pipeline a schedule decides which rank runs which stage when, so a whole batch is "
+                "handed over at once",
+                fix="call engine.train_step(batch), and engine.eval_step(batch) to evaluate; set batch.micro "
+                "for the micro-batches",
             )
 
     def average(self, what: str) -> Average:

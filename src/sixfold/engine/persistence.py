@@ -39,10 +39,13 @@ from sixfold.plan import Slot
 from sixfold.state import (
     Average,
     BoundOptimizer,
+    Entry,
     ModelState,
     Unit,
     range_in,
     state_bytes_per_weight,
+    storage_type,
+    torch_type,
     zero_between,
 )
 
@@ -77,14 +80,9 @@ class Persistence:
 
     def full_state_dict(self, averages: Average | None = None) -> dict[str, torch.Tensor]:
         """The whole model on the CPU, under all its names; with averages of the trained weights, if given."""
-        whole = self.state.masters() | (averages.named() if averages is not None else {})
-        model = {
-            **{
-                slot.name: whole[slot.name].to(self.state.storage_type(unit))
-                for unit, slot in self.state.slots()
-            },
-            **persistent_buffers(self.module),
-        }
+        self.state.foreign.collect_buffers()
+        whole = self.state.whole(averages.numbers if averages is not None else None)
+        model = {**whole, **persistent_buffers(self.module)}
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
 
@@ -124,25 +122,28 @@ class Persistence:
 
     def rehearse(self, folder: Path) -> None:
         """See `Saving.rehearse`."""
-        dtypes = {slot.group: unit.master.dtype for unit, slot in self.state.slots() if unit.plan.trainable}
+        dtypes = {entry.group: torch_type(entry.master) for entry in self.state.catalog.trained}
         groups = range(len(self.bound.base_lrs))
         per_weight = state_bytes_per_weight(
             self.bound.inners, [dtypes.get(group, torch.float32) for group in groups]
         )
         needed = sum(each.nbytes for each in persistent_buffers(self.module).values())
-        for unit, slot in self.state.slots():
-            needed += slot.numel * self.state.storage_type(unit).itemsize
-            if unit.plan.trainable:
-                beside = sum(numbers[unit].itemsize for numbers in self._beside().values() if unit in numbers)
-                needed += slot.numel * (per_weight[slot.group] + beside)
+        beside = self._beside()
+        for name, entry in self.state.catalog.entries.items():
+            needed += entry.numel * torch_type(entry.storage).itemsize
+            if entry.trainable:
+                kept = sum(torch_type(entry.master).itemsize for names, _ in beside.values() if name in names)
+                needed += entry.numel * (per_weight[entry.group] + kept)
         with self.mesh.phase("save"):
             self.saving.rehearse(folder, needed)
 
     def _content(self, counters: Mapping[str, Any], only: str | None) -> Content:
+        self.state.foreign.collect_buffers()
         names = self._names(only)
+        entries = self._entries(names)
         slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
         buffers = {name: each for name, each in persistent_buffers(self.module).items() if name in names}
-        model = {slot.name: Spec(slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
+        model = {entry.name: Spec(entry.shape, torch_type(entry.storage)) for entry in entries}
         model |= {name: Spec(tuple(each.shape), each.dtype) for name, each in buffers.items()}
         masters = {unit: unit.master for unit in self.state.units}
         pieces = [Piece(MODEL, slot.name, start, part) for slot, start, part in _shares(slots, masters)]
@@ -157,10 +158,12 @@ class Persistence:
                 Piece(OPTIMIZER, state_name(name, key), start, part)
                 for name, key, start, part in self.bound.state_pieces()
             ]
-            for key, numbers in self._beside().items():
+            for key, (kept_names, numbers) in self._beside().items():
                 kept = [(unit, slot) for unit, slot in slots if unit in numbers]
                 optimizer |= {
-                    state_name(slot.name, key): Spec(slot.shape, numbers[unit].dtype) for unit, slot in kept
+                    state_name(entry.name, key): Spec(entry.shape, torch_type(entry.master))
+                    for entry in entries
+                    if entry.name in kept_names
                 }
                 pieces += [
                     Piece(OPTIMIZER, state_name(slot.name, key), start, part)
@@ -229,7 +232,7 @@ class Persistence:
         slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
         buffers = {name: each for name, each in persistent_buffers(self.module).items() if name in names}
         saved.check_model(
-            {slot.name: (slot.shape, self.state.storage_type(unit)) for unit, slot in slots}
+            {entry.name: (entry.shape, torch_type(entry.storage)) for entry in self._entries(names)}
             | {name: (tuple(each.shape), each.dtype) for name, each in buffers.items()}
         )
         counters = saved.state
@@ -270,9 +273,7 @@ class Persistence:
 
     def _check_optimizer(self, saved: Saved, settings: Mapping[str, Any]) -> None:
         kind = self.bound.kind
-        trained = {
-            slot.name: slot.group for unit, slot in self.state.slots() if unit.plan.trainable and slot.numel
-        }
+        trained = {entry.name: entry.group for entry in self.state.catalog.trained if entry.numel}
         held = {name for name, keys in saved.optimizer_specs.items() if keys.keys() - _BESIDE}
         # A whole group may have no state (SGD without momentum beside SGD with it).
         with_state = {group for name, group in trained.items() if name in held}
@@ -295,12 +296,12 @@ class Persistence:
 
     def _names(self, only: str | None) -> set[str]:
         """Names of parameters and buffers that `only` asks for, tied ones under their first name."""
-        every = [slot.name for _, slot in self.state.slots()] + list(persistent_buffers(self.module))
+        every = [*self.state.catalog.entries, *persistent_buffers(self.module)]
         if only is None:
             return set(every)
         if only == ADAPTERS:
             trained = self._trained()
-            if len(trained) == sum(1 for _ in self.state.slots()):
+            if len(trained) == len(self.state.catalog.entries):
                 raise CheckpointError(
                     f"only={only!r}, but all {len(trained)} parameters are trained",
                     rule="adapters are the parameters that are trained while others are frozen",
@@ -319,21 +320,27 @@ class Persistence:
         return found
 
     def _trained(self) -> set[str]:
-        return {slot.name for unit, slot in self.state.slots() if unit.plan.trainable}
+        return {entry.name for entry in self.state.catalog.trained}
+
+    def _entries(self, names: set[str]) -> list[Entry]:
+        """The parameters among `names`, in module order."""
+        return [entry for name, entry in self.state.catalog.entries.items() if name in names]
 
     @property
     def _averages(self) -> Mapping[Unit, torch.Tensor]:
         return self.bound.average.numbers if self.bound.average is not None else {}
 
-    def _beside(self) -> dict[str, Mapping[Unit, torch.Tensor]]:
-        """Key -> numbers [own], one for each trained weight, that stand beside the optimizer's own state."""
+    def _beside(self) -> dict[str, tuple[set[str], Mapping[Unit, torch.Tensor]]]:
+        """Key -> what stands beside the optimizer's own state, one number for each weight: names, and this
+        rank's numbers [own]."""
+        trained = self.state.catalog.trained
         # The model part holds the master already where both have one type.
+        names = {entry.name for entry in trained if entry.storage != entry.master}
         masters = {
-            unit: unit.master
-            for unit in self.state.trained
-            if self.state.storage_type(unit) != unit.master.dtype
+            unit: unit.master for unit in self.state.trained if storage_type(unit) != unit.master.dtype
         }
-        return {MASTER: masters, EMA: self._averages}
+        averaged = self._trained() if self.bound.average is not None else set()
+        return {MASTER: (names, masters), EMA: (averaged, self._averages)}
 
     def _model_card(self) -> dict[str, bytes]:
         """The configuration file that lets Hugging Face's `from_pretrained` read the model part."""

@@ -3,10 +3,12 @@
 Formed once by the engine and passed down; never global.
 """
 
+from sixfold.mesh.agreement import agree
 from sixfold.mesh.cut import Cut
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
+from sixfold.mesh.link import Link
 from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.pages import keep_pages, untouched_zeros
 from sixfold.mesh.scratch import Scratch
@@ -19,10 +21,12 @@ __all__ = [
     "Group",
     "Host",
     "HostGroup",
+    "Link",
     "Mesh",
     "Pending",
     "Scratch",
     "Streams",
+    "agree",
     "keep_pages",
     "key_of",
     "untouched_zeros",

@@ -184,6 +184,10 @@ class Pending:
         self._finish = finish
         self._record = record
 
+    def has_arrived(self) -> bool:
+        """Whether `wait` would not block, apart from what is left to do then."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self) -> None:
         """Block until it has finished; at once when nothing was sent or it was waited for before."""
         works, self._works = self._works, ()

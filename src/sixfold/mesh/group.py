@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
+from sixfold.mesh.backend import start_copy, start_receive, start_send, start_sum
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
-_REDUCE_TAG, _GATHER_TAG = 1, 2
+SLICE_TAGS, MEETING_TAGS = (1, 2), (3, 4)
+"""What keeps point-to-point sums and gathers apart, and meetings from exchanges that are under way."""
 
 
 class Group:
@@ -28,6 +30,8 @@ class Group:
         scratch: where arriving slices are put.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
         dispatcher: what its exchanges go through; None: one of its own.
+        lane: tells groups of the same ranks apart, whose exchanges may overtake each other.
+        tags: of point-to-point sums and gathers, likewise.
     """
 
     def __init__(
@@ -37,10 +41,14 @@ class Group:
         scratch: Scratch,
         native: dist.ProcessGroup | None,
         dispatcher: Dispatcher | None = None,
+        *,
+        lane: str = "",
+        tags: tuple[int, int] = SLICE_TAGS,
     ) -> None:
         self.place = ranks.index(rank)
         # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
-        lanes = (":sums", ":gathers") if native is None else ("", "")
+        lanes = (f"{lane}:sums", f"{lane}:gathers") if native is None else (lane, lane)
+        self._reduce_tag, self._gather_tag = tags
         self._sums, self._gathers = (ranks_text(ranks) + lane for lane in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
@@ -51,8 +59,9 @@ class Group:
         return len(self._ranks)
 
     def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
-        """The part of `whole` [n * size] that belongs to the member at `place`: [size], contiguous."""
-        size = whole.numel() // len(self)
+        """The part of `whole` that belongs to the member at `place`, contiguous; the last members' may be
+        shorter."""
+        size = -(-whole.numel() // len(self))
         return whole[place * size : (place + 1) * size]
 
     def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
@@ -83,9 +92,13 @@ class Group:
         return self._dispatcher.start("all-gather", self._gathers, whole, lambda: self._gather(whole))
 
     def all_reduce(self, whole: torch.Tensor) -> Pending:
-        """Start to sum `whole` [a multiple of n], in place: the same bits on every member."""
+        """Start to sum `whole`, in place: the same bits on every member."""
         if len(self) == 1:
             return Pending()
+        if self._native is not None:
+            return self._dispatcher.start(
+                "all-reduce", self._sums, whole, lambda: start_sum(whole, self._native)
+            )
         arriving, mine = self._arriving(whole), self.slice_of(whole, self.place)
 
         def spread() -> None:
@@ -97,17 +110,31 @@ class Group:
             "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving, mine), spread
         )
 
+    def broadcast(self, tensor: torch.Tensor) -> Pending:
+        """Start to copy the first member's `tensor` into everyone's, in place."""
+        if len(self) == 1:
+            return Pending()
+        return self._dispatcher.start("broadcast", self._gathers, tensor, lambda: self._copy_first(tensor))
+
+    def _copy_first(self, tensor: torch.Tensor) -> list[Carried]:
+        first = self._ranks[0]
+        if self._native is not None:
+            return start_copy(tensor, first, self._native)
+        if self.place > 0:
+            return start_receive(tensor, first, self._gather_tag)
+        return [work for _, rank in self._others() for work in start_send(tensor, rank, self._gather_tag)]
+
     def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """Where the others' parts of this member's slice are put; nowhere where the backend adds."""
         num_others = 0 if self._native is not None else len(self) - 1
-        size = whole.numel() // len(self)
+        size = self.slice_of(whole, self.place).numel()
         return [self._scratch.take(size, whole.dtype) for _ in range(num_others)]
 
     def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> list[Carried]:
         if self._native is not None:
             return [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
         sent = [self.slice_of(whole, place) for place, _ in self._others()]
-        return self._swap(arriving, sent, _REDUCE_TAG)
+        return self._swap(arriving, sent, self._reduce_tag)
 
     def _add(self, mine: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> None:
         for piece in arriving:
@@ -119,16 +146,15 @@ class Group:
         if self._native is not None:
             return [dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)]
         arriving = [self.slice_of(whole, place) for place, _ in self._others()]
-        return self._swap(arriving, [mine] * len(arriving), _GATHER_TAG)
+        return self._swap(arriving, [mine] * len(arriving), self._gather_tag)
 
     def _swap(self, arriving: list[torch.Tensor], sent: list[torch.Tensor], tag: int) -> list[Carried]:
         """Start to exchange one tensor each with every other member."""
-        works = [
-            part
+        return [
+            work
             for (_, rank), theirs, mine in zip(self._others(), arriving, sent, strict=True)
-            for part in (dist.irecv(theirs, rank, tag=tag), dist.isend(mine, rank, tag=tag))
+            for work in (*start_receive(theirs, rank, tag), *start_send(mine, rank, tag))
         ]
-        return [work for work in works if work is not None]
 
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]

@@ -7,11 +7,9 @@ With one rank along an axis nothing is sent and the same lines run. It never dec
 from __future__ import annotations
 
 import atexit
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -21,18 +19,22 @@ import torch.distributed as dist
 # Imported later (torch.optim does so at its first step) they keep the group's threads alive for ever,
 # and the process may abort on its way out.
 import torch.distributed.nn.functional
-from torch.distributed.rendezvous import rendezvous
 
-from sixfold.base.errors import MeshError
 from sixfold.base.ring import ranks_text
+from sixfold.mesh.backend import join, start_copy, start_sum
 from sixfold.mesh.cut import Copied, Cut
 from sixfold.mesh.dispatch import Dispatcher, Pending
-from sixfold.mesh.group import Group
+from sixfold.mesh.group import MEETING_TAGS, Group
 from sixfold.mesh.host import Host, HostGroup
+from sixfold.mesh.link import Link
 from sixfold.mesh.pages import untouched_zeros
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.residency import GROUP, Spread
+
+_TIES, _LINKS = 4, 5
+"""Numbers of a rank's groups: of the data axis, its two levels and the world, then of tied weights and links.
+Further sets of stages with tied weights meet over the network."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,7 @@ class Mesh:
         """
         if geometry.world_size == 1 or dist.is_initialized():
             return cls(geometry, rank, device)
-        world_size, patience = geometry.world_size, timedelta(seconds=meet_s)
-        meeting = rendezvous(f"tcp://{address}", rank, world_size, timeout=patience)
-        store, *_ = next(meeting)
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        join(rank, geometry.world_size, address, device, meet_s=meet_s, timeout_s=timeout_s)
         mesh = cls(geometry, rank, device, owns_group=True)
         # A process that leaves its group standing is aborted by gloo on its way out.
         atexit.register(mesh.close)
@@ -135,19 +128,51 @@ class Mesh:
         """Parts that the global batch is divided into."""
         return self.geometry.degree("data")
 
+    @property
+    def pipe_rank(self) -> int:
+        """Where this rank stands in its pipeline, from the input."""
+        return self.geometry.coordinate(self.rank, "pipe")
+
+    @property
+    def pipe_ranks(self) -> int:
+        """Ranks of a pipeline."""
+        return self.geometry.degree("pipe")
+
+    def rank_at(self, pipe_rank: int) -> int:
+        """The rank at another place of this rank's pipeline."""
+        return self.rank + (pipe_rank - self.pipe_rank) * (self.world_size // self.pipe_ranks)
+
+    def first_at(self, pipe_rank: int) -> int:
+        """The first rank at a place of the pipelines."""
+        return pipe_rank * (self.world_size // self.pipe_ranks)
+
+    def link(self, pipe_rank: int) -> Link:
+        """The way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
+        low, high = sorted((pipe_rank, self.pipe_rank))
+        number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
+        shared = self.host.link(other, number, self.dispatcher) if self.host else None
+        return shared or Link(self.rank, other, self.dispatcher)
+
+    def holders(self, pipe_ranks: Sequence[int], number: int) -> Group:
+        """The ranks at several places of this rank's pipeline; each such group has the same number on all."""
+        return self._group([self.rank_at(place) for place in pipe_ranks], _TIES + number)
+
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """Start to sum `tensor`, in place, over the data ranks."""
         if self.data_ranks == 1:
             return Pending()
-        if self.host and isinstance(self._data_group, HostGroup):
+        if self.data_ranks < self.world_size or (self.host and isinstance(self._data_group, HostGroup)):
             return self._data_group.all_reduce(tensor)
-        return self._meeting(tensor)
+        return self._world_sum(tensor)
 
     def _meeting(self, tensor: torch.Tensor) -> Pending:
-        """`all_reduce` over the process group, which all engines of a process have in common."""
-        return self.dispatcher.start(
-            "all-reduce", self._everyone, tensor, lambda: [dist.all_reduce(tensor, async_op=True)]
-        )
+        """`all_reduce` over what all engines of a process have in common, the process group."""
+        if self.data_ranks < self.world_size:
+            return self._data_meetings.all_reduce(tensor.view(-1))
+        return self._world_sum(tensor)
+
+    def _world_sum(self, tensor: torch.Tensor) -> Pending:
+        return self.dispatcher.start("all-reduce", self._everyone, tensor, lambda: start_sum(tensor))
 
     @cached_property
     def _everyone(self) -> str:
@@ -213,6 +238,24 @@ class Mesh:
     def _data_group(self) -> Group:
         return self._group_of(lambda place: 0, 0)
 
+    @cached_property
+    def _world_group(self) -> Group:
+        is_same = self.data_ranks == self.world_size
+        return self._data_group if is_same else self._group(range(self.world_size), 3)
+
+    @cached_property
+    def _data_meetings(self) -> Group:
+        ranks = self._data_peers
+        return Group(
+            ranks,
+            self.rank,
+            self.scratch,
+            self._native_of(ranks),
+            self.dispatcher,
+            lane=":meetings",
+            tags=MEETING_TAGS,
+        )
+
     def place_in(self, spread: Spread) -> int:
         """Which of the equal parts of something cut over `spread` is this rank's."""
         place = 0
@@ -268,22 +311,29 @@ class Mesh:
 
         return Pending(finish=outwards)
 
-    def broadcast(self, tensor: torch.Tensor) -> Pending:
-        """Start to copy rank 0's `tensor` into everyone's, in place."""
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """Start to copy one rank's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
-        return self.dispatcher.start(
-            "broadcast", self._everyone, tensor, lambda: [dist.broadcast(tensor, src=0, async_op=True)]
-        )
+        return self.dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, source))
+
+    def align(self, tensor: torch.Tensor) -> Pending:
+        """Start to copy the first data rank's `tensor` into those of all data ranks, in place."""
+        if self.data_ranks == self.world_size:
+            return self.broadcast(tensor)
+        return self._data_group.broadcast(tensor)
 
     def total(self, *numbers: float) -> list[float]:
-        """Sums of a few numbers over the data ranks, in fp64, the same on every rank."""
+        """Sums of a few numbers over all ranks, in fp64, the same on every rank."""
         return self.start_total(*numbers)()
 
     def start_total(self, *numbers: float) -> Callable[[], list[float]]:
         """Start to sum a few numbers; the function returned waits for the sums."""
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        pending = self.all_reduce(tensor)
+        pending = Pending()
+        if self.world_size > 1:
+            by_host = self.host and isinstance(self._world_group, HostGroup)
+            pending = self._world_group.all_reduce(tensor) if by_host else self._world_sum(tensor)
 
         def sums() -> list[float]:
             pending.wait()
@@ -329,40 +379,10 @@ class Mesh:
         if self.world_size == 1:
             return [text]
         mine = text.encode()
-        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device))]
+        sizes = [int(size) for size in self.gather(torch.tensor([len(mine)], device=self.device))]
         padded = torch.tensor(list(mine.ljust(max(1, *sizes), b" ")), dtype=torch.uint8, device=self.device)
-        rows = self._gather(padded)
+        rows = self.gather(padded)
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Raise on every rank unless all ranks hold the same facts.
-
-        Args:
-            facts: text under a name; the names are compared too.
-
-        Raises:
-            MeshError: with the names that differ and the ranks that differ from rank 0.
-        """
-        if self.world_size == 1:
-            return
-        mine = torch.tensor([_digest(name, text) for name, text in sorted(facts.items())], device=self.device)
-        # Lengths first: a gather of unequal lengths would hang or tear.
-        counts = self._gather(torch.tensor([len(facts)], device=self.device))
-        same_length = all(int(count) == len(facts) for count in counts)
-        rows = self._gather(mine) if same_length else counts
-        strangers = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
-        if strangers:
-            differing = [
-                name
-                for place, name in enumerate(sorted(facts))
-                if same_length and any(int(row[place]) != int(rows[0][place]) for row in rows)
-            ]
-            raise MeshError(
-                f"rank(s) {', '.join(map(str, strangers))} differ from rank 0 in: "
-                f"{', '.join(differing) or 'the number of facts'}",
-                rule="every rank builds the same model with the same configuration",
-                fix="build the model from the same code, configuration and seed on every rank",
-            )
 
     def close(self) -> None:
         """End the process group if it was started here."""
@@ -377,34 +397,40 @@ class Mesh:
     def _group_along(self, axis: str) -> Group:
         return self.shard if axis == "shard" else self.copies
 
+    @cached_property
+    def _data_peers(self) -> list[int]:
+        here = self._others_of(self.rank)
+        return [rank for rank in range(self.world_size) if self._others_of(rank) == here]
+
     def _group_of(self, key: Callable[[int], int], number: int) -> Group:
-        """The data ranks whose place among them has the same key as this rank's.
+        """The data ranks whose place among them has the same key as this rank's; see `_group`."""
+        data = self._data_peers
+        return self._group(
+            [rank for place, rank in enumerate(data) if key(place) == key(self.data_rank)], number
+        )
+
+    def _group(self, ranks: Sequence[int], number: int) -> Group:
+        """Some ranks, this one among them.
 
         Args:
             number: tells the groups of a rank apart; the same on every member.
         """
-        here = self._others_of(self.rank)
-        data = [rank for rank in range(self.world_size) if self._others_of(rank) == here]
-        mine = [rank for place, rank in enumerate(data) if key(place) == key(data.index(self.rank))]
-        if shared := self.host and self.host.group(mine, number, self.dispatcher):
+        if self.host and number < _LINKS and (shared := self.host.group(ranks, number, self.dispatcher)):
             return shared
-        is_native = len(mine) > 1 and self.device.type == "cuda"
-        native = self._native(mine) if is_native else None
-        return Group(mine, self.rank, self.scratch, native, self.dispatcher)
+        return Group(ranks, self.rank, self.scratch, self._native_of(ranks), self.dispatcher)
 
-    def _native(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    def _native_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        if len(ranks) == 1 or self.device.type != "cuda":
+            return None
         if len(ranks) == self.world_size:
             return dist.group.WORLD
         # Every member calls this with its own ranks; without the flag, all ranks of the world would.
         return dist.new_group(list(ranks), use_local_synchronization=True)  # type: ignore[no-any-return]
 
-    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, by rank; all of one shape and type."""
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         self.dispatcher.start(
             "all-gather", self._everyone, tensor, lambda: [dist.all_gather(rows, tensor, async_op=True)]
         ).wait()
         return rows
-
-
-def _digest(name: str, text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{name}={text}".encode(), digest_size=8).digest(), "big") >> 1

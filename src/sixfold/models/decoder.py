@@ -212,6 +212,8 @@ class Decoder(nn.Module):
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
         self.loss: Loss = cross_entropy
+        head = "model.embed_tokens" if self.lm_head is None else "lm_head"
+        self.pipeline_parts = ("model.embed_tokens", "model.layers", "model.norm", head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, width] to scores of the next token [batch, length, vocab_size]."""

@@ -4,6 +4,7 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
     DTYPES,
@@ -14,11 +15,17 @@ from sixfold.parallel.facts import (
     persistent_buffers,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
+from sixfold.parallel.pipe import ModelCut
+from sixfold.parallel.stage import Stage
 
 __all__ = [
     "BATCH_NORMS",
     "DTYPES",
+    "Deferral",
+    "ModelCut",
     "ModuleFacts",
+    "Product",
+    "Stage",
     "block_names",
     "change_forwards",
     "check_backend",

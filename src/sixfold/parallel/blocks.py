@@ -50,7 +50,7 @@ def change_forwards(
     before = [(block, vars(block).get("forward")) for block in blocks]
     made: dict[Forward, Forward] = {}
     for block in blocks:
-        own = _own_forward(block)
+        own = own_forward(block)
         if own not in made:
             made[own] = _for_training(own, recompute, backend)
         # A bound method, because copies of the module (`copy.deepcopy`) bind it to themselves.
@@ -66,7 +66,7 @@ def change_forwards(
     return undo
 
 
-def _own_forward(block: nn.Module) -> Forward:
+def own_forward(block: nn.Module) -> Forward:
     given = vars(block).get("forward")
     if given is None:
         return type(block).forward

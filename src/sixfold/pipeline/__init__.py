@@ -4,23 +4,29 @@ Driven by the engine, for a whole step at once or one instruction at a time. It 
 and owns no state but the losses of the step under way.
 """
 
-from sixfold.pipeline.batch import Batch, fields_of, num_samples, split, to_device
+from sixfold.pipeline.batch import Batch, fields_of, num_samples, split, tensors_of, to_device
 from sixfold.pipeline.loss import Counts, LossForm, Share
-from sixfold.pipeline.player import Player, StepResult
+from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
+from sixfold.pipeline.step import StepResult, Work
+from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
 
 __all__ = [
     "Batch",
     "Counts",
+    "Kind",
     "LossForm",
     "LossScaler",
     "Player",
     "Share",
     "StepResult",
+    "Transfers",
+    "Work",
     "WrittenOut",
     "fields_of",
     "num_samples",
     "split",
+    "tensors_of",
     "to_device",
 ]

@@ -119,21 +119,33 @@ class LossForm:
         self._shift: int | None = None
         self.is_settled = False
 
-    def settle(self, batch: Batch, streams: Streams, mesh: Mesh, meet: Callable[[], object]) -> None:
+    def settle(
+        self,
+        batch: Batch,
+        run: Callable[[Mapping[str, Any]], Any],
+        streams: Streams,
+        mesh: Mesh,
+        meet: Callable[[], object],
+        *,
+        has_loss: bool = True,
+    ) -> None:
         """Find out on a real batch whether the model divides by `num_items_in_batch`.
 
         Called on every rank until some rank had samples; ranks with empty shares follow the others.
 
         Args:
+            run: gives the model's output for its arguments; None where another rank has it.
             meet: returns when all ranks have run the model as often as they need.
+            has_loss: whether this rank has the model's output.
         """
         found = -1
         if self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch):
             with streams.keyed("settle"), torch.no_grad():
-                found = _honoured_shift(self._module, batch)
+                found = _honoured_shift(self._module, run, batch)
         meet()
         # Votes: -1 from ranks without samples or without the ability; a real shift otherwise.
-        votes = mesh.total(float(found == 0), float(found == 1), float(num_samples(batch) > 0))
+        has_vote = has_loss and num_samples(batch) > 0
+        votes = mesh.total(float(found == 0), float(found == 1), float(has_vote))
         for shift in (0, 1):
             if votes[shift] and votes[shift] == votes[2]:
                 self._shift = shift
@@ -258,7 +270,7 @@ def _takes_num_items(module: nn.Module, batch: Batch) -> bool:
     )
 
 
-def _honoured_shift(module: nn.Module, batch: Batch) -> int:
+def _honoured_shift(module: nn.Module, run: Callable[[Mapping[str, Any]], Any], batch: Batch) -> int:
     """How many leading labels the model leaves out of the sum it divides; -1 if it does not divide.
 
     The same sample is put in with `num_items_in_batch` = 1 and without: sum / mean is the number of
@@ -273,8 +285,8 @@ def _honoured_shift(module: nn.Module, batch: Batch) -> int:
     was_training = module.training
     module.eval()
     try:
-        mean = loss_of(module(**one))
-        total = loss_of(module(**one, num_items_in_batch=1))
+        mean = loss_of(run(one))
+        total = loss_of(run({**one, "num_items_in_batch": 1}))
     except TypeError:
         return -1
     finally:

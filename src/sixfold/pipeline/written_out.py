@@ -14,7 +14,8 @@ import torch
 
 from sixfold.pipeline.batch import Batch
 from sixfold.pipeline.loss import Counts, Share, number_of, weight_of
-from sixfold.pipeline.player import Player, StepResult
+from sixfold.pipeline.player import Player
+from sixfold.pipeline.step import StepResult
 
 
 @dataclass

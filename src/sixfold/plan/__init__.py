@@ -11,12 +11,14 @@ from sixfold.plan.memory import Memory, exchange_memory, persistent_memory
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
+from sixfold.plan.stages import BlockCosts, StagePlan, decide_stages
 from sixfold.plan.traffic import Traffic, update_traffic
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units
 
 __all__ = [
     "PRESETS",
     "BatchPlan",
+    "BlockCosts",
     "Geometry",
     "LearningRate",
     "LossScaling",
@@ -27,6 +29,7 @@ __all__ = [
     "Residency",
     "Slot",
     "Spread",
+    "StagePlan",
     "Traffic",
     "UnitPlan",
     "cut_units",
@@ -37,6 +40,7 @@ __all__ = [
     "decide_loss_scaling",
     "decide_precision",
     "decide_residency",
+    "decide_stages",
     "exchange_memory",
     "persistent_memory",
     "update_traffic",

@@ -73,14 +73,15 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
                 fix=f"set layout.{axis} = 1; the ranks then work along the data axis",
             )
     others = layout.pipe * layout.context * layout.tensor
-    data = layout.data if layout.data is not None else world_size // others
+    data = layout.data if layout.data is not None else max(1, world_size // others)
     if data * others != world_size:
         asked_text = f"pipe {layout.pipe} x data {data} x context {layout.context} x tensor {layout.tensor}"
         raise PlanError(
             f"layout: {asked_text} = {data * others} ranks, but {world_size} are running",
             rule="pipe x data x context x tensor is the number of ranks",
-            fix=f"set layout.data = {max(1, world_size // others)}, or leave it unset, "
-            f"or start {data * others} ranks",
+            fix=f"set layout.data = {world_size // others}, or leave it unset, or start {data * others} ranks"
+            if world_size >= others
+            else f"start {data * others} ranks, or make layout.pipe, context or tensor smaller",
         )
     if layout.shard is not None and data % layout.shard:
         raise PlanError(

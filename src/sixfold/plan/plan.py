@@ -19,6 +19,7 @@ from sixfold.plan.precision import (
     decide_precision,
 )
 from sixfold.plan.residency import ALL, Residency, decide_residency
+from sixfold.plan.stages import StagePlan
 from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
 
 
@@ -33,6 +34,7 @@ class Plan:
         units: what travels together, in module order.
         loss_scaling: the factor on the loss under fp16.
         has_average: whether an average of the weights is kept beside them.
+        stages: where the model is cut; None in a pipeline of one stage.
     """
 
     geometry: Geometry
@@ -41,6 +43,7 @@ class Plan:
     units: tuple[UnitPlan, ...]
     loss_scaling: LossScaling = field(default_factory=LossScaling)
     has_average: bool = False
+    stages: StagePlan | None = None
 
     def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
         """The number types of `unit`; None where its numbers are not floating."""
@@ -61,10 +64,12 @@ class Plan:
         working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
         groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
         scaling = self.loss_scaling
+        stages = (f"stages      {self.stages}",) if self.stages else ()
         windows = (self._windows_text(),) if self.residency.parameters else ()
         return "\n".join(
             (
                 f"ranks       {self.geometry.world_size}: {self.geometry}",
+                *stages,
                 f"parameters  {count_text(trainable)} trained, {count_text(frozen)} frozen, "
                 f"{bytes_text(working)} in {len(self.units)} unit(s)",
                 f"residency   {self.residency}{groups}",
@@ -75,11 +80,18 @@ class Plan:
         )
 
 
-def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int) -> Plan:
+def decide(
+    config: Config,
+    parameters: Sequence[ParameterFacts],
+    world_size: int,
+    stages: StagePlan | None = None,
+) -> Plan:
     """Decide geometry, residency, precision and units.
 
     Args:
-        parameters: facts of the module's parameters in module order, with their own types.
+        parameters: facts of the module's parameters in module order, with their own types; in a pipeline of
+            those of a rank's stages, one stage after the other.
+        stages: where the model is cut.
 
     Raises:
         PlanError: the layout cannot be carried out with `world_size` ranks.
@@ -104,4 +116,5 @@ def decide(config: Config, parameters: Sequence[ParameterFacts], world_size: int
         ),
         loss_scaling=decide_loss_scaling(config.precision, [types[dtype] for dtype in trained]),
         has_average=config.optimizer.ema_decay is not None,
+        stages=stages,
     )

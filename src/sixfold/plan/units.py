@@ -37,6 +37,8 @@ class ParameterFacts:
         group: the optimizer group it belongs to.
         block: name of the repeated block that holds it, None outside of them.
         whole: whether its optimizer needs it in one piece, so that no slice may cut it.
+        stage: the stage of the pipeline that holds it here.
+        tied: all stages that hold it, where these are several.
     """
 
     name: str
@@ -46,6 +48,8 @@ class ParameterFacts:
     group: int = 0
     block: str | None = None
     whole: bool = False
+    stage: int = 0
+    tied: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -81,6 +85,8 @@ class UnitPlan:
         blocks: names of the repeated blocks it belongs to, in module order; none for what lies outside of
             them, and where units may hold both.
         whole: whether every parameter lies in one slice, owned by that slice's rank.
+        stage: the stage of the pipeline that all its parameters belong to.
+        tied: all stages that hold them, where these are several.
     """
 
     dtype: str
@@ -90,6 +96,13 @@ class UnitPlan:
     num_slices: int = 1
     blocks: tuple[str, ...] = ()
     whole: bool = False
+    stage: int = 0
+    tied: tuple[int, ...] = ()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether an earlier stage holds the same parameters."""
+        return bool(self.tied) and self.stage != self.tied[0]
 
     def slice_of(self, index: int) -> tuple[int, int]:
         """(start, stop) of one of the `num_slices` equal, contiguous slices."""
@@ -126,7 +139,8 @@ def cut_units(
 ) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
-    A unit holds one (dtype, trainable, whole) kind. Parameters of one block stay together; neighbouring
+    A unit holds one (dtype, trainable, whole, stage, tied) kind; what other stages hold as well is cut
+    alike there. Parameters of one block stay together; neighbouring
     blocks are joined until `target_bytes` of working parameters are reached; whole ones further, until
     they can be shared out over the slices with little padding. Every parameter has exactly one slot.
 
@@ -167,11 +181,12 @@ def cut_units(
     return tuple(layout.unit(run) for run in sorted(all_runs, key=lambda run: order[id(run)]))
 
 
-Kind = tuple[str, bool, bool, bool]
+Kind = tuple[str, bool, bool, bool, int, tuple[int, ...]]
 
 
 def _kind(facts: ParameterFacts, by_block: bool) -> Kind:
-    return (facts.dtype, facts.trainable, facts.whole, by_block and facts.block is not None)
+    in_block = by_block and facts.block is not None
+    return (facts.dtype, facts.trainable, facts.whole, in_block, facts.stage, facts.tied)
 
 
 _Run = list[ParameterFacts]
@@ -208,6 +223,8 @@ class _Layout:
             num_slices=self.num_slices,
             blocks=blocks if self.by_block else (),
             whole=run[0].whole,
+            stage=run[0].stage,
+            tied=run[0].tied,
         )
 
     def is_tight(self, run: _Run) -> bool:

@@ -23,6 +23,7 @@ from sixfold.program.lowering import (
     add_update,
     add_windows,
     only_forwards,
+    post_ahead,
     serve_rest,
 )
 from sixfold.program.order import Wiring, global_order, results
@@ -64,6 +65,7 @@ __all__ = [
     "only_forwards",
     "passes",
     "peaks",
+    "post_ahead",
     "rehearsal",
     "results",
     "serve_rest",

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from sixfold.program.instructions import (
     INPUT_PARTS,
     PASSES,
+    RECEIVES,
     WEIGHT_PARTS,
     Instruction,
     Op,
@@ -168,6 +169,28 @@ def serve_rest(program: Program, num_own: int) -> Program:
         elif each.op in INPUT_PARTS:
             served.append(Instruction(Op.SERVE_BACKWARD, each.stage, each.micro))
     return Program(tuple(served))
+
+
+def post_ahead(program: Program) -> Program:
+    """Receives one pass earlier, as a player posts them that does not block there: what is received then
+    comes in beside that pass. Their order stays, a gradient's receive comes after its forward, and nothing
+    between a reduction and its weight part."""
+    ahead: list[Instruction] = []
+    place = 0  # behind the last receive, or before the last pass
+    for each in program.instructions:
+        if each.op in RECEIVES:
+            own_forward = Instruction(Op.FORWARD, each.stage, each.micro)
+            if each.op is Op.RECEIVE_GRADIENT and own_forward in ahead[place:]:
+                place = len(ahead)
+            ahead.insert(place, each)
+            place += 1
+            continue
+        ahead.append(each)
+        if each.op in PASSES:
+            place = len(ahead) - 1
+            while place and ahead[place - 1].op is Op.REDUCE:
+                place -= 1
+    return Program(tuple(ahead))
 
 
 def _woven(

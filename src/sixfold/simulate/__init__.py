@@ -6,7 +6,8 @@ Called by the planner, commands and reports; plays instructions on numbers alone
 from sixfold.simulate.clock import simulate
 from sixfold.simulate.costs import Costs, StageCosts
 from sixfold.simulate.export import chrome_trace, html_page
-from sixfold.simulate.timeline import LANES, Event, Timeline
+from sixfold.simulate.measured import measured_costs
+from sixfold.simulate.timeline import LANES, Event, Timeline, lane_of
 
 __all__ = [
     "LANES",
@@ -16,5 +17,7 @@ __all__ = [
     "Timeline",
     "chrome_trace",
     "html_page",
+    "lane_of",
+    "measured_costs",
     "simulate",
 ]

@@ -28,17 +28,7 @@ from sixfold.program import (
     results,
 )
 from sixfold.simulate.costs import Costs, StageCosts
-from sixfold.simulate.timeline import LANES, Event, Timeline
-
-_LANE_OF = {
-    **{op: op.value for op in (*SENDS, *RECEIVES)},
-    Op.GATHER: "gather",
-    Op.PUBLISH: "gather",
-    Op.REDUCE: "reduce",
-    Op.SHIFT_IN: "shift",
-    Op.SHIFT_OUT: "shift",
-}
-"""All else computes."""
+from sixfold.simulate.timeline import LANES, Event, Timeline, lane_of
 
 _SECONDS: dict[Op, Callable[[StageCosts], float]] = {
     Op.FORWARD: lambda stage: stage.forward,
@@ -133,7 +123,7 @@ class _Clock:
         return self.costs.stages[instruction.stage]
 
     def _lane(self, instruction: Instruction) -> str:
-        return _LANE_OF.get(instruction.op, LANES[0]) if self.costs.overlap else LANES[0]
+        return lane_of(instruction.op) if self.costs.overlap else LANES[0]
 
     def _record(self, rank: int, instruction: Instruction, earliest: float, seconds: float) -> Event:
         lane = self._lane(instruction)

@@ -13,6 +13,20 @@ from sixfold.program import INPUT_PARTS, PASSES, RECEIVES, SENDS, Instruction, O
 
 LANES = ("compute", *(op.value for op in (*SENDS, *RECEIVES)), "gather", "reduce", "shift")
 """What a rank does at the same time, where it can."""
+_LANE_OF = {
+    **{op: op.value for op in (*SENDS, *RECEIVES)},
+    Op.GATHER: "gather",
+    Op.PUBLISH: "gather",
+    Op.REDUCE: "reduce",
+    Op.SHIFT_IN: "shift",
+    Op.SHIFT_OUT: "shift",
+}
+"""All else computes."""
+
+
+def lane_of(op: Op) -> str:
+    """The lane that an instruction runs in, where things overlap."""
+    return _LANE_OF.get(op, LANES[0])
 
 
 @dataclass(frozen=True)

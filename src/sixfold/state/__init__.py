@@ -5,8 +5,10 @@ loss; the residency table decides where state lives.
 """
 
 from sixfold.state.average import Average
+from sixfold.state.catalog import Catalog, Entry, storage_type, torch_type
 from sixfold.state.elementwise import elementwise_groups
 from sixfold.state.forecast import state_bytes_per_weight
+from sixfold.state.foreign import take_over
 from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
 from sixfold.state.state import ModelState
@@ -15,6 +17,8 @@ from sixfold.state.unit import Unit, range_in, zero_between
 __all__ = [
     "Average",
     "BoundOptimizer",
+    "Catalog",
+    "Entry",
     "ModelState",
     "Unit",
     "bind",
@@ -24,5 +28,8 @@ __all__ = [
     "range_in",
     "refuse_two_definitions",
     "state_bytes_per_weight",
+    "storage_type",
+    "take_over",
+    "torch_type",
     "zero_between",
 ]

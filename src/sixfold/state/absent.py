@@ -39,12 +39,28 @@ _HARMLESS = frozenset(
 )
 """What is asked about a tensor without its numbers."""
 
+DROPPED = (
+    "outside of its forward and backward",
+    "with cut parameters (layout.zero = 3) a rank has a parameter's numbers only while the block that holds "
+    "it runs",
+    "read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); call the model as a "
+    "whole; name what runs on its own in layout.blocks",
+)
+ELSEWHERE = (
+    "on a rank that has other stages",
+    "in a pipeline (layout.pipe) a rank has the numbers of its own stages alone",
+    "read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); train with "
+    "engine.train_step and evaluate with engine.eval_step",
+)
+"""Why there are none: where, the rule, and a change that works."""
+
 
 class Absent(nn.Parameter):
     """Base of the classes that `absent_class` makes; has no instances of its own."""
 
     names: Mapping[int, str] = {}
     """By `id`, of the parameters that one unit holds."""
+    why: tuple[str, str, str] = DROPPED
 
     @classmethod
     def __torch_function__(
@@ -59,11 +75,7 @@ class Absent(nn.Parameter):
         what = getattr(func, "__name__", str(func)).strip("_")
         accessor = getattr(getattr(func, "__self__", None), "__name__", None)
         raise StateError(
-            f"{_touched(cls, args, kwargs)}: {accessor or what} outside of its forward and backward",
-            rule="with cut parameters (layout.zero = 3) a rank has a parameter's numbers only while the "
-            "block that holds it runs",
-            fix="read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); call the "
-            "model as a whole; name what runs on its own in layout.blocks",
+            f"{_touched(cls, args, kwargs)}: {accessor or what} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
         )
 
 
@@ -73,12 +85,15 @@ def _touched(cls: type[Absent], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return next((cls.names[id(each)] for each in flat if id(each) in cls.names), "a dropped parameter")
 
 
-def absent_class(parameter: nn.Parameter, names: Mapping[int, str]) -> type[nn.Parameter]:
-    """The class that `parameter` has while it is dropped.
+def absent_class(
+    parameter: nn.Parameter, names: Mapping[int, str], why: tuple[str, str, str] = DROPPED
+) -> type[nn.Parameter]:
+    """The class that `parameter` has while it has no numbers.
 
     Args:
-        names: by `id`, of the parameters of its unit.
+        names: by `id`, of the parameters that have none together.
+        why: `DROPPED` or `ELSEWHERE`.
     """
     kind = type(parameter)
     bases = (Absent,) if kind is nn.Parameter else (Absent, kind)
-    return type("Absent", bases, {"names": names, "__module__": __name__})
+    return type("Absent", bases, {"names": names, "why": why, "__module__": __name__})

@@ -48,13 +48,6 @@ class Average:
             for unit, part in kept.items():
                 unit.part.copy_(part)
 
-    def named(self) -> dict[str, torch.Tensor]:
-        """By parameter name, whole, in the master type. A collective where masters are cut."""
-        whole = {unit: unit.whole_of(average) for unit, average in self.numbers.items()}
-        return {
-            slot.name: unit.slot_of(flat, slot) for unit, flat in whole.items() for slot in unit.plan.slots
-        }
-
     def live_bytes(self) -> int:
         """Bytes of all averages."""
         return sum(average.untyped_storage().nbytes() for average in self.numbers.values())

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sixfold.base.errors import MeshError, StateError
+from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh
 from sixfold.state.passes import (
     BACKWARD,
@@ -31,6 +31,7 @@ from sixfold.state.passes import (
     PASSES,
     Order,
     Pass,
+    disagreement,
     forward_kind,
     settle,
     tensors_in,
@@ -83,6 +84,7 @@ class Gathering:
         self._is_explicit = False
         self._is_free = True
         self._is_held = False
+        self._is_kept = False
         self._num_forwards = 0  # since the last backward
         self._depth = 0
         self._running: list[str] = []
@@ -131,20 +133,10 @@ class Gathering:
             first = min(int(row[0]) for row in rows)
             is_mixed = len({row[2] for row in rows}) > 1
             if is_mixed or (first == len(PASSES) and len({row[1] for row in rows}) > 1):
-                raise self._disagreement(f"{what} of {self._name}" if is_mixed else what)
+                raise disagreement(self._mesh, f"{what} of {self._name}" if is_mixed else what)
             if first == mine:
                 return [row[3] for row in rows]
             self._serve(PASSES[first])
-
-    def _disagreement(self, what: str) -> MeshError:
-        calls = self._mesh.texts(what)
-        return MeshError(
-            "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
-            rule="with cut parameters all ranks make the same calls of the engine in the same order, and of "
-            "several engines the same forwards and backwards as well",
-            fix="call it on every rank, also where its result is not used; with several engines give every "
-            "rank equally many micro-batches",
-        )
 
     @contextmanager
     def by_program(self) -> Iterator[None]:
@@ -185,6 +177,18 @@ class Gathering:
             self._is_held = was
             self._drop_all_but(())
 
+    def keep(self, is_kept: bool) -> None:
+        """Have all units whole from now on, over several passes; or let passes gather and drop them again."""
+        self.close()
+        self._is_kept = is_kept
+        if not is_kept:
+            self._drop_all_but(())
+        for unit in self._units if is_kept else ():
+            if unit not in self._present:
+                unit.gather().wait()
+                unit.show()
+                self._present.add(unit)
+
     @contextmanager
     def backward(self) -> Iterator[None]:
         """A backward pass inside the block."""
@@ -201,11 +205,13 @@ class Gathering:
 
     def _start(self, kind: str) -> None:
         order = self._orders.get(kind)
-        if order is None:
+        if order is None and not self._is_kept:
             self._drop_all_but(self._staying)  # the order is found out from its beginning
         kept = {EVALUATION: self._present, FORWARD: {*self._staying, *self._tail()}, BACKWARD: set[Unit]()}[
             kind
         ]
+        if self._is_kept:
+            kept = set(self._units)
         units, lasting = (order.units, order.lasting) if order else ((), frozenset(self._staying))
         self._pass = Pass(
             kind,
@@ -268,7 +274,10 @@ class Gathering:
         reached, left_out, holders = (
             {unit for unit, count in zip(self._units, counts, strict=True) if count}
             for counts in (
-                self._mesh.total(*(float(unit in noted) for unit in self._units))
+                map(
+                    sum,
+                    zip(*self._mesh.everyones(*(float(unit in noted) for unit in self._units)), strict=True),
+                )
                 for noted in (self._reached, self._unreached, self._holding)
             )
         )

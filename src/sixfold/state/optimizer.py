@@ -154,22 +154,19 @@ class BoundOptimizer:
             for run in self._runs
             for key, value in run.state().items()
         }
-        if any(unit.spread for unit in self._state.trained):
+        if any(unit.spread for unit in self._state.trained) or self._state.mesh.pipe_ranks > 1:
             texts = self._state.mesh.texts(json.dumps(list(rows)))
             rows = [tuple(row) for text in texts for row in json.loads(text)]
         specs: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-        firsts = {
-            slot.name: (unit.plan.slots, place)
-            for unit in self._state.trained
-            for place, slot in enumerate(unit.plan.slots)
-        }
+        catalog = self._state.catalog
+        firsts = {name: (unit, place) for unit in catalog.units for place, name in enumerate(unit)}
         order = {name: number for number, name in enumerate(firsts)}
         for first, count, key, dtype, shape in sorted(rows, key=lambda row: (order[row[0]], row[2:4])):
-            slots, place = firsts[first]
-            for slot in slots[place : place + count]:
-                if slot.numel:
-                    whole = slot.shape if shape is None else tuple(shape)
-                    specs.setdefault(slot.name, {})[key] = (whole, getattr(torch, dtype))
+            names, place = firsts[first]
+            for entry in (catalog.entries[name] for name in names[place : place + count]):
+                if entry.numel:
+                    whole = entry.shape if shape is None else tuple(shape)
+                    specs.setdefault(entry.name, {})[key] = (whole, getattr(torch, dtype))
         return specs
 
     def state_pieces(self) -> Iterator[StatePiece]:
@@ -268,6 +265,7 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
         names[parameter]: {key: torch.as_tensor(value).clone() for key, value in values.items()}
         for inner in inners
         for parameter, values in inner.state.items()
+        if parameter in names  # others stand on other stages
     }
     owners = [inner for inner in inners for _ in inner.param_groups]
     runs = [run for unit in state.trained for run in _runs_of(unit, owners)]

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sixfold.mesh import Pending
+from sixfold.base.errors import MeshError
+from sixfold.mesh import Mesh, Pending
 from sixfold.state.unit import Unit
 
 EVALUATION, FORWARD, BACKWARD = "forward without gradients", "forward", "backward"
 PASSES = (EVALUATION, FORWARD, BACKWARD)
 """Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
+
+_MOST_LETTERS = 96
 
 
 def forward_kind() -> str:
@@ -89,6 +92,23 @@ def settle(
             place = max(units.index(unit) + 1, len(staying))
     repeated = [unit for unit, count in times.items() if count > 1]
     return Order(tuple(units), frozenset((*staying, *repeated, *holders)))
+
+
+def disagreement(mesh: Mesh, call: str) -> MeshError:
+    """The error where data ranks came to different calls. A collective among them.
+
+    Args:
+        call: what this rank came to.
+    """
+    letters = call.encode()[:_MOST_LETTERS].ljust(_MOST_LETTERS)
+    calls = [bytes(map(int, row)).decode(errors="replace").strip() for row in mesh.everyones(*letters)]
+    return MeshError(
+        "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
+        rule="with cut parameters all ranks make the same calls of the engine in the same order, and of "
+        "several engines the same forwards and backwards as well",
+        fix="call it on every rank, also where its result is not used; with several engines give every "
+        "rank equally many micro-batches",
+    )
 
 
 def tensors_in(output: object) -> Iterator[torch.Tensor]:

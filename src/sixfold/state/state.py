@@ -1,7 +1,7 @@
-"""The model state of one rank: its units and the verbs that act on all of them.
+"""The model state of one rank: the units of its stages and the verbs that act on them.
 
-Driven by the player: `open_reduce` before the last backward, then `finish_reduce`, the optimizer,
-`publish`. Units are reduced in one fixed order, last unit first, whichever parameters were used on
+Driven by the player: `open_reduce` before the last backward of a stage, then `finish_reduce`, the optimizer,
+`publish`. Units are reduced in one fixed order, a stage's last unit first, whichever parameters were used on
 this rank; where parameters are cut, `Gathering` makes them whole while they are used. It issues
 collectives only through the mesh and never looks at a loss.
 """
@@ -10,29 +10,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
-from sixfold.parallel import DTYPES
+from sixfold.parallel import Stage
 from sixfold.plan import Plan, Slot
+from sixfold.state.catalog import make_catalog, torch_type
+from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
+from sixfold.state.ties import tied_groups
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
 
 
 class ModelState:
-    """Units of one module, in module order.
+    """Units of the stages that this rank has of one module, each stage's in module order.
 
     Args:
         module: whose parameters become views of the units' buffers.
         prefetch_bytes: bound on what is gathered ahead of its use; None for always one unit.
         given: parameters whose numbers are filled in afterwards.
+        stages: its stages on this rank; None for a module that is not cut.
+        buffer_sources: the ranks whose buffers are the model's, in a pipeline.
+        puts_off: whether weight parts of backwards come later than the backward; a stage is then reduced when
+            they are through, and not as gradients arrive.
     """
 
     def __init__(
@@ -42,73 +50,143 @@ class ModelState:
         mesh: Mesh,
         prefetch_bytes: int | None = None,
         given: Collection[str] = (),
+        *,
+        stages: Sequence[Stage] | None = None,
+        buffer_sources: Mapping[str, int] | None = None,
+        puts_off: bool = False,
     ) -> None:
         self.mesh = mesh
         self.residency = plan.residency
         self._module = module
-        parameters = dict(module.named_parameters())
+        stages = stages or [Stage.whole(module)]
+        parameters = {stage.number: stage.parameters for stage in stages}
         self.units: list[Unit] = []
         for unit_plan in plan.units:
             is_blank = all(slot.name in given for slot in unit_plan.slots)
-            precision = plan.precision_of(unit_plan)
-            unit = Unit(unit_plan, precision, plan.residency, parameters, mesh, is_blank=is_blank)
+            own, precision = parameters[unit_plan.stage], plan.precision_of(unit_plan)
+            unit = Unit(unit_plan, precision, plan.residency, own, mesh, is_blank=is_blank)
             self.units.append(unit)
             if self.residency.parameters:
                 unit.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
-        self._window = ReduceWindow(self.trained, by_arrival=not self.residency.parameters)
-        self._is_reduced = False
+        names = [name for name, _ in module.named_parameters()]
+        self.catalog = make_catalog(names, self.units, mesh)
+        self.foreign = Foreign(module, stages, self.catalog, buffer_sources or {}, mesh)
+        self._ties = tied_groups(self.trained, plan.stages, mesh)
+        self._is_reduced: set[int] = set()
         self._is_begun = False
-        cut = self.units if self.residency.parameters else []
-        self._gathering = Gathering(
-            module, cut, mesh, self._serve_asked, self._window.hand_over, prefetch_bytes
-        )
+        self._windows: dict[int, ReduceWindow] = {}
+        self._gatherings: dict[int, Gathering] = {}
+        for stage in stages:
+            units = [unit for unit in self.units if unit.plan.stage == stage.number]
+            window = ReduceWindow(
+                [unit for unit in units if unit.plan.trainable],
+                by_arrival=not self.residency.parameters and not puts_off,
+            )
+            self._windows[stage.number] = window
+            self._gatherings[stage.number] = Gathering(
+                stage.module,
+                units if self.residency.parameters else [],
+                mesh,
+                partial(self._serve_asked, stage.number),
+                window.hand_over,
+                prefetch_bytes,
+            )
+        self._meeting = self._gatherings[stages[0].number]
+        self._places = {
+            id(parameter): (unit, index)
+            for unit in self.trained
+            for index, parameter in enumerate(unit.parameters)
+        }
 
     # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
 
     def arrive(self, what: str) -> None:
         """Come to the call `what` of the engine; ranks in a pass are served until they come too."""
-        self._gathering.meet(what)
+        self._close_passes()
+        self._meeting.meet(what)
+
+    def _close_passes(self) -> None:
+        for gathering in self._gatherings.values():
+            gathering.close()
 
     def largest(self, what: str, num_micro: int) -> int:
         """`arrive`; the largest `num_micro` of all ranks, or this rank's own where nothing that is sent
         depends on the others'."""
         if self.residency.parameters:
-            return round(max(self._gathering.meet(what, num_micro)))
+            self._close_passes()
+            return round(max(self._meeting.meet(what, num_micro)))
         return self.mesh.largest(num_micro) if self.residency.reduces_each else num_micro
 
-    def by_program(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def by_program(self) -> Iterator[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
-        return self._gathering.by_program()
+        with ExitStack() as stack:
+            for gathering in self._gatherings.values():
+                stack.enter_context(gathering.by_program())
+            yield
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
+    def backward(self, stage: int = 0) -> Iterator[None]:
         """Inside, the one backward pass that this rank makes now."""
-        with self._gathering.backward():
+        with self._gatherings[stage].backward():
             yield
-        self._flush_pass()
+        self._flush_pass(stage)
 
-    def serve_forward(self) -> None:
+    @contextmanager
+    def backward_input(self, stage: int) -> Iterator[None]:
+        """Inside, the input part of a backward. What it accumulates belongs to the next reduction, so the
+        one under way is waited for."""
+        self._windows[stage].close()
+        with self._gatherings[stage].backward():
+            yield
+
+    def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Accumulate a gradient that a backward left for later."""
+        unit, index = self._places[id(parameter)]
+        grad = parameter.grad
+        if grad is None:
+            parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
+            unit.home_grad(index)
+        else:
+            grad.add_(gradient)
+
+    def complete(self, stage: int) -> None:
+        """Start to reduce a stage in its open window: its gradients are complete."""
+        self._windows[stage].flush()
+
+    def keep(self, stage: int, *, is_kept: bool) -> None:
+        """Have a stage's cut parameters whole from now on, or no longer than passes need them."""
+        self._gatherings[stage].keep(is_kept)
+
+    def serve_forward(self, stage: int = 0) -> None:
         """Take part in the others' forward."""
-        self._gathering.serve(forward_kind())
+        self._gatherings[stage].serve(forward_kind())
 
-    def serve_backward(self) -> None:
-        """Take part in the others' backward and, in an open window, in its reductions."""
-        self._gathering.serve(BACKWARD)
-        self._flush_pass()
+    def serve_backward(self, stage: int = 0, *, puts_off: bool = False) -> None:
+        """Take part in the others' backward and, in an open window, in its reductions.
 
-    def _flush_pass(self) -> None:
+        Args:
+            puts_off: whether they run its input part alone.
+        """
+        if puts_off:
+            self._windows[stage].close()
+        self._gatherings[stage].serve(BACKWARD)
+        if not puts_off:
+            self._flush_pass(stage)
+
+    def _flush_pass(self, stage: int) -> None:
         if self.residency.parameters:
-            self._window.flush()
+            self._windows[stage].flush()
 
-    def _serve_asked(self, kind: str) -> None:
+    def _serve_asked(self, stage: int, kind: str) -> None:
         if kind != BACKWARD:
-            self._gathering.serve(kind)
+            self._gatherings[stage].serve(kind)
             return
         self.begin()
         if self.reduces_with_backward:
-            self.open_reduce()
-        self.serve_backward()
+            self.open_reduce(stage)
+        self.serve_backward(stage)
         if self.reduces_with_backward:
             self.finish_reduce()
 
@@ -119,15 +197,24 @@ class ModelState:
 
     @contextmanager
     def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Working parameters of the units of `parameters` (None: all) whole; edits that rank 0 makes of them
-        and of buffers are everyone's afterwards, unless the block raises. A collective."""
+        """Working parameters of the units of `parameters` whole; edits that rank 0 makes of them and of
+        buffers are everyone's afterwards, unless the block raises. A collective.
+
+        Args:
+            parameters: those asked for, the same on every rank; None for the whole model.
+        """
         asked = None if parameters is None else {id(parameter) for parameter in parameters}
         units = [
             unit
             for unit in self.units
             if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
         ]
-        with torch.no_grad(), self._gathering.held(units):
+        with torch.no_grad(), ExitStack() as stack:
+            for gathering in self._gatherings.values():
+                stack.enter_context(gathering.held(units))
+            everyones = self._module.named_parameters()
+            names = None if asked is None else {name for name, each in everyones if id(each) in asked}
+            stack.enter_context(self.foreign.lent(names))
             try:
                 try:
                     yield
@@ -140,7 +227,8 @@ class ModelState:
                     unit.forget_edits()
 
     def _share_edits(self, units: list[Unit]) -> None:
-        for pending in [self.mesh.broadcast(unit.working) for unit in units]:
+        self.foreign.share_edits()
+        for pending in [self.mesh.align(unit.working) for unit in units]:
             pending.wait()
         for unit in units:
             unit.absorb_edits()
@@ -169,8 +257,9 @@ class ModelState:
         further call does nothing: a rank may have served others before its own first backward."""
         if self._is_begun:
             return
-        self._window.abandon()
-        self._is_reduced = False
+        for window in self._windows.values():
+            window.abandon()
+        self._is_reduced = set()
         self._check_module()
         for unit in self.units:
             unit.check_home()
@@ -184,7 +273,7 @@ class ModelState:
         self._is_begun = False
 
     def _check_module(self) -> None:
-        known = {id(parameter) for unit in self.units for parameter in unit.parameters}
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
         strangers = [name for name, part in self._module.named_parameters() if id(part) not in known]
         if strangers:
             raise StateError(
@@ -194,37 +283,47 @@ class ModelState:
                 fix="change the module before sixfold.initialize, or initialize it anew",
             )
 
-    def open_reduce(self) -> None:
-        """From here on a unit is reduced as soon as its gradients are complete; ends an earlier window.
+    def open_reduce(self, stage: int = 0) -> None:
+        """From here on a unit of a stage is reduced as soon as its gradients are complete; ends an earlier
+        window.
 
         Raises:
             StateError: gradients are reduced once, and have been in this update already.
         """
-        if self._is_reduced and not self.residency.reduces_each:
+        if stage in self._is_reduced and not self.residency.reduces_each:
             raise StateError(
                 f"a second reduction in one update, {self.residency}",
                 rule="gradients that are held whole are summed over ranks once, when they are complete",
                 fix='write one reduce for each stage, or set layout.reduce = "each"',
             )
-        self._window.close()
-        self._window.open()
-        self._is_reduced = True
+        self._windows[stage].close()
+        self._windows[stage].open()
+        self._is_reduced.add(stage)
 
     def flush_reduce(self) -> None:
         """Start to reduce what has not been since `open_reduce`."""
-        self._window.flush()
+        for window in self._windows.values():
+            window.flush()
 
     def finish_reduce(self) -> None:
         """Flush, and wait for all of it."""
-        self._window.close()
+        for window in self._windows.values():
+            window.close()
+
+    def sum_ties(self) -> None:
+        """Give every stage that holds a tied weight the sum of all their gradients."""
+        for tie in self._ties:
+            tie.sum_grads()
 
     def grad_norms(self, num_groups: int) -> list[float]:
         """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
         squares = [0.0] * num_groups
         for unit in self.trained:
+            if unit.plan.is_copy:
+                continue
             for (group, _), square in zip(unit.segments, unit.grad_squares.tolist(), strict=True):
                 squares[group] += square
-        if self.residency.optimizer:
+        if self.residency.optimizer or self.mesh.pipe_ranks > 1:
             # Every rank has the squares of its slices, and some have the same ones.
             num_slices = self.mesh.geometry.num_parts(self.residency.optimizer)
             squares = [square * num_slices / self.mesh.data_ranks for square in self.mesh.total(*squares)]
@@ -242,14 +341,16 @@ class ModelState:
             for slot in unit.plan.slots
             if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
         ]
-        mine = [bool(unit.local_sum.isfinite()) for unit in self.trained]
+        mine = [
+            slot.name for unit in self.trained if not unit.local_sum.isfinite() for slot in unit.plan.slots
+        ]
         rows = [json.loads(text) for text in self.mesh.texts(json.dumps([sick, mine]))]
         everyones = {name for names, _ in rows for name in names}
-        found = [(slot.name, unit) for unit, slot in self.slots() if slot.name in everyones]
+        found = [name for name, _ in self._module.named_parameters() if name in everyones]
         first = "none (the sum of squares overflowed)"
         if found:
-            name, place = found[0][0], self.trained.index(found[0][1])
-            ranks = [str(rank) for rank, (_, is_finite) in enumerate(rows) if not is_finite[place]]
+            name = found[0]
+            ranks = [str(rank) for rank, (_, sick_here) in enumerate(rows) if name in sick_here]
             whose = f"on rank(s) {', '.join(ranks)} before the sum" if ranks else "in the sum over ranks"
             first = f"{name} ({whose})"
         scaled = f", the loss scale {loss_scale:g}" if loss_scale != 1.0 else ""
@@ -268,16 +369,17 @@ class ModelState:
                 if factors[group] != 1.0 and unit.grads is not None:
                     unit.grads[part].mul_(factors[group])
 
-    def publish(self) -> None:
-        """Bring the updated state into the working parameters."""
-        self._publish(self.trained)
+    def publish(self, stage: int) -> None:
+        """Bring a stage's updated state into its working parameters."""
+        self._publish([unit for unit in self.trained if unit.plan.stage == stage])
 
     def publish_all(self) -> None:
         """The same for frozen parameters too, after `Unit.fill_own`."""
         self._publish(self.units)
 
     def _publish(self, units: Iterable[Unit]) -> None:
-        self._gathering.refresh()
+        for gathering in self._gatherings.values():
+            gathering.refresh()
         for pending in [unit.publish() for unit in units]:
             pending.wait()
 
@@ -287,23 +389,29 @@ class ModelState:
             for slot in unit.plan.slots:
                 yield unit, slot
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        """Every parameter whole, in its master's type; may share memory with the state. A collective."""
-        whole = {unit: unit.whole_of(unit.master) for unit in self.units}
-        return {slot.name: unit.slot_of(whole[unit], slot) for unit, slot in self.slots()}
+    def whole(self, numbers: Mapping[Unit, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Every parameter of the model whole, in the storage type; may share memory with the state. A
+        collective.
+
+        Args:
+            numbers: [own] in place of some units' masters.
+        """
+        mine: dict[str, torch.Tensor] = {}
+        for unit in self.units:
+            flat = unit.whole_of((numbers or {}).get(unit, unit.master))
+            mine |= {slot.name: unit.slot_of(flat, slot) for slot in unit.plan.slots}
+        kinds = {name: torch_type(entry.storage) for name, entry in self.catalog.entries.items()}
+        return {name: tensor.to(kinds[name]) for name, tensor in self.foreign.everyones(mine, kinds).items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Every trained parameter's gradient of the last update, whole; copies. A collective per unit."""
-        whole = {unit: unit.whole_of(unit.grads) for unit in self.trained if unit.grads is not None}
-        return {
-            slot.name: unit.slot_of(whole[unit], slot).clone() for unit, slot in self.slots() if unit in whole
-        }
-
-    def storage_type(self, unit: Unit) -> torch.dtype:
-        """The type in which a unit's parameters are shown whole and written."""
-        if unit.precision is None or not unit.plan.trainable:
-            return unit.master.dtype
-        return DTYPES[unit.precision.storage]
+        mine: dict[str, torch.Tensor] = {}
+        for unit in self.trained:
+            assert unit.grads is not None, "trained units have gradients"
+            flat = unit.whole_of(unit.grads)
+            mine |= {slot.name: unit.slot_of(flat, slot).clone() for slot in unit.plan.slots}
+        kinds = {entry.name: torch_type(entry.grad) for entry in self.catalog.trained}
+        return self.foreign.everyones(mine, kinds)
 
     def live_bytes(self) -> tuple[int, int, int]:
         """Bytes that live from step to step: working parameters, gradients, masters."""
@@ -314,8 +422,10 @@ class ModelState:
 
     def remove(self) -> None:
         """Take the hooks off the module; its parameters stay usable."""
-        self._window.remove()
-        self._gathering.remove()
+        for window in self._windows.values():
+            window.remove()
+        for gathering in self._gatherings.values():
+            gathering.remove()
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

@@ -137,7 +137,7 @@ class Unit:
             whole = torch.zeros(self.plan.numel, dtype=self.master.dtype, device=self._mesh.device)
         for view, parameter in zip(self.views_of(whole), self.parameters, strict=True):
             view.copy_(parameter)
-        self._mesh.broadcast(whole).wait()
+        self._mesh.align(whole).wait()
         self.part.copy_(whole[self.kept])
         self.master.copy_(whole[self.own])
         self.settle().wait()
@@ -171,7 +171,9 @@ class Unit:
     @property
     def share(self) -> slice:
         """The elements of `own` that this rank writes into a checkpoint: ranks that hold the same ones
-        divide them among themselves."""
+        divide them among themselves, and of tied weights the first stage's do."""
+        if self.plan.is_copy:
+            return slice(self.own.start, self.own.start)
         same = [axis for axis in ALL if axis not in self.spread]
         place, count = self._mesh.place_in(tuple(same)), self._mesh.geometry.num_parts(same)
         size = self.own.stop - self.own.start
@@ -356,6 +358,11 @@ class Unit:
                 self._mesh.exchangeable.give(arrived)
             if self.spread or self.residency.reduces_each:
                 self._release()
+        self.take_norms()
+
+    def take_norms(self) -> None:
+        """Note the squares of `grads` in `grad_squares`."""
+        assert self.grads is not None, "frozen units have no gradients"
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
         wide = _wide(self.grads.dtype)

@@ -194,7 +194,7 @@ def _seconds_per_update(run: Run) -> float:
         if rehearsal > 0:
             best = min(best, time.perf_counter() - began)
     # The barriers make ranks agree to within a message; the mean makes it exact.
-    return run.engine.mesh.total(best)[0] / run.engine.mesh.data_ranks
+    return run.engine.mesh.total(best)[0] / run.engine.mesh.world_size
 
 
 def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:

@@ -58,11 +58,6 @@ class HostGroup(Group):
             for lane in range(NUM_LANES)
         )
 
-    def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
-        """The part of `whole` that belongs to a member; of any size, the last members' may be shorter."""
-        size = -(-whole.numel() // len(self))
-        return whole[place * size : (place + 1) * size]
-
     # How the exchanges of `Group` are carried here. Where a sum was sent from shared memory, `reclaim` tells
     # when it may be written again.
 

@@ -24,6 +24,7 @@ from sixfold.mesh.dispatch import Dispatcher
 from sixfold.mesh.host.group import NUM_LANES, HostGroup
 from sixfold.mesh.host.lane import Peer
 from sixfold.mesh.host.limits import free_bytes, total_bytes
+from sixfold.mesh.host.link import HostLink
 from sixfold.mesh.host.memory import OwnMemory, PeerMemory
 from sixfold.mesh.host.scratch import SharedScratch
 from sixfold.mesh.host.signals import ROW_BYTES, Process, Row
@@ -31,7 +32,7 @@ from sixfold.mesh.host.signals import ROW_BYTES, Process, Row
 _log = logging.getLogger(__name__)
 
 MAX_GROUPS = 8
-"""Groups that one rank can be in."""
+"""Groups and links that one rank can be in."""
 _ADDRESS_SPACE = 2**46
 """Bytes that a process sets aside for the memory of all ranks of its host, taken to be one a core."""
 
@@ -192,14 +193,25 @@ class Host:
         if len(ranks) < 2 or not set(ranks) <= set(self.ranks):
             return None
         peers = [self._peers[rank] for rank in ranks if rank != self._rank]
-        first = number * NUM_LANES
-
-        def rows(memory: OwnMemory | PeerMemory) -> list[Row]:
-            return [Row(memory.map, memory.address, (first + lane) * ROW_BYTES) for lane in range(NUM_LANES)]
-
-        others = [(peer, rows(peer.memory)) for peer in peers]
-        own = rows(self._memory)
+        others = [(peer, _rows(peer.memory, number)) for peer in peers]
+        own = _rows(self._memory, number)
         return HostGroup(ranks, self._rank, self.scratch, own, others, self._timeout_s, dispatcher)
+
+    def link(self, other: int, number: int, dispatcher: Dispatcher) -> HostLink | None:
+        """The way to and from another rank; None unless it is here. Arguments as for `group`."""
+        peer = self._peers.get(other)
+        if peer is None:
+            return None
+        own, theirs = _rows(self._memory, number), _rows(peer.memory, number)
+        return HostLink(self._rank, peer, self.scratch, own, theirs, self._timeout_s, dispatcher)
+
+
+def _rows(memory: OwnMemory | PeerMemory, number: int) -> tuple[Row, Row]:
+    """A rank's counters in one of its groups, a row for each of two lanes."""
+    first, second = (
+        Row(memory.map, memory.address, (number * NUM_LANES + lane) * ROW_BYTES) for lane in range(NUM_LANES)
+    )
+    return first, second
 
 
 def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | None, str]:

@@ -1,0 +1,106 @@
+"""`sixfold plan`: what a training run would be, before anything is started.
+
+Called by `app`. It decides as the ranks will, on a model without weights, and predicts the time of one update
+with the simulator. It starts no rank and writes nothing but the page that was asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from torch import nn
+
+from sixfold.base.errors import EXIT_DONE, DataError
+from sixfold.base.units import bytes_text, duration_text
+from sixfold.cli.output import print_json
+from sixfold.config import Config
+from sixfold.data.tokenizer import DEFAULT_SIZE
+from sixfold.engine.playing import programs_for
+from sixfold.launch.resources import default_ranks
+from sixfold.monitor.hardware import peak_flops
+from sixfold.parallel import DTYPES, ModelCut, block_names, module_facts
+from sixfold.plan import Memory, decide, decide_batch, persistent_memory
+from sixfold.simulate import Costs, StageCosts, Timeline, html_page, simulate
+from sixfold.train.compute import decide_compute
+from sixfold.train.job import Request, resolve
+from sixfold.train.subject import build_model
+
+_MOMENTS = {"adamw": 2, "sgd": 0, "adagrad": 1, "muon": 1}
+"""Numbers that each optimizer keeps per weight; SGD one more with momentum."""
+
+
+def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_json: bool) -> int:
+    """Returns the exit code.
+
+    Args:
+        ranks: of the run; None: as `sixfold train` would start here.
+        timeline: where a page with the predicted update is written.
+    """
+    config = decide_compute(resolve(request)).config
+    world_size = ranks or config.launch.ranks or default_ranks(None)[0]
+    # The corpus is not there yet, and may offer fewer entries.
+    model = build_model(config, config.data.vocab_size or DEFAULT_SIZE)
+    cut = ModelCut.decide(model, config.layout)
+    facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
+    plans = [
+        decide(config, cut.facts_of(facts.parameters, rank), world_size, cut.plan)
+        for rank in range(config.layout.pipe)
+    ]
+    memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
+    predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
+    if timeline is not None:
+        _write(timeline, html_page({"predicted": predicted}, "One update, predicted"))
+    if as_json:
+        print_json(_facts(str(plans[0].geometry), memories, predicted))
+        return EXIT_DONE
+    typer.echo(plans[0])
+    for rank, memory in enumerate(memories):
+        typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
+    typer.echo(f"update      {duration_text(predicted.makespan)} of computation and waiting, predicted")
+    typer.echo(str(predicted))
+    return EXIT_DONE
+
+
+def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) -> Timeline:
+    """One update on a clock, from the operations in matrix products alone.
+
+    Transfers take no time: what carries them is not known here. A multiplication and its addition are two
+    operations, and each of the two parts of a backward has as many as its forward.
+    """
+    length = config.data.sequence_length
+    batch = decide_batch(config.batch, data_ranks=data_ranks, sequence_length=length)
+    compute = DTYPES[config.precision.compute or "fp32"]
+    rate = (config.monitor.peak_tflops or 0.0) * 1e12 or peak_flops(compute)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    shares = cut.plan.costs if cut.plan is not None else (1.0,)
+    seconds = 2 * weights * batch.micro * length / rate
+    stages = tuple(StageCosts(share * seconds, share * seconds, share * seconds) for share in shares)
+    layout = config.layout
+    programs = programs_for(layout, "training", max(1, batch.num_micro(0)))
+    return simulate(programs, Costs(stages))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be written: {error.strerror}",
+            rule="a timeline is one new file",
+            fix="give --timeline a file in a folder that can be written",
+        ) from error
+
+
+def _num_moments(config: Config) -> int:
+    return _MOMENTS[config.optimizer.name] + bool(config.optimizer.momentum)
+
+
+def _facts(geometry: str, memories: list[Memory], predicted: Timeline) -> dict[str, object]:
+    return {
+        "ranks": geometry,
+        "memory_bytes": [memory.total for memory in memories],
+        "makespan_s": predicted.makespan,
+        "ideal_s": predicted.ideal,
+        "bubble_s": predicted.bubble,
+    }

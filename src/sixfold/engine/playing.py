@@ -1,0 +1,232 @@
+"""From a batch to a played program: cuts it, writes the programs for this layout, and has them played.
+
+Made by `initialize`, called by the engine for training, evaluation and rehearsal alike. It owns no schedule
+and no loss; it holds together what knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ModelError
+from sixfold.config import Config, LayoutConfig
+from sixfold.mesh import Mesh, Streams
+from sixfold.parallel import DTYPES, Stage
+from sixfold.pipeline import (
+    Batch,
+    Counts,
+    Kind,
+    LossForm,
+    LossScaler,
+    Player,
+    Share,
+    StepResult,
+    Work,
+    fields_of,
+    split,
+    tensors_of,
+    to_device,
+)
+from sixfold.plan import Plan
+from sixfold.program import Instruction, Program, check, evaluation, training
+from sixfold.simulate import Event, Timeline, lane_of
+from sixfold.state import ModelState
+
+Purpose = Literal["training", "rehearsal", "evaluation"]
+
+
+class Playing:
+    """Plays batches.
+
+    Args:
+        module: the user's own model.
+        stages: its stages on this rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        stages: Sequence[Stage],
+        asked: Config,
+        plan: Plan,
+        mesh: Mesh,
+        streams: Streams,
+        state: ModelState,
+        player: Player,
+        scaler: LossScaler,
+        loss_form: LossForm,
+    ) -> None:
+        self.player = player
+        self.scaler = scaler
+        self._module = module
+        self._stages = {stage.number: stage for stage in stages}
+        self._has_loss = stages[-1].is_last
+        self._layout = asked.layout
+        self._micro = asked.batch.micro
+        self._residency = plan.residency
+        self._mesh = mesh
+        self._streams = streams
+        self._state = state
+        self._loss_form = loss_form
+        compute = asked.precision.compute
+        self.cast = DTYPES[compute] if compute is not None else None
+        """Type of the module's floating inputs; None: as they are given."""
+
+    def play(
+        self, what: str, purpose: Purpose, batch: Batch, step: int, last_weight: float | None
+    ) -> StepResult:
+        """Play this rank's program for `batch`.
+
+        Args:
+            what: the call it is for.
+            step: updates done.
+            last_weight: global weight of the update before; None for the first.
+        """
+        if not self._loss_form.is_settled:
+            self._settle(batch)
+        micros = split(batch, self._micro)
+        most = self._state.largest(what, len(micros))
+        # In a pipeline all its ranks have the same batch, and the one with the loss answers for it.
+        counts = Counts.of(batch) if self._has_loss else Counts()
+        scale = self._loss_form.scale(counts, last_weight, self._mesh)
+        num_served = most - len(micros) if self._residency.parameters else 0
+        num_reduces = max(1, most) if self._residency.reduces_each else 1
+        programs = programs_for(
+            self._layout, purpose, len(micros), num_served, num_reduces, cuts=bool(self._residency.parameters)
+        )
+
+        def run(stage: int, micro: int, received: Any) -> Any:
+            return self._run(self._stages[stage], step, micro, micros[micro], received, scale)
+
+        kinds = [self._kind(micro) for micro in micros]
+        return self.player.play(programs[self._mesh.pipe_rank], Work(run, scale, counts, kinds))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Timeline]]:
+        """Inside, what is played is timed; the list holds the times of all ranks of this pipeline afterwards.
+        A collective."""
+        found: list[Timeline] = []
+        self._mesh.barrier()
+        zero, self.player.record = time.monotonic(), []
+        try:
+            yield found
+            mine = [(str(each), start - zero, stop - zero) for each, start, stop in self.player.record]
+        finally:
+            self.player.record = None
+        rows = self._mesh.texts(json.dumps(mine))
+        found.append(
+            Timeline(
+                tuple(
+                    Event(rank, lane_of(instruction.op), instruction, start, stop)
+                    for rank in range(self._mesh.pipe_ranks)
+                    for text, start, stop in json.loads(rows[self._mesh.rank_at(rank)])
+                    for instruction in [Instruction.parse(text)]
+                )
+            )
+        )
+
+    def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
+        """Around one forward: its random numbers."""
+        return self._streams.keyed("step", step, self._mesh.data_rank, micro, forward, stage)
+
+    def _run(
+        self, stage: Stage, step: int, micro: int, batch: Batch, received: Any, scale: float
+    ) -> Share | Any:
+        part = to_device(batch, self._mesh.device, None)
+        # The loss function sees targets and weights as they were given; only the module's inputs are cast.
+        inputs = to_device(part, self._mesh.device, self.cast)
+        args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self._loss_form.loss_fn is None)
+        if self._loss_form.counts_items:
+            kwargs["num_items_in_batch"] = scale
+        with self.stream(step, micro, stage=stage.number):
+            output = stage(received, args, kwargs)
+            return self._loss_form.read(output, part, scale) if stage.is_last else output
+
+    def _kind(self, batch: Batch) -> Kind:
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
+        return (*shapes, torch.is_grad_enabled(), self._module.training)
+
+    def _settle(self, batch: Batch) -> None:
+        found_on = to_device(batch, self._mesh.device, self.cast)
+        self._loss_form.settle(
+            found_on,
+            self._output_of,
+            self._streams,
+            self._mesh,
+            lambda: self._state.arrive("settle"),
+            has_loss=self._has_loss,
+        )
+
+    def _output_of(self, kwargs: Mapping[str, Any]) -> Any:
+        """The model's output for keyword arguments, None on ranks that have not the last stage."""
+        if self._layout.pipe == 1:
+            return self._module(**kwargs)
+        outputs: list[Any] = []
+
+        def run(number: int, micro: int, received: Any) -> Any:
+            stage = self._stages[number]
+            try:
+                output = stage(received, (), kwargs)
+            except TypeError as error:  # the other stages wait, so it cannot be tried another way
+                raise ModelError(
+                    f"{type(self._module).__name__} with num_items_in_batch: {error}",
+                    rule="a model that takes any keyword argument is asked whether it divides its loss by it",
+                    fix="give a loss_fn to sixfold.initialize",
+                ) from error
+            if not stage.is_last:
+                return output
+            outputs.append(output)
+            return Share(torch.zeros(()), None)
+
+        programs = programs_for(self._layout, "evaluation", 1)
+        self.player.pass_through(programs[self._mesh.pipe_rank], Work(run, kinds=[self._kind(kwargs)]))
+        return outputs[0] if outputs else None
+
+
+@lru_cache(maxsize=64)
+def programs_for(
+    layout: LayoutConfig,
+    purpose: Purpose,
+    num_micro: int,
+    num_served: int = 0,
+    num_reduces: int = 1,
+    *,
+    cuts: bool = False,
+) -> tuple[Program, ...]:
+    """The programs of all ranks of a pipeline, checked.
+
+    Args:
+        num_micro: micro-batches of this rank.
+        num_served: further ones that only other data ranks have.
+        num_reduces: reductions of each stage in an update.
+        cuts: whether parameters are cut. Then breadth-first, which runs many passes of a stage in a row, has
+            it whole for all of them; elsewhere blocks are gathered as they run.
+    """
+    name, num_ranks, num_virtual = layout.schedule or "1f1b", layout.pipe, layout.virtual_stages
+    longest = None if cuts and name == "breadth-first" else 0
+    if purpose == "evaluation":
+        programs = evaluation(
+            name, num_ranks, num_micro, num_virtual, num_served=num_served, longest_window=longest
+        )
+    else:
+        programs = training(
+            name,
+            num_ranks,
+            num_micro,
+            num_virtual,
+            num_served=num_served,
+            num_reduces=num_reduces,
+            longest_window=longest,
+            updates=purpose == "training",
+        )
+    check(programs)
+    return programs

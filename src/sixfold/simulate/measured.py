@@ -1,0 +1,44 @@
+"""Costs from recorded steps: what the simulator needs to say what another schedule would take.
+
+Called by reports and benchmarks. It takes medians of what was measured and estimates nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+
+from sixfold.program import Op
+from sixfold.simulate.costs import Costs, StageCosts
+from sixfold.simulate.timeline import Timeline
+
+
+def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
+    """Costs of the stages in recorded steps, each the median over steps and micro-batches.
+
+    A backward that was not split counts as its input part. Reductions are left out: what is left of them
+    when the last backward is over is in the seconds of `step`.
+
+    Args:
+        latency: seconds of a transfer between ranks, which a recording does not tell from waiting.
+    """
+    seconds: dict[tuple[Op, int | None], list[float]] = defaultdict(list)
+    for timeline in steps:
+        for event in timeline.events:
+            seconds[event.instruction.op, event.instruction.stage].append(event.stop - event.start)
+
+    def cost(op: Op, stage: int | None) -> float:
+        return median(seconds[op, stage]) if (op, stage) in seconds else 0.0
+
+    num_stages = 1 + max((stage for _, stage in seconds if stage is not None), default=-1)
+    stages = tuple(
+        StageCosts(
+            forward=cost(Op.FORWARD, stage),
+            backward_input=cost(Op.BACKWARD, stage) or cost(Op.BACKWARD_INPUT, stage),
+            backward_weight=cost(Op.BACKWARD_WEIGHT, stage),
+            publish=cost(Op.PUBLISH, stage),
+        )
+        for stage in range(num_stages)
+    )
+    return Costs(stages, step=cost(Op.STEP, None), latency=latency)

@@ -1,0 +1,111 @@
+"""All parameters of a model, whichever rank has them: what checkpoints and whole views of it count with.
+
+Made once by `ModelState`. In a pipeline ranks tell each other about their stages; elsewhere nothing is
+exchanged. It holds no numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sixfold.mesh import Mesh
+from sixfold.parallel import DTYPES
+from sixfold.state.unit import Unit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter, under its first name.
+
+    Args:
+        shape: its global shape.
+        trainable: whether it gets gradients.
+        group: the optimizer group it belongs to.
+        storage: type in which it is shown whole and written, as torch names it.
+        working: of forward and backward.
+        master: of what the optimizer updates.
+        grad: of its gradients, "" for a frozen one.
+        source: a rank that has it in its stage.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    group: int
+    storage: str
+    working: str
+    master: str
+    grad: str
+    source: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+def torch_type(name: str) -> torch.dtype:
+    """The type that torch has under a name such as "bfloat16"."""
+    kind = getattr(torch, name)
+    assert isinstance(kind, torch.dtype), f"{name} names a type"
+    return kind
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The parameters of all stages.
+
+    Args:
+        entries: by name, in module order.
+        units: of each trained unit the names, in the order of its slots.
+    """
+
+    entries: dict[str, Entry]
+    units: tuple[tuple[str, ...], ...]
+
+    @property
+    def trained(self) -> list[Entry]:
+        """Those with gradients."""
+        return [entry for entry in self.entries.values() if entry.trainable]
+
+
+def storage_type(unit: Unit) -> torch.dtype:
+    """The type in which a unit's parameters are shown whole and written."""
+    if unit.precision is None or not unit.plan.trainable:
+        return unit.master.dtype
+    return DTYPES[unit.precision.storage]
+
+
+def make_catalog(names: Iterable[str], units: Sequence[Unit], mesh: Mesh) -> Catalog:
+    """Put together what all stages hold; a collective in a pipeline.
+
+    Args:
+        names: of all parameters of the model, in module order.
+        units: this rank's.
+    """
+    entries = [_entry(unit, place, mesh.rank) for unit in units for place in range(len(unit.plan.slots))]
+    trained = [[slot.name for slot in unit.plan.slots] for unit in units if unit.plan.trainable]
+    if mesh.pipe_ranks > 1:
+        own = (
+            json.dumps([[asdict(entry) for entry in entries], trained]) if mesh.data_rank == 0 else "[[], []]"
+        )
+        rows = [json.loads(text) for text in mesh.texts(own)]
+        entries = [Entry(**{**each, "shape": tuple(each["shape"])}) for row in rows for each in row[0]]
+        trained = [unit for row in rows for unit in row[1]]
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        found.setdefault(entry.name, entry)
+    order = {name: found[name] for name in names if name in found}
+    return Catalog(order, tuple(dict.fromkeys(map(tuple, trained))))
+
+
+def _entry(unit: Unit, place: int, rank: int) -> Entry:
+    slot = unit.plan.slots[place]
+    kinds = (storage_type(unit), unit.working.dtype, unit.master.dtype)
+    storage, working, master = (str(kind).removeprefix("torch.") for kind in kinds)
+    grad = str(unit.grads.dtype).removeprefix("torch.") if unit.grads is not None else ""
+    return Entry(slot.name, slot.shape, unit.plan.trainable, slot.group, storage, working, master, grad, rank)

@@ -1,0 +1,215 @@
+"""What an engine over a pipeline does besides training: whole views, checkpoints, ties, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import sixfold
+from sixfold.base.errors import ModelError, StateError
+from sixfold.models.decoder import Decoder
+from sixfold.plan import persistent_memory
+from sixfold.testing import Pool
+from tests.ranks import pipes, plain
+
+TIED = pipes.Case(model="tied-decoder", schedule="zero-bubble-v", pipe=2)
+"""First and last stage on one rank, with a weight in common."""
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("call", ["forward", "backward", "step"])
+def test_the_written_out_loop_names_train_step(call: str) -> None:
+    engine = pipes.engine_of(pipes.Case())
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: engine(torch.zeros(2, 4, dtype=torch.float64)),
+        "backward": lambda: engine.backward(torch.zeros((), requires_grad=True)),
+        "step": engine.step,
+    }
+    with pytest.raises(StateError, match=r"layout.pipe = 2") as caught:
+        calls[call]()
+    assert "engine.train_step(batch)" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_rank_0_has_the_first_weights_whatever_the_others_drew() -> None:
+    rank = torch.distributed.get_rank()
+    case = pipes.Case(model="tied-decoder")
+    model = pipes.build(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(rank)
+    engine = sixfold.initialize(model, config={"layout": {"pipe": 2}})
+    assert plain.farthest(engine.full_state_dict(), pipes.build(case)) == 0
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_model_on_meta_starts_as_everywhere() -> None:
+    def started(**layout: Any) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            model = Decoder(pipes.build(pipes.Case(model="decoder")).config)
+        engine = sixfold.initialize(model, config={"layout": layout, "seed": 5})
+        whole = engine.full_state_dict()
+        engine.close()
+        return whole
+
+    alone, cut = started(), started(pipe=2)
+    assert all(torch.equal(alone[name], cut[name]) for name in alone)
+    assert alone.keys() == cut.keys()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_numbers_of_other_stages_are_told_to_be_elsewhere(zero: int) -> None:
+    engine = pipes.engine_of(pipes.Case(zero=zero))
+    name = "0.weight" if engine.mesh.pipe_rank else "6.weight"
+    parameter = engine.module.get_parameter(name)
+    assert parameter.numel() > 0
+    with pytest.raises(StateError, match="on a rank that has other stages") as caught:
+        parameter.sum()
+    assert name in str(caught.value)
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_the_whole_model_can_be_read_used_and_edited(zero: int) -> None:
+    case = replace(TIED, zero=zero)
+    engine = pipes.engine_of(case)
+    tokens = pipes.batch_of(case, 0)["tokens"]
+    reference = pipes.build(case)
+    with torch.no_grad(), engine.gathered():
+        loss, weight = engine.module(tokens)
+        assert torch.equal(loss, reference(tokens)[0])
+        if engine.mesh.rank == 0:
+            for parameter in engine.module.parameters():
+                parameter.mul_(2)
+    for parameter in reference.parameters():
+        parameter.data.mul_(2)
+    assert plain.farthest(engine.full_state_dict(), reference) == 0
+    # The copy on the last stage was edited too.
+    assert engine.eval_step({"tokens": tokens}).loss == pytest.approx(
+        float(reference(tokens)[0] / weight), rel=1e-12
+    )
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_copies_of_a_tied_weight_stay_equal_and_count_once(tmp_path: Path) -> None:
+    reference = pipes.plain_run(TIED)
+    engine = pipes.engine_of(TIED)
+    _, norms = pipes.train(engine, TIED)
+    assert norms == pytest.approx(reference.grad_norms, rel=1e-10)
+    copies = [
+        unit.working[: unit.plan.slots[0].numel] for unit in engine.state.units if unit.plan.tied == (0, 3)
+    ]
+    assert len(copies) == (2 if engine.mesh.pipe_rank == 0 else 0)
+    assert all(torch.equal(copies[0], each) for each in copies)
+    gradients = engine.gradients()
+    expected = dict(reference.model.named_parameters())
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name].grad, atol=1e-12)
+    engine.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    engine.close()
+
+
+WAYS = {
+    name: replace(case, size=14)
+    for name, case in {
+        "one": pipes.Case(model="tied-decoder", pipe=1),
+        "three": pipes.Case(model="tied-decoder", pipe=3, zero=0),
+        "both": pipes.Case(model="tied-decoder", pipe=2, data=2, zero=3, schedule="interleaved"),
+        "v": replace(TIED, zero=1),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("v", "both"), ("both", "one"), ("one", "three"), ("three", "v")]
+)
+def test_a_checkpoint_goes_from_any_layout_into_any_other(
+    first: str, then: str, rank_pool: Pool, tmp_path: Path
+) -> None:
+    for number, name in enumerate((first, then)):
+        way = WAYS[name]
+        rank_pool.run(trained_on, name, number, tmp_path, ranks=way.pipe * way.data)
+
+
+def trained_on(name: str, number: int, folder: Path) -> None:
+    """Two updates, a save, and from there two more on another layout: as four on one process."""
+    case = replace(WAYS[name], steps=2)
+    engine = pipes.engine_of(case)
+    if number:
+        engine.load(folder / "saved")
+    pipes.train(engine, case, first=2 * number)
+    if not number:
+        engine.save(folder / "saved")
+    else:
+        reference = pipes.plain_run(replace(WAYS["one"], steps=4))
+        assert plain.farthest(engine.full_state_dict(), reference.model) < 1e-10
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_memory_is_what_the_plan_says(zero: int) -> None:
+    case = replace(TIED, zero=zero, steps=1)
+    engine = pipes.engine_of(case)
+    pipes.train(engine, case)
+    assert engine.memory() == persistent_memory(engine.plan, num_moments=2)
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_averages_and_bounds_hold_over_all_stages() -> None:
+    case = pipes.Case(model="tied-decoder")
+
+    def trained(**layout: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        config = {
+            "layout": layout,
+            "optimizer": {"lr": 1e-2, "clip_norm": 0.05, "ema_decay": 0.9},
+            "batch": {"micro": pipes.MICRO},
+        }
+        engine = sixfold.initialize(pipes.build(case), config=config)
+        pipes.train(engine, case)
+        assert engine.last is not None
+        assert engine.last.grad_norm is not None
+        assert engine.last.grad_norm > 0.05
+        both = engine.full_state_dict(), engine.ema_state_dict()
+        engine.close()
+        return both
+
+    for alone, cut in zip(trained(), trained(pipe=2), strict=True):
+        assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
+
+
+class Peeping(nn.Linear):
+    """Hands on as many rows as the numbers say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[: 1 + int(x[0, 0] > 0)]
+
+
+@pytest.mark.ranks(2)
+def test_a_shape_that_depends_on_numbers_is_refused() -> None:
+    model = nn.Sequential(Peeping(2, 2), nn.Linear(2, 2))
+    engine = sixfold.initialize(
+        model,
+        config={"layout": {"pipe": 2}, "batch": {"micro": 2}},
+        loss_fn=lambda output, batch: output.mean(),
+    )
+    engine.train_step(torch.ones(2, 2))
+    if engine.mesh.pipe_rank == 0:
+        with pytest.raises(ModelError, match="whose like gave"):
+            engine.train_step(-torch.ones(2, 2))
