@@ -156,7 +156,9 @@ def test_everything_is_durable_before_it_is_named_and_the_manifest_comes_last(tm
     assert created[-2:] == [SUMS, MANIFEST]
     for name in created:
         last_write = max(i for i, entry in enumerate(files.log) if entry == ("write", name))
-        assert files.log[last_write + 1] == ("sync", name)
+        # Tensors of one file may be written while another file is on its way to the disk.
+        end = len(files.log) if name == MANIFEST else files.log.index(("create", MANIFEST))
+        assert ("sync", name) in files.log[last_write:end]
     assert files.log[-4:] == [
         ("sync_folder", ".tmp-c"),
         ("rename", ".tmp-c>c"),

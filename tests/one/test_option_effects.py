@@ -632,7 +632,7 @@ def _patience(bench: Lab, options: dict[str, object]) -> dict[str, float]:
 
     bench.monkeypatch.setattr("sixfold.engine.watch.Watcher", watcher)
     bench.monkeypatch.setattr("sixfold.engine.watch._store", lambda address: HashStore())
-    bench.monkeypatch.setattr("sixfold.mesh.mesh.rendezvous", meet)
+    bench.monkeypatch.setattr("sixfold.mesh.backend.rendezvous", meet)
     bench.monkeypatch.setattr("torch.distributed.init_process_group", form)
     asked = bench.resolved(options).config
     mesh = watch.meet(decide_geometry(asked.layout, 2), torch.device("cpu"), 0, "localhost:1", asked.launch)

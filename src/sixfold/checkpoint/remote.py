@@ -37,6 +37,7 @@ def folder_at(folder: str | Path) -> Path:
             fix=f'hand it over as text: "{protocol}://{rest}"',
         )
     if isinstance(folder, str):
+        # Only here: it loads fsspec, and most checkpoints are local.
         from upath import UPath
 
         try:

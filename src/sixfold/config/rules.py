@@ -358,7 +358,7 @@ def _stages_need_a_pipeline(pipe: int, *given: object) -> Verdict:
         return None
     return (
         f"{' and '.join(idle)} is about a pipeline of several ranks, and layout.pipe = 1",
-        "set layout.pipe = 2 or more, or leave them unset",
+        "leave them unset, or set layout.pipe to the number of ranks in a pipeline",
     )
 
 
@@ -397,5 +397,5 @@ def _split_backward_is_not_compiled(schedule: str | None, compiled: str | None) 
         return None
     return (
         "a zero-bubble schedule puts off weight gradients, and a compiled block computes its backward as one",
-        'set layout.schedule = "1f1b" or "interleaved", or leave layout.compile unset',
+        'leave layout.compile unset, or set layout.schedule to another, such as "1f1b"',
     )
