@@ -16,9 +16,7 @@ import sixfold as package
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.checkpoint import Keep, latest, open_checkpoint, prune, save, whole, writing
 from sixfold.checkpoint.remote import folder_at
-from tests.one.test_cli import Terminal, sixfold
-
-__all__ = ["sixfold"]
+from tests.one.terminal import Terminal
 
 ROOT = "memory://bucket/run"
 

@@ -17,9 +17,7 @@ import sixfold as package
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.checkpoint import open_checkpoint, save, step_folder, whole
 from sixfold.checkpoint.importing import import_folder
-from tests.one.test_cli import Terminal, sixfold
-
-__all__ = ["sixfold"]
+from tests.one.terminal import Terminal
 
 
 def content(step: int, shift: float = 0.0) -> Any:
