@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,20 @@ def llama(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCa
         return LlamaForCausalLM._from_config(CONFIG, dtype=dtype)
 
 
-def saved_by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The model, written once for all ranks in several files with an index."""
+def saved_as_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The model as `save_pretrained` lays it out, in two files with an index, tied weights once. It is not
+    called itself, since it imports whatever trainers are installed."""
     model = llama(dtype=dtype)
     if dist.get_rank() == 0:
-        model.save_pretrained(folder, max_shard_size="20KB")
-        assert len(list(folder.glob("*.safetensors"))) > 1
+        folder.mkdir()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        files = {
+            f"model-0000{number}-of-00002.safetensors": list(state)[number - 1 :: 2] for number in (1, 2)
+        }
+        for file, names in files.items():
+            save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map = {name: file for file, names in files.items() for name in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     dist.barrier()
     return model
 
@@ -51,10 +60,8 @@ def tokens(engine: sixfold.Engine) -> dict[str, Tensor]:
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_folder_that_transformers_saved_goes_into_any_layout(
-    zero: int, num_ranks: int, tmp_path: Path
-) -> None:
-    expected = saved_by_transformers(tmp_path / "hf")
+def test_a_folder_of_hugging_face_goes_into_any_layout(zero: int, num_ranks: int, tmp_path: Path) -> None:
+    expected = saved_as_theirs(tmp_path / "hf")
     config = {"layout": {"zero": zero}}
     engine = sixfold.initialize(llama("meta"), config=config, weights=tmp_path / "hf")
     found = engine.full_state_dict()
@@ -78,7 +85,7 @@ def test_a_folder_that_transformers_saved_goes_into_any_layout(
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("zero", [1, 3])
 def test_number_types_are_converted_and_masters_keep_what_files_hold(zero: int, tmp_path: Path) -> None:
-    expected = saved_by_transformers(tmp_path / "hf")
+    expected = saved_as_theirs(tmp_path / "hf")
     precision = {"compute": "bf16", "storage": "bf16"}
     engine = sixfold.initialize(
         llama("meta"), config={"layout": {"zero": zero}, "precision": precision}, weights=tmp_path / "hf"
@@ -96,7 +103,7 @@ def test_number_types_are_converted_and_masters_keep_what_files_hold(zero: int, 
 
 @pytest.mark.ranks(2)
 def test_a_frozen_base_keeps_the_type_that_it_has(tmp_path: Path) -> None:
-    saved_by_transformers(tmp_path / "hf", torch.bfloat16)
+    saved_as_theirs(tmp_path / "hf", torch.bfloat16)
     model = llama("meta", torch.bfloat16).requires_grad_(False)
     model.lm_head.requires_grad_(True)
     engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, weights=tmp_path / "hf")
