@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any, Literal
@@ -157,19 +157,25 @@ class Playing:
 
     def _settle(self, batch: Batch) -> None:
         found_on = to_device(batch, self._mesh.device, self.cast)
+        if self._layout.pipe == 1:
+            run: Callable[[Mapping[str, Any]], Any] = lambda kwargs: self._module(**kwargs)  # noqa: E731
+            arrive = lambda: self._state.arrive("settle")  # noqa: E731
+            self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive)
+            return
+        num_trials = self._loss_form.num_trials(found_on)
+        most = self._state.largest("settle", num_trials)
+        if self._residency.parameters and not num_trials:
+            with torch.no_grad():
+                for _ in range(most):
+                    self._pass_through(
+                        programs_for(self._layout, "evaluation", 0, 1, cuts=True), Work(_nothing)
+                    )
         self._loss_form.settle(
-            found_on,
-            self._output_of,
-            self._streams,
-            self._mesh,
-            lambda: self._state.arrive("settle"),
-            has_loss=self._has_loss,
+            found_on, self._output_of, self._streams, self._mesh, lambda: None, has_loss=self._has_loss
         )
 
     def _output_of(self, kwargs: Mapping[str, Any]) -> Any:
         """The model's output for keyword arguments, None on ranks that have not the last stage."""
-        if self._layout.pipe == 1:
-            return self._module(**kwargs)
         outputs: list[Any] = []
 
         def run(number: int, micro: int, received: Any) -> Any:
@@ -187,9 +193,16 @@ class Playing:
             outputs.append(output)
             return Share(torch.zeros(()), None)
 
-        programs = programs_for(self._layout, "evaluation", 1)
-        self.player.pass_through(programs[self._mesh.pipe_rank], Work(run, kinds=[self._kind(kwargs)]))
+        programs = programs_for(self._layout, "evaluation", 1, cuts=bool(self._residency.parameters))
+        self._pass_through(programs, Work(run, kinds=[self._kind(kwargs)]))
         return outputs[0] if outputs else None
+
+    def _pass_through(self, programs: tuple[Program, ...], work: Work) -> None:
+        self.player.pass_through(programs[self._mesh.pipe_rank], work)
+
+
+def _nothing(stage: int, micro: int, received: Any) -> Any:
+    raise AssertionError("a rank without micro-batches runs none")
 
 
 @lru_cache(maxsize=64)

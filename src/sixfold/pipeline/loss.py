@@ -119,6 +119,11 @@ class LossForm:
         self._shift: int | None = None
         self.is_settled = False
 
+    def num_trials(self, batch: Batch) -> int:
+        """How often `settle` will run the model on `batch`."""
+        asks = self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch)
+        return 2 if asks else 0
+
     def settle(
         self,
         batch: Batch,
@@ -139,7 +144,7 @@ class LossForm:
             has_loss: whether this rank has the model's output.
         """
         found = -1
-        if self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch):
+        if self.num_trials(batch):
             with streams.keyed("settle"), torch.no_grad():
                 found = _honoured_shift(self._module, run, batch)
         meet()

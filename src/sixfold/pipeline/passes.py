@@ -17,7 +17,7 @@ from sixfold.parallel import Deferral
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Place, Step
 from sixfold.pipeline.transfers import Received, Transfers, form_of, received
-from sixfold.program import Instruction, Op
+from sixfold.program import WEIGHT_PARTS, Instruction, Op
 from sixfold.state import ModelState
 
 
@@ -174,9 +174,9 @@ class Passes:
         self.begin(step)
         stage, following = _stage(instruction), step.following
         self._state.open_reduce(stage)
-        weight_part = following is not None and (following.op, following.stage) == (Op.BACKWARD_WEIGHT, stage)
-        if self._deferral is not None and not weight_part:
-            self._state.complete(stage)  # others have a weight part here, and reduce after it
+        ends = (*WEIGHT_PARTS, Op.SERVE_BACKWARD)
+        if following is None or following.stage != stage or following.op not in ends:
+            self._state.complete(stage)  # nothing comes into this window here, whatever others have
 
 
 def _place(instruction: Instruction) -> Place:

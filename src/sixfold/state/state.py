@@ -128,10 +128,10 @@ class ModelState:
 
     @contextmanager
     def backward(self, stage: int = 0) -> Iterator[None]:
-        """Inside, the one backward pass that this rank makes now."""
+        """Inside, the one backward pass that this rank makes now; a window that is open is its own."""
         with self._gatherings[stage].backward():
             yield
-        self._flush_pass(stage)
+        self.complete(stage)
 
     @contextmanager
     def backward_input(self, stage: int) -> Iterator[None]:
@@ -152,7 +152,8 @@ class ModelState:
             grad.add_(gradient)
 
     def complete(self, stage: int) -> None:
-        """Start to reduce a stage in its open window: its gradients are complete."""
+        """Start to reduce what is left of a stage in its open window: its gradients are complete, and those
+        that did not come are zeros. Stages are so reduced in the order of their windows on every rank."""
         self._windows[stage].flush()
 
     def keep(self, stage: int, *, is_kept: bool) -> None:
@@ -173,11 +174,7 @@ class ModelState:
             self._windows[stage].close()
         self._gatherings[stage].serve(BACKWARD)
         if not puts_off:
-            self._flush_pass(stage)
-
-    def _flush_pass(self, stage: int) -> None:
-        if self.residency.parameters:
-            self._windows[stage].flush()
+            self.complete(stage)
 
     def _serve_asked(self, stage: int, kind: str) -> None:
         if kind != BACKWARD:
