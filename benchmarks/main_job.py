@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 SMOKE = (
-    "train.steps=3",
     "data.max_mb=0.5",
     "data.vocab_size=300",
     "data.held_out_documents=2",

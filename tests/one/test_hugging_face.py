@@ -21,7 +21,6 @@ from sixfold.train.completion import Sampling, continuations, load_run
 from sixfold.train.job import Request, resolve
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model, fields_of
-from sixfold.train.weights import start_from
 from tests.one import lab
 
 transformers = pytest.importorskip("transformers", reason="comes with the extras hf and test")
@@ -216,11 +215,9 @@ def test_what_cannot_be_built_is_said(base: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no safetensors"):
-        start_from(transformers.LlamaForCausalLM(tiny()), tmp_path)
-    deeper = transformers.LlamaForCausalLM(tiny(num_hidden_layers=3, intermediate_size=64))
-    with pytest.raises(CheckpointError, match=r"10 tensor.* missing, 6 of another"):
-        start_from(deeper, base / "model")
-    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        start_from(deeper, tmp_path)
+    with pytest.raises(CheckpointError, match="holds neither"):
+        hf_run(base, tmp_path / "one", model__weights=tmp_path)
+    config = tiny(num_hidden_layers=3, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(CheckpointError, match=r"extra: model\.layers\.2"):
+        hf_run(base, tmp_path / "two", model__weights=tmp_path / "deeper")

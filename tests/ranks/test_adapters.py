@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sixfold
 from sixfold.models.decoder import Decoder, DecoderConfig
@@ -59,3 +60,18 @@ def test_only_adapters_learn_and_are_saved(zero: int, tmp_path: Path) -> None:
     assert again.num_steps == 4
     for name, tensor in again.full_state_dict().items():
         assert torch.equal(tensor, found[name])
+
+
+@pytest.mark.ranks(2)
+def test_a_base_from_files_goes_under_fresh_adapters(tmp_path: Path) -> None:
+    whole = model().float().state_dict()
+    if torch.distributed.get_rank() == 0:
+        base = {name: tensor for name, tensor in whole.items() if "lora_" not in name}
+        save_file(base, tmp_path / "model.safetensors")
+    torch.distributed.barrier()
+    with torch.device("meta"):
+        built = Decoder(DecoderConfig.derive(**SIZES))
+    add_adapters(built, ["q_proj", "down_proj"], rank=2, alpha=4.0, seed=3)
+    engine = sixfold.initialize(built, config={"layout": {"zero": 3}}, weights=tmp_path)
+    for name, tensor in engine.full_state_dict().items():
+        assert torch.equal(tensor, whole[name]), name

@@ -50,8 +50,11 @@ def matching_weights(module: nn.Module, source: Path, aliases: Mapping[str, str]
     """`find_weights` on one rank."""
     weights = open_weights(source).under(aliases)
     named = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    on_meta = any(tensor.is_meta for tensor in named.values())
+    # Beside a module on meta, what has numbers already (fresh adapters, say) needs none.
+    wanted = {n: t for n, t in named.items() if t.is_meta or not on_meta or n in weights.places}
     weights.check(
-        {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()},
+        {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in wanted.items()},
         # Old files hold what is computed now.
         passed_over=[name for name, _ in module.named_buffers()],
     )
@@ -67,8 +70,9 @@ def read_weights(module: nn.Module, state: ModelState, weights: Weights) -> None
     pieces = [
         Piece(MODEL, slot.name, max(0, unit.own.start - slot.offset), unit.part_of(unit.master, slot))
         for unit, slot in state.slots()
+        if slot.name in weights.places
     ]
-    buffers = persistent_buffers(module)
+    buffers = {n: each for n, each in persistent_buffers(module).items() if n in weights.places}
     read = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in buffers.items()}
     pieces += [Piece(MODEL, name, 0, numbers) for name, numbers in read.items()]
     failure: SixfoldError | None = None

@@ -81,10 +81,23 @@ def _allocate(part: nn.Module, device: torch.device, *, is_settled: bool) -> Non
 
 
 def _is_settled(name: str, part: nn.Module, given: Collection[str]) -> bool:
-    """Whether a module holds something itself, and all of it is given."""
-    own = [key for key, _ in part.named_parameters(recurse=False, remove_duplicate=False)]
-    own += [key for key, _ in part.named_buffers(recurse=False, remove_duplicate=False)]
-    return bool(own) and all((f"{name}.{key}" if name else key) in given for key in own)
+    """Whether all that a module holds itself is given. Of one that only holds others, whose rule may draw
+    theirs anew: whether all of theirs is, but for what has numbers already."""
+    own = _named(part, recurse=False)
+    held = own or _named(part, recurse=True)
+    names = {key: f"{name}.{key}" if name else key for key in held}
+    found = [names[key] in given for key in held]
+    return any(found) and all(
+        is_given or (not own and not tensor.is_meta)
+        for is_given, tensor in zip(found, held.values(), strict=True)
+    )
+
+
+def _named(part: nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
+    return {
+        **dict(part.named_parameters(recurse=recurse, remove_duplicate=False)),
+        **dict(part.named_buffers(recurse=recurse, remove_duplicate=False)),
+    }
 
 
 def _put_back(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint import latest, open_checkpoint
+from sixfold.checkpoint import MODEL, Piece, latest, open_checkpoint
+from sixfold.checkpoint.weights import open_weights
 from sixfold.config import load
 from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
@@ -23,7 +24,6 @@ from sixfold.parallel import DTYPES
 from sixfold.train.folder import CHECKPOINTS, CONFIG, run_to_resume
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
-from sixfold.train.weights import fill, tensors_in
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,35 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
     vocabulary = vocabulary_of(folder)
     config = load(folder / CONFIG).config
     module = build_model(config, vocabulary.size, device="cpu")
-    saved = open_checkpoint(newest)
-    base = weights_of(config) if saved.manifest.only else None
-    tensors = tensors_in(base) if base is not None else {}
-    fill(module, tensors | {name: saved.read_model(name) for name in saved.model_names}, newest)
+    base = weights_of(config) if open_checkpoint(newest).manifest.only else None
+    tensors = (_read(base) if base is not None else {}) | _read(newest)
+    names = {name: id(each) for name, each in module.named_parameters(remove_duplicate=False)}
+    there = {names[name] for name in tensors if name in names}
+    missing = [n for n in module.state_dict() if n not in tensors and names.get(n) not in there]
+    if missing:
+        raise CheckpointError(
+            f"{newest} and what the run started from lack {len(missing)} tensor(s), for example {missing[0]}",
+            rule="the model of a run is what it started from, with what it trained in its place",
+            fix="put back the folder of model.hf or model.weights as it was",
+        )
+    module.load_state_dict(tensors, strict=False, assign=True)
+    tie: Any = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
     # Buffers keep their types, as in training: rotary frequencies lose too much in a narrow one.
     for parameter in module.parameters():
         parameter.data = parameter.data.to(DTYPES[config.precision.compute or "fp32"])
     return module.eval(), vocabulary
+
+
+def _read(source: Path) -> dict[str, Tensor]:
+    """Every tensor of the model part of a checkpoint, or of a folder of safetensors files."""
+    weights = open_weights(source)
+    tensors = {
+        name: torch.empty(place.spec.shape, dtype=place.spec.dtype) for name, place in weights.places.items()
+    }
+    weights.fill(Piece(MODEL, name, 0, tensor) for name, tensor in tensors.items())
+    return tensors
 
 
 def continuations(

@@ -39,7 +39,6 @@ from sixfold.train.run import Run
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model, flops_per_token, loss_of, weights_of
 from sixfold.train.vocabulary import keep_vocabulary
-from sixfold.train.weights import start_from
 
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
@@ -93,11 +92,14 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     config = resolved.config
     corpus = prepare(config.data)
     module = build_model(config, corpus.vocab_size)
-    weights = weights_of(config)
     # A checkpoint holds all of the model, unless it is one of adapters alone.
-    if weights is not None and (standing is None or adapters.is_asked(config.model)):
-        start_from(module, weights)
-    engine = initialize(module, config=resolved, loss_fn=loss_of(config, module))
+    begins = standing is None or adapters.is_asked(config.model)
+    engine = initialize(
+        module,
+        config=resolved,
+        loss_fn=loss_of(config, module),
+        weights=weights_of(config) if begins else None,
+    )
     folder = request.resume
     if folder is None:
         folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
