@@ -79,11 +79,11 @@ def test_an_upload_that_breaks_off_leaves_the_previous_one(
     save(f"{ROOT}/c", content(1))
     plain, left = writing.copy_folder, [num_copied]
 
-    def broken(source: Path, target: Path, last: str) -> None:
+    def broken(source: Path, target: Path, first: str, last: str) -> None:
         if not left[0]:
             raise OSError("the network is gone")
         left[0] -= 1
-        plain(source, target, last)
+        plain(source, target, first, last)
         if left[0] == 0:  # what came last is not there in the end
             (target / last).unlink()
             raise OSError("the network is gone")

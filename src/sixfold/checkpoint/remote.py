@@ -72,11 +72,11 @@ def open_bytes(path: Path) -> BinaryIO:
     return cast(BinaryIO, path.open("rb") if is_remote(path) else FileIO(path, "rb"))
 
 
-def copy_folder(source: Path, target: Path, last: str) -> None:
-    """Copy the files of a folder, the one named `last` when all others are there."""
+def copy_folder(source: Path, target: Path, first: str, last: str) -> None:
+    """Copy the files of a folder: the one named `first` before all others, `last` when they are there."""
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted(path.name for path in source.iterdir() if path.name != last)
-    for name in (*names, last):
+    names = sorted(path.name for path in source.iterdir() if path.name not in (first, last))
+    for name in (first, *names, last):
         with open_bytes(source / name) as read, (target / name).open("wb") as written:
             shutil.copyfileobj(read, written, _COPY_BYTES)
 

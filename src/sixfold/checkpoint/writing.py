@@ -177,9 +177,9 @@ class Save:
         old = old_name(self.folder)
         if (self.folder / MANIFEST).exists():
             self.files.remove(old)
-            copy_folder(self.folder, old, last=MANIFEST)
+            copy_folder(self.folder, old, first=SUMS, last=MANIFEST)
         self.files.remove(self.folder)
-        copy_folder(self._target, self.folder, last=MANIFEST)
+        copy_folder(self._target, self.folder, first=SUMS, last=MANIFEST)
         self.files.remove(old)
         self.files.remove(self._target.parent)
 
@@ -346,7 +346,8 @@ def _entry(part: str, file: str, slot: Slot) -> TensorEntry:
 
 def _refuse_foreign(target: Path) -> None:
     """A folder of the user's that is no checkpoint is never replaced."""
-    if target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir())):
+    marks = (target / MANIFEST, target / SUMS, old_name(target) / MANIFEST)  # the latter of a broken upload
+    if target.is_dir() and (any(mark.exists() for mark in marks) or not any(target.iterdir())):
         return
     if target.exists():
         raise CheckpointError(
