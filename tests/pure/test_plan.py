@@ -263,7 +263,7 @@ def test_slices_are_equal_and_tile_a_unit(
         assert {(stop - start) % (ALIGN * num_groups) for start, stop in slices} == {0}
         assert len({stop - start for start, stop in slices}) == 1
         inside = {place for slot in unit.slots for place in range(slot.offset, slot.offset + slot.numel)}
-        gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
+        gaps = {place for start, stop in unit.gaps for place in range(start, stop)}
         assert inside | gaps == set(range(unit.numel))
         assert not inside & gaps
 
@@ -282,7 +282,7 @@ def test_whole_parameters_lie_in_one_slice_each(
         taken = [(slot.offset, slot.offset + slot.numel) for slot in unit.slots]
         assert all(one[1] <= other[0] for one, other in pairwise(taken))
         assert [piece[1:] for piece in unit.segments()][-1:] == [(unit.segments()[-1][1], unit.numel)]
-        gaps = {place for start, stop in unit.gaps() for place in range(start, stop)}
+        gaps = {place for start, stop in unit.gaps for place in range(start, stop)}
         assert gaps | {place for start, stop in taken for place in range(start, stop)} == set(
             range(unit.numel)
         )

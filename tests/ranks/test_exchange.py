@@ -68,7 +68,7 @@ def test_a_sum_ends_where_its_spread_says(shard: int) -> None:
     geometry = Geometry((("pipe", 1), ("data", 4), ("context", 1), ("tensor", 1)), shard)
     rank = dist.get_rank()
     mesh = Mesh(geometry, rank, torch.device("cpu"))
-    assert (len(mesh.shard), len(mesh.copies)) == (shard, 4 // shard)
+    assert (mesh.shard.num_ranks, mesh.copies.num_ranks) == (shard, 4 // shard)
     assert (mesh.shard.place, mesh.copies.place) == (rank % shard, rank // shard)
     total = sum((numbers(each, 4 * SIZE, torch.float64) for each in range(4)), torch.zeros(4 * SIZE))
     whole = numbers(rank, 4 * SIZE, torch.float64)

@@ -195,20 +195,20 @@ def test_more_exchanges_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) 
     for each in [group.reduce_scatter(whole) for whole in wholes]:
         each.wait()
     for step, whole in enumerate(wholes):
-        assert group.slice_of(whole, group.place).eq(step * len(group)).all()
+        assert group.slice_of(whole, group.place).eq(step * group.num_ranks).all()
 
 
 @pytest.mark.ranks(2, 4)
 def test_common_memory_is_whole_for_everyone_without_a_copy() -> None:
     group = shared_group(form("host"))
-    for each in (group.common(96 * len(group), torch.float32), group.common(1000, torch.bfloat16)):
-        size = each.whole.numel() // len(group)
+    for each in (group.common(96 * group.num_ranks, torch.float32), group.common(1000, torch.bfloat16)):
+        size = each.whole.numel() // group.num_ranks
         assert each.whole.eq(0).all()
         each.tell().wait()
         for step in range(20):
             each.part.fill_(step + group.place)
             each.publish(Pending()).wait()
-            for place in range(len(group)):
+            for place in range(group.num_ranks):
                 assert each.whole[place * size : (place + 1) * size].eq(step + place).all()
             each.tell().wait()
         assert each.part.untyped_storage().nbytes() == size * each.part.itemsize

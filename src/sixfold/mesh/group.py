@@ -46,6 +46,7 @@ class Group:
         tags: tuple[int, int] = SLICE_TAGS,
     ) -> None:
         self.place = ranks.index(rank)
+        self.num_ranks = len(ranks)
         # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
         lanes = (f"{lane}:sums", f"{lane}:gathers") if native is None else (lane, lane)
         self._reduce_tag, self._gather_tag = tags
@@ -55,13 +56,10 @@ class Group:
         self._scratch = scratch
         self._native = native
 
-    def __len__(self) -> int:
-        return len(self._ranks)
-
     def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
         """The part of `whole` that belongs to the member at `place`, contiguous; the last members' may be
         shorter."""
-        size = -(-whole.numel() // len(self))
+        size = -(-whole.numel() // self.num_ranks)
         return whole[place * size : (place + 1) * size]
 
     def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
@@ -72,7 +70,7 @@ class Group:
         """
         mine = self.slice_of(whole, self.place)
         into = mine if into is None else into
-        if len(self) == 1:
+        if self.num_ranks == 1:
             if into is not mine:
                 into.copy_(mine)
             return Pending()
@@ -87,13 +85,13 @@ class Group:
 
     def all_gather(self, whole: torch.Tensor) -> Pending:
         """Start to fill `whole` with everyone's slice; this member's lies in its place already."""
-        if len(self) == 1:
+        if self.num_ranks == 1:
             return Pending()
         return self._dispatcher.start("all-gather", self._gathers, whole, lambda: self._gather(whole))
 
     def all_reduce(self, whole: torch.Tensor) -> Pending:
         """Start to sum `whole`, in place: the same bits on every member."""
-        if len(self) == 1:
+        if self.num_ranks == 1:
             return Pending()
         if self._native is not None:
             return self._dispatcher.start(
@@ -112,7 +110,7 @@ class Group:
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first member's `tensor` into everyone's, in place."""
-        if len(self) == 1:
+        if self.num_ranks == 1:
             return Pending()
         return self._dispatcher.start("broadcast", self._gathers, tensor, lambda: self._copy_first(tensor))
 
@@ -126,7 +124,7 @@ class Group:
 
     def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """Where the others' parts of this member's slice are put; nowhere where the backend adds."""
-        num_others = 0 if self._native is not None else len(self) - 1
+        num_others = 0 if self._native is not None else self.num_ranks - 1
         size = self.slice_of(whole, self.place).numel()
         return [self._scratch.take(size, whole.dtype) for _ in range(num_others)]
 

@@ -261,7 +261,7 @@ class Mesh:
         place = 0
         for axis in spread:
             group = self._group_along(axis)
-            place = place * len(group) + group.place
+            place = place * group.num_ranks + group.place
         return place
 
     def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
@@ -273,7 +273,7 @@ class Mesh:
         if not after:
             assert into is None, "a sum that is whole stays where it is"
             return self.all_reduce(partial)
-        if len(self.copies) == 1:
+        if self.copies.num_ranks == 1:
             return self.shard.reduce_scatter(partial, into)
         summed, mine = self.shard.reduce_scatter(partial), self.shard.slice_of(partial, self.shard.place)
 

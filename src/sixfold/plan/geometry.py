@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from sixfold.base.axes import CARDS
@@ -31,7 +32,7 @@ class Geometry:
     degrees: tuple[tuple[str, int], ...]
     shard: int = 1
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """Ranks in all."""
         return prod(degree for _, degree in self.degrees)

@@ -7,6 +7,7 @@ every collective from it. A new variant is a new row here, never a branch elsewh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sixfold.base.errors import PlanError
@@ -41,7 +42,7 @@ class Residency:
     optimizer: Spread
     sums: bool = False
 
-    @property
+    @cached_property
     def reduces_each(self) -> bool:
         """Whether gradients cross ranks after each micro-batch, and not once after the last."""
         return bool(self.gradients) or self.sums

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from sixfold.plan.precision import ITEM_BYTES
@@ -66,7 +67,7 @@ class Slot:
     offset: int
     group: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
@@ -109,6 +110,7 @@ class UnitPlan:
         size = self.numel // self.num_slices
         return index * size, (index + 1) * size
 
+    @cached_property
     def gaps(self) -> list[tuple[int, int]]:
         """(start, stop) of what belongs to no parameter."""
         ends = [slot.offset + slot.numel for slot in self.slots]

@@ -84,6 +84,7 @@ class Unit:
         """Sum of this rank's own gradients; not finite where one of them is not."""
         self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
         self._local_views: list[torch.Tensor] = []
+        self._views_at: dict[int, list[torch.Tensor]] = {}  # by address: a few buffers come again and again
         self._has_sum = False
         self._is_landing = False  # whether what is on its way arrives in `grads`
         self._sent: torch.Tensor | None = None
@@ -300,8 +301,11 @@ class Unit:
         if self._local is None:
             assert self.grads is not None, "frozen units have no gradients"
             self._local = self._mesh.exchangeable.take(self.plan.numel, self.grads.dtype)
-            self._local_views = self.views_of(self._local)
-            for start, stop in self.plan.gaps():
+            place = self._local.data_ptr()
+            if place not in self._views_at:
+                self._views_at[place] = self.views_of(self._local)
+            self._local_views = self._views_at[place]
+            for start, stop in self.plan.gaps:
                 self._local[start:stop] = 0
         parameter, view = self.parameters[index], self._local_views[index]
         grad = parameter.grad
@@ -318,8 +322,10 @@ class Unit:
     def home_grads(self) -> None:
         """Bring all gradients into the buffer."""
         self._unmask()
-        for index in range(len(self.parameters)):
-            self.home_grad(index)
+        is_new, views = self._local is None, self._local_views
+        for index, parameter in enumerate(self.parameters):
+            if is_new or parameter.grad is not views[index]:
+                self.home_grad(index)
         self._mask()
 
     def start_reduce(self) -> None:

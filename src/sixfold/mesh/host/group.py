@@ -116,7 +116,9 @@ class HostGroup(Group):
                 offers[0].tensor(numel, dtype)  # checks that all mean the same
                 path, offset = offers[0].member.peer.memory.path, offers[0].offset
             found.append(
-                Common.open(path, offset, numel, dtype, place=self.place, count=len(self), tell=self._tell)
+                Common.open(
+                    path, offset, numel, dtype, place=self.place, count=self.num_ranks, tell=self._tell
+                )
             )
 
         self._gather_lane.issue("common memory", made, open_it).wait()

@@ -126,7 +126,9 @@ class Lane:
         self._under_way.append((code, read))
         self._offered = number + 1
         self._row.raise_to(OFFERED, self._offered)
-        while self._done < self._offered and all(one.row[OFFERED] > self._done for one in self._members):
+        while self._done < self._offered and all(
+            one.row.words[OFFERED] > self._done for one in self._members
+        ):
             self._read_next()
         return Work(self, number, hold)
 
@@ -145,7 +147,9 @@ class Lane:
 
     def is_finished(self, number: int, *, by_all: bool) -> bool:
         """Whether this member, or all of them, have read what was offered for an exchange."""
-        return self._done > number and (not by_all or all(one.row[DONE] > number for one in self._members))
+        return self._done > number and (
+            not by_all or all(one.row.words[DONE] > number for one in self._members)
+        )
 
     def _read_next(self) -> None:
         code, read = self._under_way[0]

@@ -56,18 +56,18 @@ class Row:
         memory: the map of that member's memory.
         address: where this process has mapped it.
         offset: where the row begins in it.
+
+    Attributes:
+        words: the counters, by their places, and the offers; read as they are, because waiting reads often.
     """
 
     def __init__(self, memory: mmap.mmap, address: int, offset: int) -> None:
-        self._words = memoryview(memory)[offset : offset + ROW_BYTES].cast("Q")
+        self.words = memoryview(memory)[offset : offset + ROW_BYTES].cast("Q")
         self._address = address + offset
-
-    def __getitem__(self, counter: int) -> int:
-        return self._words[counter]
 
     def raise_to(self, counter: int, value: int) -> None:
         """Set a counter of this rank's own row, and wake who waits for it."""
-        self._words[counter] = value
+        self.words[counter] = value
         # Always called: who is about to sleep cannot be known without a barrier, and this call is one.
         self._futex(counter, _WAKE, _EVERYBODY, None)
 
@@ -80,12 +80,12 @@ class Row:
         """Say where the others find what exchange `number` is about; before OFFERED grows."""
         start = _FIRST_OFFER + number % NUM_OFFERS * _OFFER_WORDS
         for place, word in enumerate(words):
-            self._words[start + place] = word
+            self.words[start + place] = word
 
     def read_offer(self, number: int) -> tuple[int, ...]:
         """What `write_offer` has written; after OFFERED has grown beyond `number`."""
         start = _FIRST_OFFER + number % NUM_OFFERS * _OFFER_WORDS
-        return tuple(self._words[start : start + _OFFER_WORDS])
+        return tuple(self.words[start : start + _OFFER_WORDS])
 
     def _futex(self, counter: int, operation: int, value: int, limit: object) -> None:
         address = ctypes.c_void_p(self._address + 8 * counter)
@@ -123,15 +123,15 @@ def wait_beyond(row: Row, counter: int, number: int, owner: Process, limit_s: fl
         LinkError: it has ended without raising it, or has not raised it in time.
     """
     for _ in range(_NUM_YIELDS):
-        if row[counter] > number:
+        if row.words[counter] > number:
             return
         os.sched_yield()
     began = time.monotonic()
-    while (seen := row[counter]) <= number:
+    while (seen := row.words[counter]) <= number:
         row.sleep(counter, seen, _LOOK_UP_S)
         # What it did before its end counts, so its end is looked at first.
         has_ended, waited = owner.has_ended(), time.monotonic() - began
-        if row[counter] > number:
+        if row.words[counter] > number:
             return
         if has_ended or waited > limit_s:
             raise _absence(owner.rank, number, waited if not has_ended else None)
