@@ -312,14 +312,11 @@ def test_a_failed_writer_is_told_by_every_rank_at_the_same_point(
     if surfaces_in != "close":  # and the run may go on
         engine._saving._files = Files()
         step(engine)
-        engine.save(tmp_path / "after")
-        assert open_checkpoint(tmp_path / "after").step == engine.num_steps
-        # A step tells of the failure while the writers are still on their way out.
-        for thread in threading.enumerate():
-            if thread.name == "sixfold-save":
-                thread.join()
+        # Of the same name, while the writers that failed may still be clearing up.
+        engine.save(tmp_path / "before")
+        assert open_checkpoint(tmp_path / "before").step == engine.num_steps
         dist.barrier()
-        assert {path.name for path in tmp_path.iterdir()} == {"before", "after"}
+        assert [path.name for path in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.mark.ranks(2)

@@ -43,6 +43,7 @@ class Saving:
         self._mesh = mesh
         self._files = files or Files()
         self._flight: _Flight | None = None
+        self._failed: _Flight | None = None  # its writers may still be clearing up
 
     @property
     def is_under_way(self) -> bool:
@@ -63,6 +64,9 @@ class Saving:
             CheckpointError: it cannot be saved, or the save before failed; on every rank.
         """
         self.wait()
+        if self._failed is not None:
+            self._failed.join()  # on every rank before any writes: it may have had the same name
+            self._failed = None
         content: Content | None = None
         planned: Plan | None = None
         failure: SixfoldError | None = None
@@ -109,7 +113,7 @@ class Saving:
         failed, over = self._mesh.total(float(flight.error is not None), float(is_over))
         if failed:
             flight.cancelled.set()
-            self._flight = None
+            self._flight, self._failed = None, flight
             error = flight.error
             raise_together(self._mesh, _told(flight.folder, error) if error is not None else None)
         if over == self._mesh.world_size:
