@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 _JOIN_S = 0.5
-_QUIET_VARIABLES = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_")
-"""Set by pytest itself, or once and for good by libraries on first use."""
+_QUIET_VARIABLES = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_BASED_CUDA_CHECK")
+"""Set by pytest itself, or once and for good by libraries on first use; accelerate puts the last one back,
+unless two threads ask it for GPUs at the same time."""
 _QUIET_THREADS = ("TMonitor",)
 """The progress-bar monitor that tqdm starts once per process."""
 
