@@ -19,14 +19,15 @@ from sixfold.train.run import Run
 def facts_of(run: Run) -> dict[str, Any]:
     """Plain values alone."""
     plan, corpus = run.engine.plan, run.corpus
-    slots = [(unit.trainable, slot.numel) for unit in plan.units for slot in unit.slots]
+    # Every rank's module has all parameters with their global shapes, whatever it holds of them.
+    sizes = [(each.requires_grad, each.numel()) for each in run.engine.module.parameters()]
     return {
         "plan": str(plan),
         "batch": str(run.batch),
         "degrees": dict(plan.geometry.degrees),
         "parts": _parts(plan.residency, plan.geometry.num_parts),
-        "num_trained": sum(numel for trainable, numel in slots if trainable),
-        "num_frozen": sum(numel for trainable, numel in slots if not trainable),
+        "num_trained": sum(numel for trainable, numel in sizes if trainable),
+        "num_frozen": sum(numel for trainable, numel in sizes if not trainable),
         "num_train_tokens": corpus.num_train_tokens,
         "num_held_out_bytes": corpus.num_held_out_bytes,
         "compressors": corpus.compressors,
