@@ -15,7 +15,7 @@ from upath import UPath
 import sixfold as package
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.checkpoint import Keep, latest, open_checkpoint, prune, save, whole, writing
-from sixfold.checkpoint.remote import folder_at
+from sixfold.checkpoint.remote import folder_at, is_remote
 from tests.one.terminal import Terminal
 
 ROOT = "memory://bucket/run"
@@ -126,3 +126,13 @@ def test_urls_that_cannot_be_are_refused() -> None:
         folder_at("nowhere://x/c")
     with pytest.raises(CheckpointError, match="is not there"):
         open_checkpoint("memory://bucket/none")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "run/step-3", "odd:name", "C:/run"])
+def test_what_has_no_protocol_is_a_local_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in (name, Path(name)):
+        assert folder_at(given) == tmp_path / name
+        assert not is_remote(folder_at(given))

@@ -27,8 +27,8 @@ def folder_at(folder: str | Path) -> Path:
         CheckpointError: nothing here speaks the URL's protocol, or it was made a `Path` before.
     """
     text = str(folder)
-    protocol, _, rest = text.partition(":/")
-    if len(protocol) < 2 or not protocol.replace("+", "").isalnum():
+    protocol, separator, rest = text.partition(":/")
+    if not separator or len(protocol) < 2 or not protocol.replace("+", "").isalnum():
         return Path(os.path.abspath(Path(folder).expanduser()))
     if isinstance(folder, Path) and not rest.startswith("/"):
         raise CheckpointError(
