@@ -253,19 +253,23 @@ def test_edits_between_updates_hold_under_a_narrow_compute_type() -> None:
     assert engine.full_state_dict()["weight"] == pytest.approx(torch.full((1, 2), 3.0), abs=1e-4)
 
 
-def test_an_edit_that_fails_is_undone() -> None:
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+def test_an_edit_that_fails_is_undone(compute: str) -> None:
     model = nn.Linear(2, 1)
-    engine = sixfold.initialize(model, config={"precision": {"compute": "bf16"}}, loss_fn=_mean_square)
-    before = model.weight.clone()
+    model.bias.requires_grad_(False)
+    engine = sixfold.initialize(model, config={"precision": {"compute": compute}}, loss_fn=_mean_square)
+    before, bias = model.weight.clone(), model.bias.clone()
 
     def edit() -> None:
         with engine.gathered() as whole:
             whole.weight.fill_(7.0)
+            whole.bias.fill_(7.0)
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="middle"):
         edit()
     assert torch.equal(model.weight, before)
+    assert torch.equal(model.bias, bias)
 
 
 def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:

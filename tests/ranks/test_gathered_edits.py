@@ -3,6 +3,7 @@ only some ranks make."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,35 @@ def test_a_block_by_itself_is_refused_outside_of_gathered() -> None:
         whole = model.blocks[1](x)
     assert torch.equal(whole, towers.seeded(Tower).blocks[1](x))  # type: ignore[index]
     towers.step(engine)
+
+
+@pytest.mark.ranks(3)
+def test_nobody_takes_over_an_edit_while_another_still_reads() -> None:
+    """Where ranks have cut parameters in common, a slice that is written is seen by all."""
+    engine = towers.start(Tower, {"zero": 3, "transport": "host"})
+    weight = engine.module.blocks[2].up.weight  # type: ignore[union-attr,index]
+    with engine.gathered([weight]):
+        before = weight.clone()
+        if engine.data_rank == 0:
+            weight.add_(1)
+        if engine.data_rank == 2:
+            time.sleep(0.1)
+            assert torch.equal(weight, before)
+    assert torch.equal(engine.full_state_dict()["blocks.2.up.weight"], before + 1)
+
+
+@pytest.mark.ranks(3)
+def test_an_edit_that_fails_everywhere_is_undone_in_common_memory() -> None:
+    engine = towers.start(Tower, {"zero": 3, "transport": "host"})
+    before = engine.full_state_dict()
+
+    def edit() -> None:
+        with engine.gathered() as whole:
+            for parameter in whole.parameters():
+                parameter.fill_(1 + engine.data_rank)
+            raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="middle"):
+        edit()
+    for name, numbers in engine.full_state_dict().items():
+        assert torch.equal(numbers, before[name]), name

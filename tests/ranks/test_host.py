@@ -215,6 +215,16 @@ def test_common_memory_is_whole_for_everyone_without_a_copy() -> None:
 
 
 @pytest.mark.ranks(3)
+def test_sums_of_fewer_numbers_than_ranks_take_no_memory() -> None:
+    mesh = form("host")
+    mesh.total(1.0)
+    reserved = mesh.exchangeable.memory._reserved  # type: ignore[attr-defined]
+    for _ in range(20):
+        assert mesh.total(1.0) == [3.0]
+    assert mesh.exchangeable.memory._reserved == reserved  # type: ignore[attr-defined]
+
+
+@pytest.mark.ranks(3)
 def test_an_edit_of_the_whole_is_seen_by_its_rank_alone_until_it_is_renewed() -> None:
     group = shared_group(form("host"))
     common = group.common(3 * 2048, torch.float64)

@@ -18,7 +18,8 @@ class Cut(Protocol):
     """What a rank has of a flat tensor that is cut over ranks.
 
     Attributes:
-        whole: [numel]. To be read from `gather` to `drop`; what is written into it then is lost.
+        whole: [numel]. To be read from `gather` to `drop`. What is written into it, this rank alone sees; it
+            is lost with the next `gather` where the whole is a copy, else with the next `publish`.
         part: this rank's part, which it keeps. Written only while nobody gathers or reads.
     """
 
@@ -36,7 +37,7 @@ class Cut(Protocol):
         """Give its memory back, if it has memory of its own."""
 
     def forget(self) -> None:
-        """Undo what this rank has written into `whole`, at the next `gather` at the latest."""
+        """What this rank has written into `whole` is not there after the next `gather`."""
 
     def publish(self, before: Pending) -> Pending:
         """Start to let everyone gather what `part` holds once `before` is over. A collective; when it has

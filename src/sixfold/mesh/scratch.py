@@ -25,6 +25,8 @@ class Scratch:
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor [numel]; give it back when nothing reads or writes it any more."""
+        if not numel:
+            return torch.empty(0, dtype=dtype, device=self._device)
         free = self._free[dtype]
         for place, buffer in enumerate(free):
             if numel <= buffer.numel() <= MAX_SLACK * numel and self._is_idle(buffer):
@@ -33,6 +35,8 @@ class Scratch:
 
     def give(self, tensor: torch.Tensor) -> None:
         """Return what `take` gave."""
+        if not tensor.numel():
+            return
         buffer = tensor.new_empty(0).set_(tensor.untyped_storage())  # all of it, where a part was asked for
         insort(self._free[tensor.dtype], buffer, key=torch.Tensor.numel)
 

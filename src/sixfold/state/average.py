@@ -47,6 +47,7 @@ class Average:
         finally:
             for unit, part in kept.items():
                 unit.part.copy_(part)
+                unit.forget_edits()
 
     def live_bytes(self) -> int:
         """Bytes of all averages."""

@@ -195,7 +195,8 @@ class ModelState:
     @contextmanager
     def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
         """Working parameters of the units of `parameters` whole; edits that rank 0 makes of them and of
-        buffers are everyone's afterwards, unless the block raises. A collective.
+        buffers are everyone's afterwards. Where the block raises, those of parameters are undone. A
+        collective.
 
         Args:
             parameters: those asked for, the same on every rank; None for the whole model.
@@ -206,6 +207,8 @@ class ModelState:
             for unit in self.units
             if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
         ]
+        # Whole parameters are there twice for that time; cut ones still have their part.
+        kept = {} if self.residency.parameters else {unit: unit.part.clone() for unit in units}
         with torch.no_grad(), ExitStack() as stack:
             for gathering in self._gatherings.values():
                 stack.enter_context(gathering.held(units))
@@ -216,7 +219,9 @@ class ModelState:
                 try:
                     yield
                 except BaseException:
-                    self._undo_edits()
+                    # Without an exchange: the error may not have come to every rank.
+                    for unit, part in kept.items():
+                        unit.part.copy_(part)
                     raise
                 self._share_edits(units)
             finally:
@@ -227,16 +232,10 @@ class ModelState:
         self.foreign.share_edits()
         for pending in [self.mesh.align(unit.working) for unit in units]:
             pending.wait()
+        self.mesh.barrier()  # a slower rank may still read what is written now, where memory is common
         for unit in units:
             unit.absorb_edits()
         self.share_buffers(self._module.buffers())
-
-    def _undo_edits(self) -> None:
-        # Where this rank's masters still know better; nothing is exchanged, because an error that calls for
-        # this may not have come to every rank.
-        for unit in self.trained:
-            if not unit.spread:
-                unit.publish().wait()
 
     def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Give every rank rank 0's buffers."""
