@@ -185,6 +185,7 @@ def build_deepspeed(sizes: Sizes, schedule: str) -> Step:
     from deepspeed.pipe import PipelineModule
     from torch import nn
 
+    deepspeed.init_distributed(dist_backend="gloo")
     module = PipelineModule(
         layers=make_blocks(sizes), num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform"
     )

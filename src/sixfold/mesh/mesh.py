@@ -147,11 +147,17 @@ class Mesh:
         return pipe_rank * (self.world_size // self.pipe_ranks)
 
     def link(self, pipe_rank: int) -> Link:
-        """The way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
-        low, high = sorted((pipe_rank, self.pipe_rank))
-        number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
-        shared = self.host.link(other, number, self.dispatcher) if self.host else None
-        return shared or Link(self.rank, other, self.dispatcher)
+        """The one way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
+        if pipe_rank not in self._links:
+            low, high = sorted((pipe_rank, self.pipe_rank))
+            number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
+            shared = self.host.link(other, number, self.dispatcher) if self.host else None
+            self._links[pipe_rank] = shared or Link(self.rank, other, self.dispatcher)
+        return self._links[pipe_rank]
+
+    @cached_property
+    def _links(self) -> dict[int, Link]:
+        return {}
 
     def holders(self, pipe_ranks: Sequence[int], number: int) -> Group:
         """The ranks at several places of this rank's pipeline; each such group has the same number on all."""
