@@ -185,6 +185,7 @@ def build_deepspeed(sizes: Sizes, schedule: str) -> Step:
     from deepspeed.pipe import PipelineModule
     from torch import nn
 
+    deepspeed.init_distributed(dist_backend="gloo")
     module = PipelineModule(
         layers=make_blocks(sizes), num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform"
     )
@@ -388,6 +389,10 @@ def makespan_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
 def main() -> None:
     """Measure and print, or be one of the ranks."""
     parser = argparse.ArgumentParser(
@@ -395,7 +400,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="at least 15 for a figure to quote")
     parser.add_argument("--steps", type=int, default=2, help="updates in one turn")
-    parser.add_argument("--only", nargs="+", default=["*"], help=f"patterns over {', '.join(PEERS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        help=f"patterns over {', '.join(PEERS)}; with --makespan over schedules",
+    )
     parser.add_argument("--makespan", action="store_true", help="compare with the simulation instead")
     parser.add_argument("--tiny", action="store_true", help="small blocks, to see that it runs")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -407,10 +417,11 @@ def main() -> None:
         return
     sizes = TINY if args.tiny else Sizes()
     if args.makespan:
-        rows = makespans(sizes, ("gpipe", "1f1b", "interleaved", "zero-bubble-h1", "zero-bubble-v"))
+        schedules = dict.fromkeys(peer.schedule for peer in PEERS.values())
+        rows = makespans(sizes, [each for each in schedules if _fits(each, args.only)])
         print(makespan_table(rows))
     else:
-        names = [name for name in PEERS if any(fnmatch.fnmatch(name, only) for only in args.only)]
+        names = [name for name in PEERS if _fits(name, args.only)]
         rows = []
         for name in names:
             print(name, file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ def test_too_few_blocks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ({"schedule": "gpipe"}, "layout.pipe = 2"),
+        ({"schedule": "gpipe"}, "set layout.pipe to the number"),
         ({"balance": [2, 2], "virtual_stages": 2}, "layout.virtual_stages and layout.balance"),
         ({"pipe": 2, "virtual_stages": 2}, "interleaved"),
         ({"pipe": 2, "schedule": "zero-bubble-v", "virtual_stages": 3}, "2 stage"),

@@ -53,7 +53,7 @@ def test_axes_have_sums_of_their_own(transport: str) -> None:
     mesh = Mesh(geometry, rank, torch.device("cpu")).sharing(transport, exchange_bytes=1 << 20, timeout_s=20)
     assert (mesh.pipe_rank, mesh.data_rank) == (rank // 2, rank % 2)
     assert [mesh.rank_at(place) for place in range(2)] == [rank % 2, 2 + rank % 2]
-    assert [mesh.first_at(place) for place in range(2)] == [0, 2]
+    assert [mesh.geometry.first_rank(place) for place in range(2)] == [0, 2]
     mine = torch.full((5,), float(rank))
     mesh.all_reduce(mine).wait()
     assert mine.tolist() == [4 * (rank // 2) + 1] * 5

@@ -149,7 +149,7 @@ def initialize(
         None if prefetch_mb is None else round(prefetch_mb * 1e6),
         given,
         stages=stages,
-        buffer_sources=cut.buffer_sources(mesh),
+        buffer_sources=cut.buffer_sources(mesh.geometry),
         puts_off=deferral is not None,
     )
     ending.callback(state.remove)

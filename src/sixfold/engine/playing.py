@@ -98,7 +98,9 @@ class Playing:
         # In a pipeline all its ranks have the same batch, and the one with the loss answers for it.
         counts = Counts.of(batch) if self._has_loss else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
-        num_served = most - len(micros) if self._residency.parameters else 0
+        # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
+        is_bound = self._residency.parameters or len(self._stages) > 1
+        num_served = most - len(micros) if is_bound else 0
         num_reduces = max(1, most) if self._residency.reduces_each else 1
         programs = programs_for(
             self._layout, purpose, len(micros), num_served, num_reduces, cuts=bool(self._residency.parameters)

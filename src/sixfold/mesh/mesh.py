@@ -142,16 +142,18 @@ class Mesh:
         """The rank at another place of this rank's pipeline."""
         return self.rank + (pipe_rank - self.pipe_rank) * (self.world_size // self.pipe_ranks)
 
-    def first_at(self, pipe_rank: int) -> int:
-        """The first rank at a place of the pipelines."""
-        return pipe_rank * (self.world_size // self.pipe_ranks)
-
     def link(self, pipe_rank: int) -> Link:
-        """The way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
-        low, high = sorted((pipe_rank, self.pipe_rank))
-        number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
-        shared = self.host.link(other, number, self.dispatcher) if self.host else None
-        return shared or Link(self.rank, other, self.dispatcher)
+        """The one way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
+        if pipe_rank not in self._links:
+            low, high = sorted((pipe_rank, self.pipe_rank))
+            number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
+            shared = self.host.link(other, number, self.dispatcher) if self.host else None
+            self._links[pipe_rank] = shared or Link(self.rank, other, self.dispatcher)
+        return self._links[pipe_rank]
+
+    @cached_property
+    def _links(self) -> dict[int, Link]:
+        return {}
 
     def holders(self, pipe_ranks: Sequence[int], number: int) -> Group:
         """The ranks at several places of this rank's pipeline; each such group has the same number on all."""
@@ -172,6 +174,8 @@ class Mesh:
         return self._world_sum(tensor)
 
     def _world_sum(self, tensor: torch.Tensor) -> Pending:
+        if self.world_size == 1:
+            return Pending()
         return self.dispatcher.start("all-reduce", self._everyone, tensor, lambda: start_sum(tensor))
 
     @cached_property
@@ -240,8 +244,8 @@ class Mesh:
 
     @cached_property
     def _world_group(self) -> Group:
-        is_same = self.data_ranks == self.world_size
-        return self._data_group if is_same else self._group(range(self.world_size), 3)
+        is_cut = self.data_ranks < self.world_size
+        return self._group(range(self.world_size), 3) if is_cut else self._data_group
 
     @cached_property
     def _data_meetings(self) -> Group:
@@ -330,10 +334,8 @@ class Mesh:
     def start_total(self, *numbers: float) -> Callable[[], list[float]]:
         """Start to sum a few numbers; the function returned waits for the sums."""
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        pending = Pending()
-        if self.world_size > 1:
-            by_host = self.host and isinstance(self._world_group, HostGroup)
-            pending = self._world_group.all_reduce(tensor) if by_host else self._world_sum(tensor)
+        by_host = self.host and isinstance(self._world_group, HostGroup)
+        pending = self._world_group.all_reduce(tensor) if by_host else self._world_sum(tensor)
 
         def sums() -> list[float]:
             pending.wait()

@@ -16,9 +16,8 @@ from torch import nn
 
 from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
-from sixfold.mesh import Mesh
 from sixfold.parallel.stage import PARTS, Border, Stage, Watch, children_of, view_of
-from sixfold.plan import BlockCosts, ParameterFacts, StagePlan, decide_stages
+from sixfold.plan import BlockCosts, Geometry, ParameterFacts, StagePlan, decide_stages
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,16 @@ class ModelCut:
             if stage in self.holders[each.name]
         ]
 
-    def buffer_sources(self, mesh: Mesh) -> dict[str, int]:
+    def buffer_sources(self, geometry: Geometry) -> dict[str, int]:
         """A rank whose stage uses each buffer; none in a pipeline of one stage."""
         if self.plan is None:
             return {}
         stages = {name: self.parts.stages_of(name, self.plan) for name, _ in self.model.named_buffers()}
-        return {name: mesh.first_at(self.plan.rank_of(min(found))) for name, found in stages.items() if found}
+        return {
+            name: geometry.first_rank(self.plan.rank_of(min(found)))
+            for name, found in stages.items()
+            if found
+        }
 
     def stages(self, pipe_rank: int) -> list[Stage]:
         """The stages of one rank, in order.

@@ -189,7 +189,6 @@ class Transfers:
     def __init__(self, mesh: Mesh, rank_of: Callable[[int], int]) -> None:
         self._mesh = mesh
         self._rank_of = rank_of
-        self._links: dict[int, Link] = {}
         self._inboxes: dict[int, _Inbox] = {}
         self._sent_forms: dict[tuple[int, Kind], Form] = {}
         self._told_forms: dict[tuple[int, Kind], Form] = {}
@@ -246,10 +245,7 @@ class Transfers:
             self._sent.popleft()[0].wait()
 
     def _link(self, stage: int) -> Link:
-        rank = self._rank_of(stage)
-        if rank not in self._links:
-            self._links[rank] = self._mesh.link(rank)
-        return self._links[rank]
+        return self._mesh.link(self._rank_of(stage))
 
     def _inbox(self, stage: int) -> _Inbox:
         rank = self._rank_of(stage)

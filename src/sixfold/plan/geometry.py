@@ -55,6 +55,10 @@ class Geometry:
             below *= degree
         raise AssertionError(f"no axis {axis!r} in {self}")
 
+    def first_rank(self, pipe_rank: int) -> int:
+        """The first rank at a place of the pipelines."""
+        return pipe_rank * (self.world_size // self.degree("pipe"))
+
     def __str__(self) -> str:
         return " x ".join(f"{name} {degree}" for name, degree in self.degrees if degree > 1) or "one rank"
 

@@ -116,7 +116,9 @@ class ModelState:
         if self.residency.parameters:
             self._close_passes()
             return round(max(self._meeting.meet(what, num_micro)))
-        return self.mesh.largest(num_micro) if self.residency.reduces_each else num_micro
+        # With several stages here, the order in which they are reduced depends on the number too.
+        depends = self.residency.reduces_each or len(self._windows) > 1
+        return self.mesh.largest(num_micro) if depends else num_micro
 
     @contextmanager
     def by_program(self) -> Iterator[None]:
@@ -162,7 +164,8 @@ class ModelState:
 
     def serve_forward(self, stage: int = 0) -> None:
         """Take part in the others' forward."""
-        self._gatherings[stage].serve(forward_kind())
+        if self.residency.parameters:
+            self._gatherings[stage].serve(forward_kind())
 
     def serve_backward(self, stage: int = 0, *, puts_off: bool = False) -> None:
         """Take part in the others' backward and, in an open window, in its reductions.
@@ -172,7 +175,8 @@ class ModelState:
         """
         if puts_off:
             self._windows[stage].close()
-        self._gatherings[stage].serve(BACKWARD)
+        if self.residency.parameters:
+            self._gatherings[stage].serve(BACKWARD)
         if not puts_off:
             self.complete(stage)
 

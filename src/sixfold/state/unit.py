@@ -173,11 +173,9 @@ class Unit:
     def share(self) -> slice:
         """The elements of `own` that this rank writes into a checkpoint: ranks that hold the same ones
         divide them among themselves, and of tied weights the first stage's do."""
-        if self.plan.is_copy:
-            return slice(self.own.start, self.own.start)
         same = [axis for axis in ALL if axis not in self.spread]
         place, count = self._mesh.place_in(tuple(same)), self._mesh.geometry.num_parts(same)
-        size = self.own.stop - self.own.start
+        size = 0 if self.plan.is_copy else _length(self.own)
         return slice(self.own.start + size * place // count, self.own.start + size * (place + 1) // count)
 
     def fill_own(self, mine: torch.Tensor) -> None:
