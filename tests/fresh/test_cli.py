@@ -179,9 +179,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished
 
 
 def test_what_is_said(finished: Finished) -> None:
-    assert finished.err == ""
+    assert all(line.startswith("corpus ") for line in finished.err.splitlines())
     for told in (
-        " training tokens, 4 files (",
+        " training tokens, 4 documents (",
         "ranks       2: data 2",
         "6 samples / 2 data ranks = 3 a rank",
         f"step {STEPS}/{STEPS}  loss ",
@@ -202,6 +202,8 @@ def test_the_run_folder_is_complete(finished: Finished) -> None:
         "config.toml",
         "logs",
         "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     logs = {path.name: path.read_text() for path in (finished.run / "logs").glob("rank-*")}
     assert sorted(logs) == ["rank-0.log", "rank-1.log"]
@@ -218,7 +220,7 @@ def test_the_configuration_is_written_with_origins(finished: Finished) -> None:
     for line, origin in (
         ("width = 32", "my.toml:"),
         ("eval_every = 3", "# --set"),
-        ('name = "cosine"', "# recipe"),
+        ('name = "linear"', "# recipe"),
         ("rope_base = 10000.0", "# default"),
         ("# minutes is unset", "displaced by train.steps (my.toml:"),
     ):

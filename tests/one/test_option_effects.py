@@ -268,7 +268,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "optimizer.weight_decay": ({}, 0.9, learned),
     "optimizer.ema_decay": ({"optimizer.ema_decay": 0.9}, 0.5, averaged),
     "optimizer.clip_norm": ({"optimizer.name": "sgd"}, 1e-3, learned),
-    "lr_schedule.name": ({"train.steps": 6}, "linear", column("lr")),
+    "lr_schedule.name": ({"train.steps": 6}, "cosine", column("lr")),
     "lr_schedule.warmup_steps": ({}, 3, column("lr")),
     "lr_schedule.final_ratio": ({}, 0.5, column("lr")),
     "train.steps": ({}, 2, column("step")),
