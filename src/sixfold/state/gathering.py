@@ -63,7 +63,7 @@ class Gathering:
         leave: Callable[[Unit], None],
         prefetch_bytes: int | None,
     ) -> None:
-        self._units = units
+        self._units, self.has_units = units, bool(units)
         self._serial = next(_SERIALS)
         self._name = f"{type(module).__name__} (engine {self._serial})"
         self._mesh = mesh

@@ -92,7 +92,8 @@ class ModelState:
                 window.hand_over,
                 prefetch_bytes,
             )
-        self._meeting = self._gatherings[stages[0].number]
+        # Of a stage that has parameters, where one has: the others meet nobody.
+        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
             id(parameter): (unit, index)
             for unit in self.trained

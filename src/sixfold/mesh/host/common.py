@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sixfold.base.errors import MeshError
+from sixfold.base.units import bytes_text
 from sixfold.mesh.dispatch import Pending
 from sixfold.mesh.host.memory import tensor_in
 
@@ -88,6 +90,12 @@ def _window(path: str, offset: int, num_bytes: int, *, is_own: bool) -> tuple[mm
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
             offset=start,
         )
+    except OSError as error:
+        raise MeshError(
+            f"a map of {bytes_text(num_bytes)} in memory that ranks have in common: {error.strerror}",
+            rule="each rank maps all parameters of its host, and may be asked to answer for a copy of them",
+            fix='set layout.transport = "network", or let the system commit more (vm.overcommit_memory)',
+        ) from error
     finally:
         os.close(handle)
     return window, offset - start
