@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -165,6 +166,19 @@ def test_everything_is_durable_before_it_is_named_and_the_manifest_comes_last(tm
         ("sync_folder", tmp_path.name),
         ("remove", ".old-c"),
     ]
+
+
+def test_a_save_has_one_file_open_at_a_time(tmp_path: Path) -> None:
+    class Counted(Files):
+        opened: ClassVar[list[FileIO]] = []
+
+        def reopen(self, path: Path) -> FileIO:
+            assert all(handle.closed for handle in self.opened)
+            self.opened.append(super().reopen(path))
+            return self.opened[-1]
+
+    save(tmp_path / "c", _content(1), files=Counted())
+    assert len(Counted.opened) == 8  # four files, to write and to make durable
 
 
 def test_a_kill_while_pruning_leaves_the_kept_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,21 +233,23 @@ class Save:
         # Not all ranks begin with one file: a file system may take one writer of a file at a time.
         numbered = list(enumerate(self.plan.sizes))
         first = len(numbered) * self.rank // self.num_ranks
-        with ExitStack() as opened:
-            handles = []
-            for number, name in (*numbered[first:], *numbered[:first]):
-                mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
-                if not mine and self.rank:
-                    continue
-                handles.append(opened.enter_context(self.files.reopen(self._temporary / name)))
+        written = []
+        for number, name in (*numbered[first:], *numbered[:first]):
+            mine = sorted(ranges.get(name, ()), key=lambda pair: pair[0])
+            if not mine and self.rank:
+                continue
+            written.append(self._temporary / name)
+            with self.files.reopen(written[-1]) as handle:
                 for start, chunks in mine:
                     for chunk in chunks:
                         self._check()
                         tally.add(number, start, chunk)
-                        self.files.write(handles[-1], chunk, start)
+                        self.files.write(handle, chunk, start)
                         start += len(chunk)
-            # All of them at the end: until then the disk works beside this.
-            for handle in handles:
+        # All of them at the end: until then the disk works beside this. Opened anew, since a process may not
+        # have as many files open as a checkpoint may have.
+        for path in written:
+            with self.files.reopen(path) as handle:
                 self.files.sync(handle)
         return tally.to_bytes()
 
