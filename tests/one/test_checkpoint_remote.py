@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,46 @@ def test_an_upload_that_breaks_off_leaves_the_previous_one(
     else:
         save(f"{ROOT}/c", content(2))
         assert open_checkpoint(f"{ROOT}/c").step == 2
+
+
+def test_a_save_that_was_killed_leaves_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    def kill(name: str, place: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(writing.Save, place, killed)
+            patch.setattr(writing.Save, "_clear_up", lambda self: None)
+            with pytest.raises(KeyboardInterrupt):
+                save(f"{ROOT}/{name}", content(1))
+        assert len(list(tmp_path.glob("sixfold-save-*"))) == 1
+
+    for place in ("_write", "_deliver"):
+        kill("c", place)
+        save(f"{ROOT}/c", content(2))  # of the same name
+        assert list(tmp_path.glob("sixfold-save-*")) == []
+        kill("d", place)
+        prune(ROOT, Keep(1))  # as after a save of another name by a run
+        assert list(tmp_path.glob("sixfold-save-*")) == []
+    assert open_checkpoint(f"{ROOT}/c").step == 2
+
+
+def test_a_full_disk_is_told_from_a_broken_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing.Save, "_write", full)
+    with pytest.raises(
+        CheckpointError, match=rf"saving {ROOT}/c failed.*\n.*made whole in {tmp_path} .*\n.*TMPDIR"
+    ):
+        save(f"{ROOT}/c", content(1))
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(writing, "copy_folder", full)
+    with pytest.raises(CheckpointError, match=rf"unknown amount free.*\n.*\n.*on the disk of {ROOT}"):
+        save(f"{ROOT}/c", content(1))
 
 
 def test_an_engine_saves_there_and_loads_from_there() -> None:

@@ -58,13 +58,18 @@ def is_remote(folder: Path) -> bool:
     return not isinstance(folder, Path)
 
 
-def staging_folder(folder: Path, key: str) -> Path:
-    """Where a save of a remote folder is made, the same on all ranks of a host."""
-    return (
-        Path(tempfile.gettempdir())
-        / f"sixfold-save-{zlib.crc32(str(folder).encode()):08x}-{key}"
-        / folder.name
-    )
+def staging_folder(folder: Path) -> Path:
+    """Where a save of a remote folder is made, the same on all ranks of a host, in a folder for it alone."""
+    return Path(tempfile.gettempdir()) / (_staged(folder.parent) + folder.name) / folder.name
+
+
+def staging_leftovers(parent: Path) -> list[Path]:
+    """What saves of remote folders inside `parent` that were killed have left on this host."""
+    return sorted(Path(tempfile.gettempdir()).glob(_staged(parent) + "*"))
+
+
+def _staged(parent: Path) -> str:
+    return f"sixfold-save-{zlib.crc32(str(parent).rstrip('/').encode()):08x}-"
 
 
 def open_bytes(path: Path) -> BinaryIO:

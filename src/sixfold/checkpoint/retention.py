@@ -14,7 +14,7 @@ from pathlib import Path
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.files import Files
 from sixfold.checkpoint.manifest import Manifest, OtherVersionError, read_manifest
-from sixfold.checkpoint.remote import folder_at, is_remote
+from sixfold.checkpoint.remote import folder_at, is_remote, staging_leftovers
 
 _TEMPORARY = ".tmp-"
 _OLD = ".old-"
@@ -121,8 +121,10 @@ def next_serial(folder: Path) -> int:
 
 
 def _leftovers(folder: Path, complete: set[Path]) -> list[Path]:
-    """Temporary folders, and replaced checkpoints whose replacement is there."""
-    return [
+    """Temporary folders, on this host where the folder is remote, and replaced checkpoints whose replacement
+    is there."""
+    staged = staging_leftovers(folder) if is_remote(folder) else []
+    return staged + [
         path
         for path in sorted(folder.glob(".*-*"))
         if path.is_dir()

@@ -137,7 +137,7 @@ class Save:
 
     def __post_init__(self) -> None:
         self.folder = folder_at(self.folder)
-        self._target = staging_folder(self.folder, self.key) if is_remote(self.folder) else self.folder
+        self._target = staging_folder(self.folder) if is_remote(self.folder) else self.folder
         self._temporary = temporary_name(self._target)
         self._cells = Cells(tuple(self.plan.sizes.values()))
 
@@ -149,6 +149,7 @@ class Save:
             SaveError: the disk refused.
             Cancelled: another rank could not do its part.
         """
+        place = self._target
         try:
             if self.rank == 0:
                 self._create()
@@ -158,6 +159,7 @@ class Save:
             if self.rank == 0:
                 self._commit(record)
                 if is_remote(self.folder):
+                    place = self.folder
                     self._deliver()
             else:
                 self._leave_record(record)
@@ -167,7 +169,7 @@ class Save:
             if isinstance(error, OSError):
                 # Once a save is given up, rank 0 takes the folder away under the others' hands.
                 self._check()
-                raise _refused(self.folder, self.plan.num_bytes, error, self.files) from error
+                raise _refused(self.folder, place, self.plan.num_bytes, error, self.files) from error
             raise
         if self.rank == 0 and self.keep is not None:
             prune(self.folder.parent, self.keep, files=self.files)
@@ -216,6 +218,8 @@ class Save:
         """Rank 0: all files at full size, so that a full disk is met here."""
         target, files = self._target, self.files
         _refuse_foreign(self.folder)
+        if is_remote(self.folder):
+            files.remove(target.parent)  # of a save that was killed
         files.make_folder(target.parent)
         files.remove(self._temporary)
         if files.free_bytes(target.parent) < self.plan.num_bytes:
@@ -369,12 +373,21 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def _refused(target: Path, needed: int, error: OSError, files: Files) -> SaveError:
-    try:
-        free = bytes_text(files.free_bytes(target.parent))
-    except OSError:
-        free = "an unknown amount of space"
-    given = f"saving {target} failed: {error.strerror or error} ({bytes_text(needed)} needed, {free} free)"
+def _refused(folder: Path, place: Path, needed: int, error: OSError, files: Files) -> SaveError:
+    """What to change when saving `folder` failed at `place`: the same, or where it is made before a copy."""
+    is_staged = is_remote(folder) and not is_remote(place)
+    target = place.parent if is_staged else place  # what lies in the temporary folder itself
+    free = "an unknown amount free"
+    if not is_remote(target):
+        with suppress(OSError):
+            free = f"{bytes_text(files.free_bytes(target.parent))} free"
+    given = f"saving {folder} failed: {error.strerror or error} ({bytes_text(needed)} needed, {free})"
+    if is_staged:
+        return SaveError(
+            given,
+            rule=f"a checkpoint behind a URL is made whole in {target.parent} before it is copied",
+            fix=f"set TMPDIR to a writable folder with {bytes_text(needed)} of room",
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SaveError(
             given,
