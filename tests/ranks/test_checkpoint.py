@@ -425,6 +425,18 @@ def test_a_folder_that_hosts_do_not_share_is_noticed(tmp_path: Path, monkeypatch
         engine.rehearse_save(tmp_path / f"host-{dist.get_rank()}")
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("differs", ["socket.gethostname", "tempfile.gettempdir"])
+def test_ranks_without_a_common_temporary_folder_cannot_save_behind_a_url(
+    differs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make({"zero": 0})
+    monkeypatch.setattr(differs, lambda: f"/{dist.get_rank()}")
+    for save in (engine.save, engine.rehearse_save):
+        with pytest.raises(CheckpointError, match=r"common temporary folder: rank 0: .*/0.*, rank 1: .*/1"):
+            save("memory://bucket/c")
+
+
 # A peer's folder.
 
 
