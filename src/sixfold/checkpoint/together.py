@@ -93,7 +93,7 @@ class Saving:
         strangers = [f"rank {rank}: {row[2]}" for rank, row in enumerate(rows) if row[2] != rows[0][2]]
         if strangers:
             raise CheckpointError(
-                f"{folder} from ranks without a common temporary folder: rank 0: {rows[0][2]}, {strangers[0]}",
+                f"{folder} without a common temporary folder: rank 0: {rows[0][2]}, {strangers[0]}",
                 rule="a checkpoint behind a URL is made whole by all ranks of one host before it is copied",
                 fix="mount the store on all hosts and name the folder there, or set one TMPDIR for all ranks",
             )
