@@ -3,9 +3,9 @@
     python benchmarks/weights.py [--ranks 4] [--mb 1000] [--zero 3]
 
 A Hugging Face folder (a model shaped like llama, several files with an index) is written, the model is
-constructed on meta, and `sixfold.initialize(model, weights=folder)` runs on every rank. Private memory is
-`Private_Clean + Private_Dirty` of /proc/self/smaps_rollup, what belongs to this process alone, before and
-after; ranks have made and closed a tiny engine before, so that code which is loaded once does not count.
+constructed on meta, and `sixfold.initialize(model, weights=folder)` runs on every rank. Memory is
+`Pss_Anon + Pss_Shmem` of /proc/self/smaps_rollup, summed over ranks, before and after: a page that ranks
+share counts once, mapped code not at all. Ranks have made a tiny engine before, for what is loaded once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 WIDTH, FILES = 1024, 4
 
 
-def private_bytes() -> int:
-    """What this process has for itself."""
+def memory_bytes() -> int:
+    """This process's memory; of pages that others map as well its part."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
 
 
 def model_of(num_layers: int, dtype: str) -> Any:
@@ -85,10 +85,13 @@ def work(arguments: argparse.Namespace) -> None:
         model.requires_grad_(False)
         model.lm_head.requires_grad_(True)
     dist.barrier()
-    before, began = private_bytes(), time.perf_counter()
+    before = memory_bytes()
+    dist.barrier()
+    began = time.perf_counter()
     engine = sixfold.initialize(model, config=config, weights=arguments.folder)
     took = time.perf_counter() - began
-    grown = torch.tensor([float(private_bytes() - before)], dtype=torch.float64)
+    dist.barrier()
+    grown = torch.tensor([float(memory_bytes() - before)], dtype=torch.float64)
     dist.all_reduce(grown)
     whole = engine.full_state_dict() if arguments.check else {}
     if dist.get_rank() == 0:
@@ -170,7 +173,7 @@ def main() -> None:
     found = measure(arguments)
     ratio = found["grown_bytes"] / found["file_bytes"]
     print(
-        f"{found['file_bytes'] / 1e6:.0f} MB in {FILES} files on {arguments.ranks} ranks: private memory "
+        f"{found['file_bytes'] / 1e6:.0f} MB in {FILES} files on {arguments.ranks} ranks: memory "
         f"grew by {found['grown_bytes'] / 1e6:.0f} MB, {ratio:.3f} of the files, in {found['seconds']:.1f} s"
     )
 

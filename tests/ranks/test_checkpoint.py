@@ -24,6 +24,7 @@ from sixfold.checkpoint import Keep, open_checkpoint, ranges, together
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.importing import import_folder
 from sixfold.engine import Engine
+from sixfold.mesh import Dispatcher
 from sixfold.testing import Pool
 from tests.ranks import plain
 
@@ -170,23 +171,26 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
+def bytes_exchanged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every exchange from here on, whatever carries it."""
+    sent: list[int] = []
+    start = Dispatcher.start
+
+    def watched(self: Dispatcher, op: str, group: str, tensor: Tensor, *rest: Any, **more: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return start(self, op, group, tensor, *rest, **more)
+
+    monkeypatch.setattr(Dispatcher, "start", watched)
+    return sent
+
+
 @pytest.mark.ranks(2, 4, timeout_s=60)
 @pytest.mark.parametrize("layout", [{"zero": 0}, {"zero": 2, "shard": 2}, {"zero": 3}], ids=str)
 def test_a_save_sends_little_and_needs_little_and_a_load_reads_what_it_owns(
     layout: dict[str, Any], num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = large(layout)
-    sent = []
-
-    def watch(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            sent.append(max(each.nbytes for each in args if isinstance(each, Tensor)))
-            return plain(*args, **kwargs)
-
-        return watched
-
-    for name in ("all_reduce", "broadcast", "isend", "all_gather"):
-        monkeypatch.setattr(dist, name, watch(getattr(dist, name)))
+    sent = bytes_exchanged(monkeypatch)
     total = 4 * 2**20 * 4 * 3  # master and two moments
     assert peak_growth(lambda: engine.save(tmp_path / "one")) < 16 * 2**20
     assert peak_growth(lambda: engine.save(tmp_path / "two", wait=False)) < total / num_ranks + 16 * 2**20
@@ -207,6 +211,39 @@ def test_a_save_sends_little_and_needs_little_and_a_load_reads_what_it_owns(
     engine.load(tmp_path / "one")
     owned = 4 * sum(unit.master.numel() * 3 for unit in engine.state.units)
     assert owned - 2**20 < num_read < 1.1 * owned
+
+
+class Counting(nn.Linear):
+    """With a large buffer that only the rank of its stage keeps up to date."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("seen", torch.zeros(2**18))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.ranks(2)
+def test_a_pipeline_sends_little_as_well_and_saves_the_buffers_of_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = sixfold.initialize(
+        nn.Sequential(Counting(), Counting()),
+        config={"layout": {"pipe": 2}, "batch": {"micro": 1}},
+        loss_fn=lambda output, batch: output.square().mean(),
+    )
+    engine.train_step(torch.ones(2, 4))
+    sent = bytes_exchanged(monkeypatch)
+    engine.save(tmp_path / "c")
+    assert 0 < max(sent) < 2**20
+    found, saved = engine.full_state_dict(), open_checkpoint(tmp_path / "c")
+    assert found["1.seen"][0] > 0
+    for name, tensor in found.items():
+        assert torch.equal(saved.read_model(name), tensor), name
+    engine.close()
 
 
 # In the background.
@@ -423,6 +460,18 @@ def test_a_folder_that_hosts_do_not_share_is_noticed(tmp_path: Path, monkeypatch
     engine = make({"zero": 0})
     with pytest.raises(SaveError, match="did not find each other's files"):
         engine.rehearse_save(tmp_path / f"host-{dist.get_rank()}")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("differs", ["socket.gethostname", "tempfile.gettempdir"])
+def test_ranks_without_a_common_temporary_folder_cannot_save_behind_a_url(
+    differs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make({"zero": 0})
+    monkeypatch.setattr(differs, lambda: f"/{dist.get_rank()}")
+    for save in (engine.save, engine.rehearse_save):
+        with pytest.raises(CheckpointError, match=r"common temporary folder: rank 0: .*/0.*, rank 1: .*/1"):
+            save("memory://bucket/c")
 
 
 # A peer's folder.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import zlib
 from io import FileIO
@@ -61,6 +62,11 @@ def is_remote(folder: Path) -> bool:
 def staging_folder(folder: Path) -> Path:
     """Where a save of a remote folder is made, the same on all ranks of a host, in a folder for it alone."""
     return Path(tempfile.gettempdir()) / (_staged(folder.parent) + folder.name) / folder.name
+
+
+def staging_place() -> str:
+    """In words, equal on ranks that make a save of a remote folder together."""
+    return f"{tempfile.gettempdir()} of host {socket.gethostname()}"
 
 
 def staging_leftovers(parent: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from sixfold.base.units import bytes_text
 from sixfold.checkpoint.content import MODEL, Content, Piece, check_content
 from sixfold.checkpoint.files import Files
 from sixfold.checkpoint.reading import open_checkpoint
+from sixfold.checkpoint.remote import is_remote, staging_place
 from sixfold.checkpoint.retention import Keep
 from sixfold.checkpoint.tensorfile import Spec
 from sixfold.checkpoint.writing import Cancelled, Plan, Save, plan
@@ -77,7 +78,8 @@ class Saving:
         except Exception as error:
             failure = _told(folder, error)
         digest = planned.digest if planned else 0
-        rows = [json.loads(text) for text in self._mesh.texts(json.dumps([secrets.token_hex(8), digest]))]
+        row = [secrets.token_hex(8), digest, staging_place() if is_remote(folder) else None]
+        rows = [json.loads(text) for text in self._mesh.texts(json.dumps(row))]
         raise_together(self._mesh, failure)
         if content is None or planned is None:
             raise AssertionError("a rank without a content has told of its failure")
@@ -87,6 +89,13 @@ class Saving:
                 f"rank(s) {', '.join(strangers)} would lay out {folder} differently from rank 0",
                 rule="every rank has the same tensors by name, shape and type",
                 fix="build the model and its optimizer from the same code on every rank",
+            )
+        strangers = [f"rank {rank}: {row[2]}" for rank, row in enumerate(rows) if row[2] != rows[0][2]]
+        if strangers:
+            raise CheckpointError(
+                f"{folder} without a common temporary folder: rank 0: {rows[0][2]}, {strangers[0]}",
+                rule="a checkpoint behind a URL is made whole by all ranks of one host before it is copied",
+                fix="mount the store on all hosts and name the folder there, or set one TMPDIR for all ranks",
             )
         save = Save(
             folder,

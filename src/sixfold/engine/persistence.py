@@ -138,7 +138,6 @@ class Persistence:
             self.saving.rehearse(folder, needed)
 
     def _content(self, counters: Mapping[str, Any], only: str | None) -> Content:
-        self.state.foreign.collect_buffers()
         names = self._names(only)
         entries = self._entries(names)
         slots = [(unit, slot) for unit, slot in self.state.slots() if slot.name in names]
@@ -147,8 +146,11 @@ class Persistence:
         model |= {name: Spec(tuple(each.shape), each.dtype) for name, each in buffers.items()}
         masters = {unit: unit.master for unit in self.state.units}
         pieces = [Piece(MODEL, slot.name, start, part) for slot, start, part in _shares(slots, masters)]
-        if self.mesh.rank == 0:  # buffers may differ from rank to rank; rank 0's are the model's
-            pieces += [Piece(MODEL, name, 0, buffer) for name, buffer in buffers.items()]
+        pieces += [
+            Piece(MODEL, name, 0, buffer)
+            for name, buffer in buffers.items()
+            if self.state.foreign.source_of(name) == self.mesh.rank
+        ]
         state: dict[str, Any] = dict(counters)
         optimizer: dict[str, Spec] = {}
         if names >= self._trained():

@@ -151,6 +151,10 @@ class Foreign:
             for copy in self._own.get(name, ())[1:]:
                 copy.data.copy_(numbers)
 
+    def source_of(self, buffer: str) -> int:
+        """The rank whose numbers are the model's, since buffers may differ from rank to rank."""
+        return self._buffer_sources.get(buffer, 0)
+
     def collect_buffers(self) -> None:
         """Give every rank the buffers of those whose stages use them. A collective in a pipeline."""
         for name, source in self._buffer_sources.items():
