@@ -6,7 +6,7 @@ behind, and nothing of the checker's rules. What the checker accepts must come t
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from itertools import pairwise, product
 
 import pytest
@@ -35,6 +35,7 @@ from sixfold.program import (
     passes,
     peaks,
     post_ahead,
+    results,
     stages_of,
     training,
 )
@@ -367,6 +368,42 @@ def test_receives_that_are_posted_ahead_change_nothing_else(arguments: dict) -> 
         for each, following in pairwise(ahead.instructions):
             if each.op is Op.REDUCE:
                 assert following.op not in RECEIVES
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_programs_end_where_all_transfers_of_a_pair_run_in_one_order(schedule: str, num_ranks: int) -> None:
+    virtual = 2 if schedule in ANY_VIRTUAL else None
+    assert ends_in_order(training(schedule, num_ranks, 8, virtual))
+    assert ends_in_order(evaluation(schedule, num_ranks, 8, virtual))
+
+
+def test_receives_that_are_posted_ahead_need_independent_directions() -> None:
+    assert not ends_in_order(tuple(map(post_ahead, training("1f1b", 2, 8))))
+
+
+def ends_in_order(programs: tuple[Program, ...]) -> bool:
+    """Whether all ranks get through if transfers block nobody, but those of a pair run in the order in which
+    each of the two has started them."""
+    wiring, done = Wiring(programs), set[Instruction]()
+    at = [0] * len(programs)
+    started: dict[tuple[int, int], deque[Instruction]] = defaultdict(deque)
+    before = None
+    while before != (before := (tuple(at), len(done))):
+        for rank, program in enumerate(programs):
+            for each in program.instructions[at[rank] :]:
+                if each.partner is not None and each.partner.stage is not None:
+                    started[rank, wiring.ranks[each.partner.stage]].append(each)
+                elif done.issuperset(wiring.needs(each)):
+                    done.update(results(each))
+                else:
+                    break
+                at[rank] += 1
+        for (rank, other), mine in list(started.items()):
+            theirs = started[other, rank]
+            while mine and theirs and mine[0].partner == theirs[0]:
+                done.update((mine.popleft(), theirs.popleft()))
+    return not any(started.values()) and at == list(map(len, programs))
 
 
 def test_what_is_served_is_not_sent() -> None:

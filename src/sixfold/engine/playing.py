@@ -36,7 +36,7 @@ from sixfold.pipeline import (
     to_device,
 )
 from sixfold.plan import Plan
-from sixfold.program import Instruction, Program, check, evaluation, training
+from sixfold.program import Instruction, Program, check, evaluation, post_ahead, training
 from sixfold.simulate import Event, Timeline, lane_of
 from sixfold.state import ModelState
 
@@ -102,9 +102,7 @@ class Playing:
         is_bound = self._residency.parameters or len(self._stages) > 1
         num_served = most - len(micros) if is_bound else 0
         num_reduces = max(1, most) if self._residency.reduces_each else 1
-        programs = programs_for(
-            self._layout, purpose, len(micros), num_served, num_reduces, cuts=bool(self._residency.parameters)
-        )
+        programs = self._programs(purpose, len(micros), num_served, num_reduces)
 
         def run(stage: int, micro: int, received: Any) -> Any:
             return self._run(self._stages[stage], step, micro, micros[micro], received, scale)
@@ -169,9 +167,7 @@ class Playing:
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):
-                    self._pass_through(
-                        programs_for(self._layout, "evaluation", 0, 1, cuts=True), Work(_nothing)
-                    )
+                    self._pass_through(self._programs("evaluation", 0, 1), Work(_nothing))
         self._loss_form.settle(
             found_on, self._output_of, self._streams, self._mesh, lambda: None, has_loss=self._has_loss
         )
@@ -195,9 +191,21 @@ class Playing:
             outputs.append(output)
             return Share(torch.zeros(()), None)
 
-        programs = programs_for(self._layout, "evaluation", 1, cuts=bool(self._residency.parameters))
-        self._pass_through(programs, Work(run, kinds=[self._kind(kwargs)]))
+        self._pass_through(self._programs("evaluation", 1), Work(run, kinds=[self._kind(kwargs)]))
         return outputs[0] if outputs else None
+
+    def _programs(
+        self, purpose: Purpose, num_micro: int, num_served: int = 0, num_reduces: int = 1
+    ) -> tuple[Program, ...]:
+        return programs_for(
+            self._layout,
+            purpose,
+            num_micro,
+            num_served,
+            num_reduces,
+            cuts=bool(self._residency.parameters),
+            posts_ahead=self._mesh.is_duplex,
+        )
 
     def _pass_through(self, programs: tuple[Program, ...], work: Work) -> None:
         self.player.pass_through(programs[self._mesh.pipe_rank], work)
@@ -216,6 +224,7 @@ def programs_for(
     num_reduces: int = 1,
     *,
     cuts: bool = False,
+    posts_ahead: bool = False,
 ) -> tuple[Program, ...]:
     """The programs of all ranks of a pipeline, checked.
 
@@ -225,6 +234,7 @@ def programs_for(
         num_reduces: reductions of each stage in an update.
         cuts: whether parameters are cut. Then breadth-first, which runs many passes of a stage in a row, has
             it whole for all of them; elsewhere blocks are gathered as they run.
+        posts_ahead: whether receives may move past sends; see `Mesh.is_duplex`.
     """
     name, num_ranks, num_virtual = layout.schedule or "1f1b", layout.pipe, layout.virtual_stages
     longest = None if cuts and name == "breadth-first" else 0
@@ -244,4 +254,4 @@ def programs_for(
             updates=purpose == "training",
         )
     check(programs)
-    return programs
+    return tuple(map(post_ahead, programs)) if posts_ahead else programs

@@ -24,7 +24,7 @@ from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Step, StepResult, Work
 from sixfold.pipeline.transfers import Transfers
-from sixfold.program import Instruction, Op, Program, post_ahead
+from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -99,8 +99,6 @@ class Player:
     def _perform_all(self, program: Program) -> None:
         assert self._step is not None, "begun by the caller"
         instructions = program.instructions
-        if self._passes.transfers is not None:
-            instructions = post_ahead(program).instructions
         with self._state.by_program():
             for instruction, following in zip_longest(instructions, instructions[1:]):
                 self._step.following = following

@@ -134,9 +134,16 @@ class Message:
 
 
 class _Inbox:
-    """Messages from one other rank, in the order in which it sends them."""
+    """Messages from one other rank, in the order in which it sends them.
 
-    def __init__(self, link: Link, device: torch.device, forms: dict[tuple[int, Kind], Form]) -> None:
+    Args:
+        waits: whether a form that is not known yet is waited for where its message is expected.
+    """
+
+    def __init__(
+        self, link: Link, device: torch.device, forms: dict[tuple[int, Kind], Form], *, waits: bool
+    ) -> None:
+        self._waits = waits
         self._link = link
         self._device = device
         self._forms = forms
@@ -145,18 +152,14 @@ class _Inbox:
     def expect(self, message: Message) -> Message:
         """Start to receive a message, as soon as forms of this and earlier ones are known."""
         self._unposted.append(message)
-        while self._unposted and self._find(self._unposted[0]):
-            self._post(self._unposted.popleft())
+        while self._unposted and (self._waits or self._find(self._unposted[0])):
+            self._post_first()
         return message
 
     def take(self, message: Message) -> list[torch.Tensor]:
         """Wait for the tensors of a message."""
         while message in self._unposted:
-            first = self._unposted.popleft()
-            if not self._find(first):
-                assert first.known_by is not None, "its form is told"
-                first.form = self._forms[first.known_by] = Form.read(self._told())
-            self._post(first)
+            self._post_first()
         for pending in message.pending:
             pending.wait()
         return message.tensors
@@ -166,7 +169,11 @@ class _Inbox:
             message.form = self._forms.get(message.known_by)
         return message.form is not None
 
-    def _post(self, message: Message) -> None:
+    def _post_first(self) -> None:
+        message = self._unposted.popleft()
+        if not self._find(message):
+            assert message.known_by is not None, "its form is told"
+            message.form = self._forms[message.known_by] = Form.read(self._told())
         assert message.form is not None, "found or told"
         message.tensors = [leaf.empty(self._device) for leaf in message.form.leaves]
         message.pending = [self._link.receive(tensor) for tensor in message.tensors]
@@ -250,7 +257,9 @@ class Transfers:
     def _inbox(self, stage: int) -> _Inbox:
         rank = self._rank_of(stage)
         if rank not in self._inboxes:
-            self._inboxes[rank] = _Inbox(self._link(stage), self._mesh.device, self._told_forms)
+            self._inboxes[rank] = _Inbox(
+                self._link(stage), self._mesh.device, self._told_forms, waits=not self._mesh.is_duplex
+            )
         return self._inboxes[rank]
 
     def _send(self, stage: int, tensors: Sequence[torch.Tensor]) -> None:
