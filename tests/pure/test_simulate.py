@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 
 from sixfold.base.errors import ProgramError
 from sixfold.program import SCHEDULES, Instruction, Op, Program, accumulation, evaluation, stages_of, training
-from sixfold.simulate import LANES, Costs, Event, StageCosts, Timeline, chrome_trace, html_page, simulate
+from sixfold.simulate import (
+    LANES,
+    Costs,
+    Event,
+    StageCosts,
+    Timeline,
+    chrome_trace,
+    html_page,
+    measured_costs,
+    simulate,
+)
 
 SECONDS = StageCosts()
 """A second for each pass and each part, everything else at once and for nothing."""
@@ -277,6 +288,22 @@ def test_the_page_draws_every_pass_and_loads_nothing() -> None:
     narrow, wide = widths.values()
     assert wide == pytest.approx(2 * narrow, rel=1e-3)
     assert not Page(html_page({"empty": Timeline(())})).boxes
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_costs_of_a_recorded_step_give_its_makespan_back(schedule: str) -> None:
+    programs = training(schedule, 2, 4)
+    costs = Costs((StageCosts(1, 2, 1), StageCosts(1, 1, 1, publish=0.5)), step=1.5)
+    timeline = simulate(programs, costs)
+    recorded = Timeline(tuple(as_recorded(timeline, event) for event in timeline.events))
+    assert simulate(programs, measured_costs([recorded] * 2)).makespan == timeline.makespan
+
+
+def as_recorded(timeline: Timeline, event: Event) -> Event:
+    """`event` as a player records it: a rank's `step` begins when the rank is at it, and waits in it."""
+    if event.instruction.op is not Op.STEP:
+        return event
+    return replace(event, start=timeline.passes(event.rank)[-1].stop)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from sixfold.simulate.timeline import Timeline
 def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
     """Costs of the stages in recorded steps, each the median over steps and micro-batches.
 
+    In `step` ranks wait for each other, and only the last one's seconds are its cost: of each recorded step
+    the least of all ranks'.
+
     A backward that was not split counts as its input part. Reductions are left out: what is left of them
     when the last backward is over is in the seconds of `step`.
 
@@ -25,8 +28,12 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
     """
     seconds: dict[tuple[Op, int | None], list[float]] = defaultdict(list)
     for timeline in steps:
+        updates: list[float] = []
         for event in timeline.events:
-            seconds[event.instruction.op, event.instruction.stage].append(event.stop - event.start)
+            op, stage = event.instruction.op, event.instruction.stage
+            (updates if op is Op.STEP else seconds[op, stage]).append(event.stop - event.start)
+        if updates:
+            seconds[Op.STEP, None].append(min(updates))
 
     def cost(op: Op, stage: int | None) -> float:
         return median(seconds[op, stage]) if (op, stage) in seconds else 0.0
