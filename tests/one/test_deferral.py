@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -93,3 +94,23 @@ def test_a_forward_of_its_own_is_left_alone(change: str) -> None:
     before = vars(layer).get("forward")
     Deferral().attach([layer])
     assert vars(layer).get("forward") is before
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_is_computed_has_its_gradient_at_once(
+    change: Callable[[nn.Module], nn.Module],
+) -> None:
+    torch.manual_seed(1)
+    plain = change(nn.Linear(4, 4).double())
+    model = copy.deepcopy(plain)
+    deferral = Deferral()
+    deferral.attach([model])
+    plain(_given()).square().sum().backward()
+    with deferral.put_off() as queue:
+        model(_given()).square().sum().backward()
+    assert not queue
+    for name, gradient in _gradients(plain).items():
+        found = _gradients(model)[name]
+        assert gradient is not None
+        assert found is not None
+        assert torch.equal(found, gradient)

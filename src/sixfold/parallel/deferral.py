@@ -70,7 +70,9 @@ class Deferral:
 def _deferring(deferral: Deferral) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
     def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if input.dim() < 2 or not (torch.is_grad_enabled() and weight.requires_grad):
+        # A weight that is computed (weight_norm, spectral_norm) is no leaf: its gradient goes on at once.
+        is_leaf = isinstance(weight, nn.Parameter) and weight.requires_grad
+        if input.dim() < 2 or not (torch.is_grad_enabled() and is_leaf):
             return F.linear(input, weight, bias)
         output: torch.Tensor = _Linear.apply(input, weight, bias, deferral)  # type: ignore[no-untyped-call]
         return output
