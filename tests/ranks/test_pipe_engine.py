@@ -39,6 +39,16 @@ def test_the_written_out_loop_names_train_step(call: str) -> None:
 
 
 @pytest.mark.ranks(2)
+def test_different_batches_within_a_pipeline_are_refused() -> None:
+    case = pipes.Case()
+    engine = pipes.engine_of(case)
+    with pytest.raises(ModelError, match="different batches") as caught:
+        engine.train_step(pipes.batch_of(case, engine.mesh.rank))
+    assert "rank=engine.data_rank" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
 def test_rank_0_has_the_first_weights_whatever_the_others_drew() -> None:
     rank = torch.distributed.get_rank()
     case = pipes.Case(model="tied-decoder")

@@ -4,7 +4,7 @@ Driven by the engine, for a whole step at once or one instruction at a time. It 
 and owns no state but the losses of the step under way.
 """
 
-from sixfold.pipeline.batch import Batch, fields_of, num_samples, split, tensors_of, to_device
+from sixfold.pipeline.batch import Batch, checksum, fields_of, num_samples, split, tensors_of, to_device
 from sixfold.pipeline.loss import Counts, LossForm, Share
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
@@ -24,6 +24,7 @@ __all__ = [
     "Transfers",
     "Work",
     "WrittenOut",
+    "checksum",
     "fields_of",
     "num_samples",
     "split",

@@ -73,7 +73,8 @@ class Player:
         A written-out step under way is left as it is, so that one may evaluate in its middle.
 
         Raises:
-            ModelError: a micro-batch's loss is a mean over samples that have unequally many targets;
+            ModelError: ranks of a pipeline have different batches; or a micro-batch's loss is a mean over
+                samples that have unequally many targets;
                 every rank raises, those without a micro-batch too.
         """
         outer, self._step = self._step, Step(work, work.counts)
@@ -206,11 +207,20 @@ class Player:
             sum(float(value) for value in step.losses),
             sum(float(value) for value in step.weights),
             float(step.has_means),
+            step.work.difference,
             *step.counts.numbers(),
         )
 
         def result() -> StepResult:
-            loss, weight, has_means, *numbers = sums()
+            loss, weight, has_means, difference, *numbers = sums()
+            if difference:
+                raise ModelError(
+                    "ranks of one pipeline that were given different batches",
+                    rule="all stages of a pipeline see the same batch; which part of the global one it is "
+                    "says engine.data_rank of engine.data_ranks, not the rank",
+                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+                )
             counts = Counts(*numbers)
             if has_means:
                 counts.refuse_ragged()
