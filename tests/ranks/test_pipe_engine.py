@@ -15,6 +15,7 @@ from torch import nn
 import sixfold
 from sixfold.base.errors import ModelError, StateError
 from sixfold.models.decoder import Decoder
+from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
 from sixfold.testing import Pool
 from tests.ranks import pipes, plain
@@ -202,6 +203,24 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
 
     for alone, cut in zip(trained(), trained(pipe=2), strict=True):
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
+
+
+@pytest.mark.ranks(2)
+def test_over_the_network_an_activation_is_let_go_with_its_gradient() -> None:
+    engine = pipes.engine_of(pipes.Case(), transport="network")
+    transfers, kind = Transfers(engine.mesh, lambda stage: stage), ("any",)
+    if engine.mesh.pipe_rank == 0:
+        sent = torch.ones(3, requires_grad=True)
+        transfers.send_activation(0, 0, kind, sent)
+        (gradient,) = transfers.take_gradient(0, 0, transfers.receive_gradient(0, [sent]))
+        assert torch.equal(gradient, torch.full((3,), 2.0))
+        assert transfers.num_held == 0
+    else:
+        taken = transfers.take_activation(1, transfers.receive_activation(1, kind))
+        (2 * taken.value).sum().backward()
+        transfers.send_gradient(1, 0, taken.gradients())
+    transfers.finish()
+    engine.close()
 
 
 class Peeping(nn.Linear):

@@ -95,7 +95,7 @@ class Passes:
 
     def _send_activation(self, step: Step, instruction: Instruction) -> None:
         stage, micro = place = _place(instruction)
-        self._between.send_activation(stage, step.work.kinds[micro], step.outputs[place])
+        self._between.send_activation(stage, micro, step.work.kinds[micro], step.outputs[place])
         if not torch.is_grad_enabled():
             del step.outputs[place]
 
@@ -106,7 +106,7 @@ class Passes:
 
     def _send_gradient(self, step: Step, instruction: Instruction) -> None:
         place = _place(instruction)
-        self._between.send_gradient(place[0], step.inputs.pop(place).gradients())
+        self._between.send_gradient(*place, step.inputs.pop(place).gradients())
 
     def _receive_gradient(self, step: Step, instruction: Instruction) -> None:
         stage, micro = place = _place(instruction)
@@ -151,7 +151,7 @@ class Passes:
         else:
             gradients = step.gradients.pop(place, [])
             if message := step.messages.pop((Op.RECEIVE_GRADIENT, *place), None):
-                gradients = self._between.take_gradient(stage, message)
+                gradients = self._between.take_gradient(stage, micro, message)
                 step.ready = time.monotonic()
             roots = _learning(step.outputs.pop(place))
         if roots:

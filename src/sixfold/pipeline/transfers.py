@@ -21,6 +21,10 @@ Kind = tuple[Any, ...]
 """What the shapes of a stage's output depend on: those of its micro-batch, and whether it learns."""
 
 
+Way = tuple[int, int, int]
+"""What is sent: from stage, to stage, micro-batch."""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One tensor of a message.
@@ -199,29 +203,30 @@ class Transfers:
         self._inboxes: dict[int, _Inbox] = {}
         self._sent_forms: dict[tuple[int, Kind], Form] = {}
         self._told_forms: dict[tuple[int, Kind], Form] = {}
-        self._sent: deque[tuple[Pending, torch.Tensor]] = deque()
+        self._sent: dict[Way, list[tuple[Pending, torch.Tensor]]] = {}
 
     def is_local(self, stage: int, other: int) -> bool:
         """Whether two stages are on one rank."""
         return self._rank_of(stage) == self._rank_of(other)
 
-    def send_activation(self, stage: int, kind: Kind, value: Any) -> None:
+    def send_activation(self, stage: int, micro: int, kind: Kind, value: Any) -> None:
         """Start to send what `stage` has computed to the next one.
 
         Raises:
             ModelError: micro-batches of one kind gave outputs of two forms.
         """
         form, tensors = form_of(value)
+        way = stage, stage + 1, micro
         known = self._sent_forms.setdefault((stage, kind), form)
         if known is form:
-            self._tell(stage + 1, form.text())
+            self._tell(way, form.text())
         elif known != form:
             raise ModelError(
                 f"stage {stage} has computed {form.leaves} from a micro-batch whose like gave {known.leaves}",
                 rule="what stages hand on has a shape that follows from the shapes of the micro-batch",
                 fix="pad to one shape inside the model, or cut it elsewhere with layout.balance",
             )
-        self._send(stage + 1, tensors)
+        self._send(way, tensors)
 
     def receive_activation(self, stage: int, kind: Kind) -> Message:
         """Start to receive what the stage before `stage` sends."""
@@ -233,23 +238,32 @@ class Transfers:
         assert message.form is not None, "it has arrived"
         return received(message.form, tensors)
 
-    def send_gradient(self, stage: int, gradients: Sequence[torch.Tensor]) -> None:
+    def send_gradient(self, stage: int, micro: int, gradients: Sequence[torch.Tensor]) -> None:
         """Start to send gradients of the input of `stage`, one for each tensor of it that learns."""
-        self._send(stage - 1, gradients)
+        self._send((stage, stage - 1, micro), gradients)
 
     def receive_gradient(self, stage: int, outputs: Sequence[torch.Tensor]) -> Message:
         """Start to receive the gradients of `outputs`, what a stage has sent on and learns."""
         form = Form(None, tuple(map(Leaf.of, outputs)))
         return self._inbox(stage + 1).expect(Message(form=form))
 
-    def take_gradient(self, stage: int, message: Message) -> list[torch.Tensor]:
-        """Wait for them."""
-        return self._inbox(stage + 1).take(message)
+    def take_gradient(self, stage: int, micro: int, message: Message) -> list[torch.Tensor]:
+        """Wait for them. What they are the gradients of has arrived then, and is let go: gloo says of a send
+        that it has left only to who waits for it."""
+        tensors = self._inbox(stage + 1).take(message)
+        if tensors:
+            self._let_go((stage, stage + 1, micro))
+        return tensors
+
+    @property
+    def num_held(self) -> int:
+        """Messages that were sent and are kept until they have left."""
+        return len(self._sent)
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        for way in list(self._sent):
+            self._let_go(way)
 
     def _link(self, stage: int) -> Link:
         return self._mesh.link(self._rank_of(stage))
@@ -262,14 +276,21 @@ class Transfers:
             )
         return self._inboxes[rank]
 
-    def _send(self, stage: int, tensors: Sequence[torch.Tensor]) -> None:
+    def _send(self, way: Way, tensors: Sequence[torch.Tensor]) -> None:
+        _, stage, _ = way
         for tensor in tensors:
             out = tensor.detach().contiguous()
-            self._sent.append((self._link(stage).send(out), out))
+            self._sent.setdefault(way, []).append((self._link(stage).send(out), out))
         # Not waited for: a receiver that does not know a form yet takes a message later than it stands.
-        while self._sent and self._sent[0][0].has_arrived():
-            self._sent.popleft()[0].wait()
+        for sent in list(self._sent):
+            if not all(pending.has_arrived() for pending, _ in self._sent[sent]):
+                break
+            self._let_go(sent)
 
-    def _tell(self, stage: int, text: str) -> None:
+    def _let_go(self, way: Way) -> None:
+        for pending, _ in self._sent.pop(way, ()):
+            pending.wait()
+
+    def _tell(self, way: Way, text: str) -> None:
         words = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._mesh.device)
-        self._send(stage, [torch.tensor([words.numel()], device=self._mesh.device), words])
+        self._send(way, [torch.tensor([words.numel()], device=self._mesh.device), words])
