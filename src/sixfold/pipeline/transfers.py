@@ -71,8 +71,8 @@ class Received:
     """What a stage takes up.
 
     Args:
-        value: nested tensors, those that learn each a leaf of a graph of its own.
-        learning: these, in order.
+        value: nested tensors.
+        learning: leaves of a graph of its own that those of `value` that learn come from, in order.
     """
 
     value: Any = None
@@ -94,7 +94,26 @@ def received(form: Form, tensors: Sequence[torch.Tensor]) -> Received:
     """What a stage takes up of `tensors`, which have come from another stage."""
     pairs = zip(form.leaves, tensors, strict=True)
     leaves = [tensor.detach().requires_grad_(leaf.learns) for leaf, tensor in pairs]
-    return Received(_nest(form.tree, leaves), tuple(leaf for leaf in leaves if leaf.requires_grad))
+    given = [_alias(leaf) if leaf.requires_grad else leaf for leaf in leaves]
+    return Received(_nest(form.tree, given), tuple(leaf for leaf in leaves if leaf.requires_grad))
+
+
+def _alias(leaf: torch.Tensor) -> torch.Tensor:
+    alias: torch.Tensor = _Alias.apply(leaf)  # type: ignore[no-untyped-call]
+    return alias
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory as no leaf, so that a stage may change it in place, which torch refuses for leaves and
+    their views."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
