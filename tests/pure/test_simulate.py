@@ -240,6 +240,8 @@ def test_the_text_fits_one_screen() -> None:
     text = str(timed("1f1b", 2, 3, StageCosts(activation_bytes=1024)))
     assert text.splitlines()[0] == "makespan 12 s, ideal 9 s, bubble 3 s"
     assert text.splitlines()[1].startswith("rank 0: busy 9 s, idle 3 s, peak 2")
+    # Costs without memory say nothing of it.
+    assert "peak" not in str(timed("1f1b", 2, 3))
 
 
 def test_the_trace_is_one_for_chrome() -> None:

@@ -50,14 +50,22 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:
-        _write(timeline, html_page({"predicted": predicted}, "One update, predicted"))
+        _write(
+            timeline,
+            html_page(
+                {"predicted": predicted}, "One update, predicted: computation alone, transfers take no time"
+            ),
+        )
     if as_json:
         print_json(_facts(str(plans[0].geometry), memories, predicted))
         return EXIT_DONE
     typer.echo(plans[0])
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
-    typer.echo(f"update      {duration_text(predicted.makespan)} of computation and waiting, predicted")
+    typer.echo(
+        f"update      {duration_text(predicted.makespan)} predicted, of computation alone: "
+        "transfers, sums and memory are not in it"
+    )
     typer.echo(str(predicted))
     return EXIT_DONE
 

@@ -106,7 +106,7 @@ class Timeline:
     def __str__(self) -> str:
         lines = [f"makespan {self.makespan:.6g} s, ideal {self.ideal:.6g} s, bubble {self.bubble:.6g} s"]
         for rank in range(self.num_ranks):
-            memory = f", peak {bytes_text(self.peak_bytes[rank])}" if self.peak_bytes else ""
+            memory = f", peak {bytes_text(self.peak_bytes[rank])}" if any(self.peak_bytes) else ""
             lines.append(f"rank {rank}: busy {self.busy(rank):.6g} s, idle {self.idle(rank):.6g} s{memory}")
         return "\n".join(lines)
 
