@@ -295,7 +295,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "layout.pipe": ({}, 3, lambda bench, changes: stages_text(bench, changes)),
     "layout.schedule": ({"layout.pipe": 2}, "gpipe", lambda bench, changes: programs(bench, changes)),
     "layout.virtual_stages": (
-        {"layout.pipe": 2, "layout.schedule": "interleaved"},
+        {"layout.pipe": 2, "layout.schedule": "breadth-first"},
         2,
         lambda bench, changes: stages_text(bench, changes),
     ),

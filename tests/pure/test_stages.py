@@ -75,6 +75,7 @@ def test_too_few_blocks_are_refused() -> None:
         ({"schedule": "gpipe"}, "set layout.pipe to the number"),
         ({"balance": [2, 2], "virtual_stages": 2}, "layout.virtual_stages and layout.balance"),
         ({"pipe": 2, "virtual_stages": 2}, "interleaved"),
+        ({"pipe": 2, "schedule": "interleaved"}, "layout.virtual_stages"),
         ({"pipe": 2, "schedule": "zero-bubble-v", "virtual_stages": 3}, "2 stage"),
         ({"pipe": 2, "balance": [1, 2, 3]}, "give 2 numbers"),
         ({"pipe": 2, "schedule": "zero-bubble-h1", "compile": "inductor"}, "1f1b"),

@@ -378,6 +378,16 @@ def _schedule_has_its_stages(virtual: int | None, schedule: str | None) -> Verdi
     )
 
 
+@_rule("layout.virtual_stages", "layout.schedule")
+def _interleaving_says_how_many(virtual: int | None, schedule: str | None) -> Verdict:
+    if schedule != "interleaved" or virtual is not None:
+        return None
+    return (
+        'layout.schedule = "interleaved" has as many stages on each rank as layout.virtual_stages says',
+        "set layout.virtual_stages = 2, or leave layout.schedule unset",
+    )
+
+
 @_rule("layout.balance", "layout.pipe", "layout.virtual_stages", "layout.schedule")
 def _one_number_a_stage(
     balance: tuple[int, ...] | None, pipe: int, virtual: int | None, schedule: str | None
