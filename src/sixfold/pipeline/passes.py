@@ -89,9 +89,11 @@ class Passes:
             step.shares[micro] = result
             step.count(result)
             return
-        step.outputs[place] = result
-        if self._between.is_local(stage, stage + 1):
+        is_local = self._between.is_local(stage, stage + 1)
+        if is_local:
             step.inputs[stage + 1, micro] = received(*form_of(result))
+        if torch.is_grad_enabled() or not is_local:  # the backward starts from it, or it is sent
+            step.outputs[place] = result
 
     def _send_activation(self, step: Step, instruction: Instruction) -> None:
         stage, micro = place = _place(instruction)
