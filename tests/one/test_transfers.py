@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sixfold.base.errors import ModelError
 from sixfold.pipeline.loss import Counts
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.step import Step, Work
@@ -33,3 +35,12 @@ def test_an_output_for_the_same_rank_is_kept_for_a_backward_only(learns: bool) -
         passes.forward(step, Instruction(Op.FORWARD, 0, 0))
     assert len(step.outputs) == int(learns)
     assert torch.equal(step.inputs[1, 0].value, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [namedtuple("Pair", "x y")(torch.ones(1), torch.ones(1)), OrderedDict(x=torch.ones(1)), "text"],
+)
+def test_types_that_would_come_out_as_others_are_refused(value: Any) -> None:
+    with pytest.raises(ModelError, match=f"ends with a {type(value).__name__}"):
+        form_of(value)

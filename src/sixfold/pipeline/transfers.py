@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,15 +120,17 @@ def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return len(tensors) - 1
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+    # Of these types alone: what is derived from them (named tuples, ModelOutput) would come out as they are.
+    if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: _flatten(each, tensors) for key, each in value.items()}}
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         return {type(value).__name__: [_flatten(each, tensors) for each in value]}
     if value is None:
         return None
     raise ModelError(
         f"a stage that ends with a {type(value).__name__}",
-        rule="stages hand on tensors, in tuples, lists and dictionaries with text keys",
+        rule="stages hand on tensors, in tuples, lists and dictionaries with text keys, not in types derived "
+        "from those",
         fix="return tensors from the block at which the model is cut, or cut elsewhere with layout.balance",
     )
 
