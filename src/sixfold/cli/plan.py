@@ -50,12 +50,7 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:
-        _write(
-            timeline,
-            html_page(
-                {"predicted": predicted}, "One update, predicted: computation alone, transfers take no time"
-            ),
-        )
+        _write(timeline, html_page({"predicted": predicted}, "One update, computation alone, predicted"))
     if as_json:
         print_json(_facts(str(plans[0].geometry), memories, predicted))
         return EXIT_DONE

@@ -18,7 +18,7 @@ from torch import nn
 
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
-from sixfold.mesh import Mesh, Streams
+from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.parallel import DTYPES, Stage
 from sixfold.pipeline import (
     Batch,
@@ -214,7 +214,7 @@ class Playing:
             num_served,
             num_reduces,
             cuts=bool(self._residency.parameters),
-            posts_ahead=self._mesh.is_duplex,
+            posts_ahead=is_duplex(self._mesh.device),
         )
 
     def _pass_through(self, programs: tuple[Program, ...], work: Work) -> None:
@@ -244,7 +244,7 @@ def programs_for(
         num_reduces: reductions of each stage in an update.
         cuts: whether parameters are cut. Then breadth-first, which runs many passes of a stage in a row, has
             it whole for all of them; elsewhere blocks are gathered as they run.
-        posts_ahead: whether receives may move past sends; see `Mesh.is_duplex`.
+        posts_ahead: whether receives may move past sends; see `is_duplex`.
     """
     name, num_ranks, num_virtual = layout.schedule or "1f1b", layout.pipe, layout.virtual_stages
     longest = None if cuts and name == "breadth-first" else 0

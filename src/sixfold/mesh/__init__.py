@@ -8,7 +8,7 @@ from sixfold.mesh.cut import Cut
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
-from sixfold.mesh.link import Link
+from sixfold.mesh.link import Link, is_duplex
 from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.pages import keep_pages, untouched_zeros
 from sixfold.mesh.scratch import Scratch
@@ -27,6 +27,7 @@ __all__ = [
     "Scratch",
     "Streams",
     "agree",
+    "is_duplex",
     "keep_pages",
     "key_of",
     "untouched_zeros",

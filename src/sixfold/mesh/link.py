@@ -16,6 +16,12 @@ from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 _TAG = 5
 
 
+def is_duplex(device: torch.device) -> bool:
+    """Whether what goes to a rank and what comes from it pass each other, for tensors on `device`. NCCL
+    carries both in the one order in which they are started, whatever their tags."""
+    return device.type != "cuda"
+
+
 class Link:
     """This rank and another one.
 

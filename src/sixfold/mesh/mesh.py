@@ -142,12 +142,6 @@ class Mesh:
         """The rank at another place of this rank's pipeline."""
         return self.rank + (pipe_rank - self.pipe_rank) * (self.world_size // self.pipe_ranks)
 
-    @property
-    def is_duplex(self) -> bool:
-        """Whether what goes to a rank and what comes from it pass each other. NCCL carries both in the one
-        order in which they are started, whatever their tags."""
-        return self.device.type != "cuda"
-
     def link(self, pipe_rank: int) -> Link:
         """The one way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
         if pipe_rank not in self._links:

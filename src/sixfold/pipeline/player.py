@@ -74,8 +74,7 @@ class Player:
 
         Raises:
             ModelError: ranks of a pipeline have different batches; or a micro-batch's loss is a mean over
-                samples that have unequally many targets;
-                every rank raises, those without a micro-batch too.
+                samples that have unequally many targets; every rank raises, those without a micro-batch too.
         """
         outer, self._step = self._step, Step(work, work.counts)
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sixfold.base.errors import ModelError
-from sixfold.mesh import Link, Mesh, Pending
+from sixfold.mesh import Link, Mesh, Pending, is_duplex
 
 Kind = tuple[Any, ...]
 """What the shapes of a stage's output depend on: those of its micro-batch, and whether it learns."""
@@ -272,7 +272,7 @@ class Transfers:
         """Wait for them. What they are the gradients of has arrived then, and is let go: gloo says of a send
         that it has left only to who waits for it."""
         tensors = self._inbox(stage + 1).take(message)
-        if tensors:
+        if any(tensor.numel() for tensor in tensors):
             self._let_go((stage, stage + 1, micro))
         return tensors
 
@@ -293,7 +293,7 @@ class Transfers:
         rank = self._rank_of(stage)
         if rank not in self._inboxes:
             self._inboxes[rank] = _Inbox(
-                self._link(stage), self._mesh.device, self._told_forms, waits=not self._mesh.is_duplex
+                self._link(stage), self._mesh.device, self._told_forms, waits=not is_duplex(self._mesh.device)
             )
         return self._inboxes[rank]
 

@@ -174,8 +174,11 @@ def serve_rest(program: Program, num_own: int) -> Program:
 def post_ahead(program: Program) -> Program:
     """Receives one pass earlier, as a player posts them that does not block there: what is received then
     comes in beside that pass. For links whose directions are independent: where the transfers of a pair run
-    in one order, a receive that has moved past a send waits for ever. Their order
-    stays, a gradient's receive comes after its forward, and nothing between a reduction and its weight part."""
+    in one order, a receive that has moved past a send waits for ever.
+
+    Their order stays, a gradient's receive comes after its forward, and nothing between a reduction and its
+    weight part.
+    """
     ahead: list[Instruction] = []
     place = 0  # behind the last receive, or before the last pass
     for each in program.instructions:
