@@ -214,7 +214,7 @@ class Player:
             loss, weight, has_means, difference, *numbers = sums()
             if difference:
                 raise ModelError(
-                    "ranks of one pipeline that were given different batches",
+                    f"the {self._mesh.pipe_ranks} ranks of a pipeline were given different batches",
                     rule="all stages of a pipeline see the same batch; which part of the global one it is "
                     "says engine.data_rank of engine.data_ranks, not the rank",
                     fix="draw it by engine.data_rank, for example DistributedSampler(data, "
