@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from contest import run_ranks
 
 WIDTH = 1024
 CHUNK_BYTES = 4 * 2**20
@@ -255,26 +256,10 @@ def layers_of(mb: float) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks and gather their figures."""
-    from sixfold.testing import free_port
-
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes = ["--ranks", arguments.ranks, "--mb", arguments.mb, "--rounds", arguments.rounds]
-        command = [sys.executable, __file__, "--work", *map(str, sizes), "--folder", folder]
-        common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"LOCAL_WORLD_SIZE": str(arguments.ranks), "MASTER_PORT": str(free_port())}
-        ranks = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(arguments.ranks)
-        ]
-        output = ranks[0].communicate()[0]
-        if any(rank.wait() for rank in ranks):
-            raise SystemExit("a rank failed; its error stands above")
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        command = [__file__, "--work", *map(str, sizes), "--folder", folder]
+        result: dict[str, Any] = run_ranks(command, arguments.ranks)
     return {**result, "num_bytes": layers_of(arguments.mb) * WIDTH * WIDTH * 4 * KEYS}
 
 

@@ -83,6 +83,36 @@ class RankError(Exception):
     """Ranks that ended early or never answered, with the last line of their error output."""
 
 
+def places(num_ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank of a job, as torch's launcher sets it; one thread each."""
+    from sixfold.testing import free_port
+
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+def run_ranks(command: Sequence[str], num_ranks: int) -> Any:
+    """Run one job to its end; what its first rank printed last, read as JSON.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    ranks = [
+        subprocess.Popen([sys.executable, *command], env=place, stdout=subprocess.PIPE, text=True)
+        for place in places(num_ranks)
+    ]
+    told = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a rank failed; its error stands above")
+    return json.loads(told[0].splitlines()[-1])
+
+
 class Ranks:
     """Processes of one job that answer with JSON, one line each, and may be told lines of text.
 
@@ -100,24 +130,14 @@ class Ranks:
         environment: Mapping[str, str] | None = None,
         shows_errors: bool = True,
     ) -> None:
-        from sixfold.testing import free_port
-
-        common = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            **(environment or {}),
-        }
         self._logs: list[IO[bytes] | None] = []
         self.processes: list[subprocess.Popen[bytes]] = []
-        for rank in range(num_ranks):
+        for rank, place in enumerate(places(num_ranks)):
             self._logs.append(None if shows_errors else tempfile.TemporaryFile())  # noqa: SIM115 (lives as long as the rank)
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, *command],
-                    env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=place | (environment or {}),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._logs[rank],

@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from contest import run_ranks
 
 HOST, NETWORK = "host", "network"
 TYPES = ("float32", "bfloat16")
@@ -134,24 +135,8 @@ def main() -> None:
     if args.work:
         work(json.loads(args.work))
         return
-    from sixfold.testing import free_port
-
     options = json.dumps({"rounds": args.rounds, "mb": args.mb})
-    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--work", options],
-            env=os.environ | common | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(args.ranks)
-    ]
-    told = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit("a rank failed; its error stands above")
-    medians = json.loads(told[0])
+    medians = run_ranks([__file__, "--work", options], args.ranks)
     print(json.dumps(medians) if args.json else table(medians))
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from contest import run_ranks
 
 SMOKE = (
     "data.max_mb=0.5",
@@ -187,25 +187,9 @@ def main() -> None:
     if args.work:
         work(json.loads(args.work))
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = [*args.set, *(SMOKE if args.smoke else ())]
     options = json.dumps({"rounds": args.rounds, "updates": args.updates, "set": settings})
-    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--work", options],
-            env=os.environ | common | {"MASTER_PORT": str(port), "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(args.ranks)
-    ]
-    told = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit("a rank failed; its error stands above")
-    found = figures(json.loads(told[0].splitlines()[-1]))
+    found = figures(run_ranks([__file__, "--work", options], args.ranks))
     if args.json:
         print(json.dumps(found))
         return

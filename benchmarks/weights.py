@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from contest import run_ranks
 
 WIDTH, FILES = 1024, 4
 
@@ -122,27 +122,11 @@ def layers_of(mb: float, dtype: str) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the folder, start the ranks, and gather their figures."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         num_bytes = write_folder(Path(folder), layers_of(arguments.mb, arguments.dtype), arguments.dtype)
-        command = [sys.executable, __file__, *sys.argv[1:], "--work", "--folder", folder]
-        common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"LOCAL_WORLD_SIZE": str(arguments.ranks), "MASTER_PORT": str(port)}
-        ranks = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(arguments.ranks)
-        ]
-        output = ranks[0].communicate()[0]
-        if any(rank.wait() for rank in ranks):
-            raise SystemExit("a rank failed; its error stands above")
-    return {**json.loads(output.splitlines()[-1]), "file_bytes": num_bytes}
+        command = [__file__, *sys.argv[1:], "--work", "--folder", folder]
+        result: dict[str, Any] = run_ranks(command, arguments.ranks)
+    return {**result, "file_bytes": num_bytes}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
