@@ -1,4 +1,4 @@
-"""What commands have in common in how they show things: JSON documents and progress.
+"""What commands have in common in how they show things: JSON documents, pages and progress.
 
 Used by the modules of single commands. It computes nothing.
 """
@@ -9,8 +9,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
+
+from sixfold.base.errors import DataError
 
 
 def print_json(value: object) -> None:
@@ -51,3 +54,23 @@ def _as_lines() -> Callable[[str, float], None]:
             typer.echo(f"corpus      {phase} ...", err=True)
 
     return show
+
+
+def write_page(file: Path, text: str, *, what: str, option: str) -> None:
+    """Write `text` into `file`.
+
+    Args:
+        what: the page is, for an error.
+        option: that names the file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be written: {error.strerror}",
+            rule=f"{what} is one new file",
+            fix=f"give {option} a file in a folder that can be written",
+        ) from error

@@ -11,9 +11,9 @@ from pathlib import Path
 import typer
 from torch import nn
 
-from sixfold.base.errors import EXIT_DONE, DataError
+from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, duration_text
-from sixfold.cli.output import print_json
+from sixfold.cli.output import print_json, write_page
 from sixfold.config import Config
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
@@ -50,7 +50,8 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:
-        _write(timeline, html_page({"predicted": predicted}, "One update, computation alone, predicted"))
+        drawn = html_page({"predicted": predicted}, "One update, computation alone, predicted")
+        write_page(timeline, drawn, what="a timeline", option="--timeline")
     if as_json:
         print_json(_facts(str(plans[0].geometry), memories, predicted))
         return EXIT_DONE
@@ -82,17 +83,6 @@ def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) ->
     layout = config.layout
     programs = programs_for(layout, "training", max(1, batch.num_micro(0)))
     return simulate(programs, Costs(stages))
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{file} cannot be written: {error.strerror}",
-            rule="a timeline is one new file",
-            fix="give --timeline a file in a folder that can be written",
-        ) from error
 
 
 def _num_moments(config: Config) -> int:

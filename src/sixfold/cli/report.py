@@ -10,8 +10,8 @@ from pathlib import Path
 
 import typer
 
-from sixfold.base.errors import EXIT_DONE, DataError
-from sixfold.cli.output import print_json
+from sixfold.base.errors import EXIT_DONE
+from sixfold.cli.output import print_json, write_page
 from sixfold.monitor.report.page import page
 from sixfold.monitor.report.story import read_story
 
@@ -24,14 +24,7 @@ def report(runs: Sequence[Path], *, into: Path | None, dry_run: bool, as_json: b
     file = into or (runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME))
     text = page(stories)
     if not dry_run:
-        try:
-            file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be written: {error.strerror}",
-                rule="a report is one new file",
-                fix="give --into a file in a folder that can be written",
-            ) from error
+        write_page(file, text, what="a report", option="--into")
     if as_json:
         runs_told = {str(story.folder): {**story.summary(), "spent": story.spent()} for story in stories}
         print_json({"file": None if dry_run else str(file), "runs": runs_told})
