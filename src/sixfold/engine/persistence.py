@@ -34,7 +34,7 @@ from sixfold.checkpoint.weights import Weights, are_weights
 from sixfold.config import CheckpointConfig
 from sixfold.engine.weights import matching_weights, read_weights
 from sixfold.mesh import Mesh
-from sixfold.parallel import persistent_buffers
+from sixfold.parallel import persistent_buffers, torch_type
 from sixfold.plan import Slot
 from sixfold.state import (
     Average,
@@ -45,7 +45,6 @@ from sixfold.state import (
     range_in,
     state_bytes_per_weight,
     storage_type,
-    torch_type,
     zero_between,
 )
 

@@ -13,6 +13,8 @@ from sixfold.parallel.facts import (
     dtype_name,
     module_facts,
     persistent_buffers,
+    torch_name,
+    torch_type,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
 from sixfold.parallel.pipe import ModelCut
@@ -35,4 +37,6 @@ __all__ = [
     "module_facts",
     "move_buffers",
     "persistent_buffers",
+    "torch_name",
+    "torch_type",
 ]

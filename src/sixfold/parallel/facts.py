@@ -28,7 +28,19 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Sixfold's short name of a floating type; torch's own for every other type."""
-    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    return DTYPE_NAMES.get(dtype, torch_name(dtype))
+
+
+def torch_name(dtype: torch.dtype) -> str:
+    """What torch calls a type, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_type(name: str) -> torch.dtype:
+    """Inverse of `torch_name`."""
+    kind = getattr(torch, name)
+    assert isinstance(kind, torch.dtype), f"{name} names a type"
+    return kind
 
 
 @dataclass(frozen=True)

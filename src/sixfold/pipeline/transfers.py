@@ -16,6 +16,7 @@ import torch
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Link, Mesh, Pending, is_duplex
+from sixfold.parallel import torch_name, torch_type
 
 Kind = tuple[Any, ...]
 """What the shapes of a stage's output depend on: those of its micro-batch, and whether it learns."""
@@ -41,11 +42,11 @@ class Leaf:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Leaf:
         """What is told of `tensor`."""
-        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+        return cls(tuple(tensor.shape), torch_name(tensor.dtype), tensor.requires_grad)
 
     def empty(self, device: torch.device) -> torch.Tensor:
         """A tensor like it."""
-        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device)
+        return torch.empty(self.shape, dtype=torch_type(self.dtype), device=device)
 
 
 @dataclass(frozen=True)

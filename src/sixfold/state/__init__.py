@@ -5,7 +5,7 @@ loss; the residency table decides where state lives.
 """
 
 from sixfold.state.average import Average
-from sixfold.state.catalog import Catalog, Entry, storage_type, torch_type
+from sixfold.state.catalog import Catalog, Entry, storage_type
 from sixfold.state.elementwise import elementwise_groups
 from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.foreign import take_over
@@ -30,6 +30,5 @@ __all__ = [
     "state_bytes_per_weight",
     "storage_type",
     "take_over",
-    "torch_type",
     "zero_between",
 ]

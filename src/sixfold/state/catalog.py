@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sixfold.mesh import Mesh
-from sixfold.parallel import DTYPES
+from sixfold.parallel import DTYPES, torch_name
 from sixfold.state.unit import Unit
 
 
@@ -46,13 +46,6 @@ class Entry:
     def numel(self) -> int:
         """Number of elements."""
         return torch.Size(self.shape).numel()
-
-
-def torch_type(name: str) -> torch.dtype:
-    """The type that torch has under a name such as "bfloat16"."""
-    kind = getattr(torch, name)
-    assert isinstance(kind, torch.dtype), f"{name} names a type"
-    return kind
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,6 @@ def make_catalog(names: Iterable[str], units: Sequence[Unit], mesh: Mesh) -> Cat
 def _entry(unit: Unit, place: int, rank: int) -> Entry:
     slot = unit.plan.slots[place]
     kinds = (storage_type(unit), unit.working.dtype, unit.master.dtype)
-    storage, working, master = (str(kind).removeprefix("torch.") for kind in kinds)
-    grad = str(unit.grads.dtype).removeprefix("torch.") if unit.grads is not None else ""
+    storage, working, master = map(torch_name, kinds)
+    grad = torch_name(unit.grads.dtype) if unit.grads is not None else ""
     return Entry(slot.name, slot.shape, unit.plan.trainable, slot.group, storage, working, master, grad, rank)

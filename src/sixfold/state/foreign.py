@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sixfold.mesh import Mesh
-from sixfold.parallel import Stage
+from sixfold.parallel import Stage, torch_type
 from sixfold.state.absent import ELSEWHERE, absent_class
-from sixfold.state.catalog import Catalog, torch_type
+from sixfold.state.catalog import Catalog
 
 
 def take_over(model: nn.Module, stages: Sequence[Stage], mesh: Mesh, given: Collection[str] = ()) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sixfold.base.errors import StateError
+from sixfold.parallel import torch_name, torch_type
 from sixfold.plan import Slot
 from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
@@ -148,7 +149,7 @@ class BoundOptimizer:
                 run.slots[0].name,
                 len(run.slots),
                 key,
-                str(value.dtype).removeprefix("torch."),
+                torch_name(value.dtype),
                 None if value.shape == run.tensor.shape else tuple(value.shape),
             )
             for run in self._runs
@@ -166,7 +167,7 @@ class BoundOptimizer:
             for entry in (catalog.entries[name] for name in names[place : place + count]):
                 if entry.numel:
                     whole = entry.shape if shape is None else tuple(shape)
-                    specs.setdefault(entry.name, {})[key] = (whole, getattr(torch, dtype))
+                    specs.setdefault(entry.name, {})[key] = (whole, torch_type(dtype))
         return specs
 
     def state_pieces(self) -> Iterator[StatePiece]:

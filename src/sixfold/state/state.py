@@ -19,9 +19,9 @@ from torch import nn
 
 from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
-from sixfold.parallel import Stage
+from sixfold.parallel import Stage, torch_type
 from sixfold.plan import Plan, Slot
-from sixfold.state.catalog import make_catalog, torch_type
+from sixfold.state.catalog import make_catalog
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
