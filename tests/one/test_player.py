@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sixfold.base.errors import ProgramError
+from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.program import training
 
@@ -14,7 +15,8 @@ NOTHING: Any = None
 
 
 def test_instructions_of_pipelines_are_refused_by_name() -> None:
-    player = Player(NOTHING, NOTHING, NOTHING, clip_norm=None, scaler=NOTHING)
+    passes = Passes(NOTHING, NOTHING)
+    player = Player(NOTHING, NOTHING, NOTHING, passes, clip_norm=None, scaler=NOTHING)
     for instruction in set(training("zero-bubble-h1", 2, 1, longest_window=1, shifts=True)[1].instructions):
         if instruction.op.value in ("forward", "gather", "drop", "reduce", "step", "publish"):
             continue

@@ -42,7 +42,7 @@ from sixfold.parallel import (
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import LossForm, LossScaler, Player, Transfers
+from sixfold.pipeline import LossForm, LossScaler, Passes, Player, Transfers
 from sixfold.plan import decide, decide_learning_rate, exchange_memory
 from sixfold.state import (
     ModelState,
@@ -158,16 +158,14 @@ def initialize(
         read_weights(model, state, found)
     bound = bind(made, state, asked.optimizer.ema_decay)
     scaler = LossScaler(plan.loss_scaling)
-    player = Player(
+    passes = Passes(
         state,
-        bound,
-        mesh,
-        clip_norm=asked.optimizer.clip_norm,
-        scaler=scaler,
+        scaler,
         last_stage=cut.plan.last if cut.plan else 0,
         transfers=Transfers(mesh, cut.plan.rank_of) if cut.plan else None,
         deferral=deferral,
     )
+    player = Player(state, bound, mesh, passes, clip_norm=asked.optimizer.clip_norm, scaler=scaler)
     return Engine(
         module=model,
         resolved=resolved,

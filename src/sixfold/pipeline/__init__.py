@@ -6,6 +6,7 @@ and owns no state but the losses of the step under way.
 
 from sixfold.pipeline.batch import Batch, checksum, fields_of, num_samples, split, tensors_of, to_device
 from sixfold.pipeline.loss import Counts, LossForm, Share
+from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import StepResult, Work
@@ -18,6 +19,7 @@ __all__ = [
     "Kind",
     "LossForm",
     "LossScaler",
+    "Passes",
     "Player",
     "Share",
     "StepResult",

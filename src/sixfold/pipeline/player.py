@@ -17,13 +17,11 @@ from typing import Any
 from sixfold.base.errors import ModelError, ProgramError
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
-from sixfold.parallel import Deferral
 from sixfold.pipeline.clipping import clip_factors
 from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Step, StepResult, Work
-from sixfold.pipeline.transfers import Transfers
 from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
@@ -34,11 +32,9 @@ class Player:
     Args:
         state: whose verbs are called.
         optimizer: what `step` runs.
+        passes: perform all instructions but `step`.
         clip_norm: bound on the gradient norm of all groups that have none of their own; None for no bound.
         scaler: the factor on losses under fp16.
-        last_stage: the one that computes the loss.
-        transfers: to and from other stages; None in a pipeline of one stage.
-        deferral: where weight parts of backwards are put off to; None where they are not.
 
     Attributes:
         record: (instruction, start, stop) of all that is played, in seconds of the monotonic clock, while it
@@ -50,19 +46,17 @@ class Player:
         state: ModelState,
         optimizer: BoundOptimizer,
         mesh: Mesh,
+        passes: Passes,
         *,
         clip_norm: float | None,
         scaler: LossScaler,
-        last_stage: int = 0,
-        transfers: Transfers | None = None,
-        deferral: Deferral | None = None,
     ) -> None:
         self._state = state
         self._optimizer = optimizer
         self._mesh = mesh
         self._clip_norm = clip_norm
         self._scaler = scaler
-        self._passes = Passes(state, scaler, last_stage, transfers, deferral)
+        self._passes = passes
         self.record: list[tuple[Instruction, float, float]] | None = None
         self._step: Step | None = None
         self._perform = {**self._passes.perform, Op.STEP: self._update}
