@@ -44,6 +44,7 @@ from sixfold.parallel import (
 )
 from sixfold.pipeline import LossForm, LossScaler, Passes, Player, Transfers
 from sixfold.plan import decide, decide_learning_rate, exchange_memory
+from sixfold.program import splits_backward
 from sixfold.state import (
     ModelState,
     bind,
@@ -137,7 +138,7 @@ def initialize(
     plan = decide(asked, cut.facts_of(facts.parameters, mesh.pipe_rank), mesh.world_size, cut.plan)
     take_over(model, stages, mesh, given)
     deferral = None
-    if cut.plan is not None and (asked.layout.schedule or "").startswith("zero-bubble"):
+    if cut.plan is not None and splits_backward(asked.layout.schedule or "1f1b"):
         deferral = Deferral()
         deferral.attach(stage.module for stage in stages)
         ending.callback(deferral.remove)

@@ -35,6 +35,7 @@ from sixfold.program.schedules import (
     forward_only,
     passes,
     rehearsal,
+    splits_backward,
     stages_of,
     training,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "rehearsal",
     "results",
     "serve_rest",
+    "splits_backward",
     "stages_of",
     "training",
 ]

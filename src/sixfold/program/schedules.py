@@ -124,6 +124,12 @@ SCHEDULES: Mapping[str, Schedule] = {
 """By name; `docs/schedules.md` draws each one and names its source."""
 
 
+def splits_backward(schedule: str) -> bool:
+    """Whether a schedule puts off weight parts of backwards."""
+    stages, *_ = stages_of(schedule, 2)
+    return SCHEDULES[schedule].order(0, 2, stages, 1).queued is not None
+
+
 def stages_of(schedule: str, num_ranks: int, num_virtual: int | None = None) -> tuple[tuple[int, ...], ...]:
     """Stages of each rank, in the order in which a micro-batch passes them.
 
