@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import time
 from pathlib import Path
 
@@ -340,3 +342,32 @@ def test_a_place_is_the_users_line_before_any_other() -> None:
     assert frame is not None
     assert place_of(frame).rpartition(":")[0].endswith("test_hang_verdict.py")
     assert place_of(None) == "no Python line"
+
+
+def test_an_announcement_that_is_being_written_says_nothing_wrong(tmp_path: Path) -> None:
+    # The same cell again and again, with another content each time, read by another process meanwhile.
+    made = ring.Ring()
+    made.share(str(tmp_path / "ring"))
+    stop = mmap.mmap(-1, 1)
+    writer = os.fork()
+    if writer == 0:
+        number = 0
+        while not stop[0]:
+            number += ring._CELLS
+            made.announce(5, number, number * 7919 % 2**32)
+        os._exit(0)
+    try:
+        block = ring.opened(str(tmp_path / "ring"))
+        assert block is not None
+        end, wrong, seen = time.monotonic() + 0.3, [], set()
+        while time.monotonic() < end:
+            (number,) = ring._WORD.unpack_from(block, ring._BOARD_AT + 5 * ring._CELL_BYTES)
+            seen.add(number)
+            for each in (number, number + ring._CELLS):
+                if each and ring.differs(block, 5, each, each * 7919 % 2**32):
+                    wrong.append(each)
+    finally:
+        stop[0] = 1
+        os.waitpid(writer, 0)
+    assert len(seen) > 10
+    assert not wrong

@@ -19,8 +19,9 @@ SLOTS = 64
 _SLOT_BYTES = 256
 _TEXT_BYTES = _SLOT_BYTES - 24
 _BOARD_AT, _CELLS = 1024, 64
-_CELL = struct.Struct("<QII")  # number, which group, what is exchanged
-_HEAD_BYTES = _BOARD_AT + _CELLS * _CELL.size
+_CELL_BYTES = 16  # two words: the number; which group, and what is exchanged
+_WORD = struct.Struct("@Q")  # native, so that a word is stored in one piece
+_HEAD_BYTES = _BOARD_AT + _CELLS * _CELL_BYTES
 _SIZE = _HEAD_BYTES + SLOTS * _SLOT_BYTES
 _FACTS = struct.Struct("<Qd")  # process id, time of the last beat
 _FACTS_AT, _FIELDS_AT = 0, {"phase": (16, 48), "here": (64, 320), "end": (384, 640)}
@@ -144,8 +145,12 @@ class Ring:
 
     def announce(self, group_key: int, number: int, content_key: int) -> None:
         """Put up what is exchanged under a number of a group, for `differs` of other ranks."""
-        at = _BOARD_AT + (group_key + number) % _CELLS * _CELL.size
-        _CELL.pack_into(self._block, at, number, group_key, content_key)
+        at = _BOARD_AT + (group_key + number) % _CELLS * _CELL_BYTES
+        # A neighbour may read between any two stores, and these become visible in their order: without its
+        # number a cell says nothing, so the old content is never read under the new number.
+        _WORD.pack_into(self._block, at, 0)
+        _WORD.pack_into(self._block, at + _WORD.size, _both(group_key, content_key))
+        _WORD.pack_into(self._block, at, number)
 
     def want(self, serial: int, text: str) -> int:
         """Somebody begins to wait for it; returns its serial, a new one if so many came since that its
@@ -178,9 +183,17 @@ class Ring:
 
 def differs(block: Block, group_key: int, number: int, content_key: int) -> bool:
     """Whether the rank behind `block` has announced something else under this number of a group."""
-    at = _BOARD_AT + (group_key + number) % _CELLS * _CELL.size
-    found = _CELL.unpack_from(block, at)
-    return found[:2] == (number, group_key) and found[2] != content_key
+    at = _BOARD_AT + (group_key + number) % _CELLS * _CELL_BYTES
+    if _WORD.unpack_from(block, at)[0] != number:
+        return False
+    keys = _WORD.unpack_from(block, at + _WORD.size)[0]
+    # The number once more: the cell may have been given to a later exchange in between.
+    is_of_group = keys >> 32 == group_key and _WORD.unpack_from(block, at)[0] == number
+    return is_of_group and keys != _both(group_key, content_key)
+
+
+def _both(group_key: int, content_key: int) -> int:
+    return group_key << 32 | content_key
 
 
 def exchange_text(
