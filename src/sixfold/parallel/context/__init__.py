@@ -1,0 +1,5 @@
+"""The context axis: one sequence over several ranks, in any model that calls torch's attention.
+
+`attention.py` answers calls of attention (`calls.py`) with an exchange of heads (`heads.py`) around a ring
+(`ring.py`) over blocks (`kernels.py`, `spans.py`).
+"""
