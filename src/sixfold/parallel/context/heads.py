@@ -70,12 +70,15 @@ class Swap:
         return [torch.cat([parts[number] for parts in arrived], 1) for number in range(len(tensors))]
 
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        halves = [part.split(self.halves(place), 2) for part, place in zip(parts, self.members, strict=True)]
+        halves = [
+            torch.split(part, list(self.halves(place)), 2)
+            for part, place in zip(parts, self.members, strict=True)
+        ]
         return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], 2)
 
     def _of_members(self, whole: Tensor) -> list[Tensor]:
         firsts, seconds = zip(*(self.halves(place) for place in self.members), strict=True)
-        pieces = whole.split([*firsts, *reversed(seconds)], 2)
+        pieces = torch.split(whole, [*firsts, *reversed(seconds)], 2)
         return [torch.cat([pieces[each], pieces[-1 - each]], 2) for each in range(self.num)]
 
     def _exchange(
@@ -92,7 +95,7 @@ class Swap:
         return [
             [
                 piece.view(shape)
-                for piece, shape in zip(inwards[place].split(sizes[place]), shapes[place], strict=True)
+                for piece, shape in zip(torch.split(inwards[place], sizes[place]), shapes[place], strict=True)
             ]
             for place in self.members
         ]
@@ -100,13 +103,13 @@ class Swap:
 
 def to_heads(swap: Swap, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`Swap.to_heads`, differentiable."""
-    swapped: tuple[Tensor, ...] = _ToHeads.apply(swap, *tensors)
+    swapped: tuple[Tensor, ...] = _ToHeads.apply(swap, *tensors)  # type: ignore[no-untyped-call]
     return swapped
 
 
 def to_rows(swap: Swap, tensor: Tensor) -> Tensor:
     """`Swap.to_rows` of one tensor, differentiable."""
-    swapped: Tensor = _ToRows.apply(swap, tensor)
+    swapped: Tensor = _ToRows.apply(swap, tensor)  # type: ignore[no-untyped-call]
     return swapped
 
 

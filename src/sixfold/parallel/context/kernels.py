@@ -90,7 +90,7 @@ class Public:
         d_queries = []
         for rows, scores, block in self._scores(query, key, pair, scale):
             seen = scores.shape[-1]
-            grad = gradient[:, :, rows].unflatten(1, (heads, -1)).to(kind)
+            grad = _grouped(gradient[:, :, rows], heads).to(kind)
             weights = (scores - _finite(_grouped(log_sum[:, :, rows], heads))[..., None]).exp()
             d_value[:, :, :seen] += (weights.transpose(-1, -2) @ grad).sum(2)
             d_weights = grad @ value[:, :, None, :seen].to(kind).transpose(-1, -2)
@@ -107,7 +107,7 @@ class Public:
         for start in range(0, length, BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, length))
             seen = min(rows.stop, key.shape[2]) if pair.is_causal else key.shape[2]
-            block = query[:, :, rows].unflatten(1, (key.shape[1], -1))
+            block = _grouped(query[:, :, rows], key.shape[1])
             scores = (block @ key[:, :, None, :seen].transpose(-1, -2)).to(kind) * scale
             if pair.mask is not None:
                 scores = scores.masked_fill(~pair.mask[:, :, None, rows, :seen], float("-inf"))
@@ -164,7 +164,8 @@ def _finite(log_sum: Tensor) -> Tensor:
 
 
 def _grouped(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(1, (heads, -1))
+    """[batch, kv_heads * group, ...] as [batch, kv_heads, group, ...]."""
+    return rows.view(rows.shape[0], heads, rows.shape[1] // heads, *rows.shape[2:])
 
 
 def _op(name: str) -> Any:

@@ -69,7 +69,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: 
     Args:
         query, key, value: of the rows at this rank's place in the ring, heads a multiple of kv_heads.
     """
-    output: Tensor = _RingAttention.apply(query, key, value, ring, view)
+    output: Tensor = _RingAttention.apply(query, key, value, ring, view)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -99,11 +99,12 @@ class _RingAttention(torch.autograd.Function):
         for source, held in _round(ring, key, value):
             sums = [torch.zeros_like(each, dtype=kind) for each in held]
             for pair in view.sequences.pairs(mine, ring.rows[source], is_causal=view.is_causal):
-                rows = pair.queries
+                rows, (seen_key, seen_value) = pair.queries, _rows(held, pair.keys)
                 d_rows, *d_held = kernel.backward(
                     gradient[:, :, rows],
                     query[:, :, rows],
-                    *_rows(held, pair.keys),
+                    seen_key,
+                    seen_value,
                     output[:, :, rows],
                     log_sum[:, :, rows],
                     pair,
@@ -207,5 +208,5 @@ def _packed(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _unpacked(flat: Tensor, *shapes: torch.Size) -> list[Tensor]:
-    pieces = flat.split([shape.numel() for shape in shapes])
+    pieces = torch.split(flat, [shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
