@@ -23,9 +23,10 @@ from sixfold.parallel import torch_name, torch_type
 from sixfold.plan import Slot
 from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
+from sixfold.state.flat import range_in, zero_between
 from sixfold.state.making import kind_of
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit, range_in, zero_between
+from sixfold.state.unit import Unit
 
 StatePiece: TypeAlias = tuple[str, str, int, torch.Tensor]
 """(parameter, key, first element, elements) of one rank's optimizer state; a number for a whole tensor

@@ -69,6 +69,7 @@ class ModelState:
             if self.residency.parameters:
                 unit.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
+        self._gradients = [unit.gradients for unit in self.trained if unit.gradients is not None]
         names = [name for name, _ in module.named_parameters()]
         self.catalog = make_catalog(names, self.units, mesh)
         self.foreign = Foreign(module, stages, self.catalog, buffer_sources or {}, mesh)
@@ -95,8 +96,8 @@ class ModelState:
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
-            id(parameter): (unit, index)
-            for unit in self.trained
+            id(parameter): (gradients, index)
+            for unit, gradients in zip(self.trained, self._gradients, strict=True)
             for index, parameter in enumerate(unit.parameters)
         }
 
@@ -146,11 +147,11 @@ class ModelState:
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
-        unit, index = self._places[id(parameter)]
+        gradients, index = self._places[id(parameter)]
         grad = parameter.grad
         if grad is None:
             parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
-            unit.home_grad(index)
+            gradients.home(index)
         else:
             grad.add_(gradient)
 
@@ -265,8 +266,8 @@ class ModelState:
         for unit in self.units:
             unit.check_home()
             unit.absorb_noted_edits()
-        for unit in self.trained:
-            unit.drop_grads()
+        for gradients in self._gradients:
+            gradients.drop()
         self._is_begun = True
 
     def end(self) -> None:
@@ -319,10 +320,10 @@ class ModelState:
     def grad_norms(self, num_groups: int) -> list[float]:
         """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
         squares = [0.0] * num_groups
-        for unit in self.trained:
+        for unit, gradients in zip(self.trained, self._gradients, strict=True):
             if unit.plan.is_copy:
                 continue
-            for (group, _), square in zip(unit.segments, unit.grad_squares.tolist(), strict=True):
+            for (group, _), square in zip(gradients.segments, gradients.squares.tolist(), strict=True):
                 squares[group] += square
         if self.residency.optimizer or self.mesh.pipe_ranks > 1:
             # Every rank has the squares of its slices, and some have the same ones.
@@ -343,7 +344,10 @@ class ModelState:
             if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
         ]
         mine = [
-            slot.name for unit in self.trained if not unit.local_sum.isfinite() for slot in unit.plan.slots
+            slot.name
+            for unit, gradients in zip(self.trained, self._gradients, strict=True)
+            if not gradients.local_sum.isfinite()
+            for slot in unit.plan.slots
         ]
         rows = [json.loads(text) for text in self.mesh.texts(json.dumps([sick, mine]))]
         everyones = {name for names, _ in rows for name in names}
@@ -365,10 +369,10 @@ class ModelState:
 
     def scale_grads(self, factors: Sequence[float]) -> None:
         """Multiply all reduced gradients, those of each optimizer group by its own factor."""
-        for unit in self.trained:
-            for group, part in unit.segments:
-                if factors[group] != 1.0 and unit.grads is not None:
-                    unit.grads[part].mul_(factors[group])
+        for gradients in self._gradients:
+            for group, part in gradients.segments:
+                if factors[group] != 1.0:
+                    gradients.reduced[part].mul_(factors[group])
 
     def publish(self, stage: int) -> None:
         """Bring a stage's updated state into its working parameters."""
