@@ -158,8 +158,7 @@ class ModelState:
         grad = parameter.grad
         if grad is None:
             parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
-            assert unit.gradients is not None, "frozen units have no gradients"
-            unit.gradients.home(index)
+            gradients.home(index)
         else:
             grad.add_(gradient)
 
