@@ -31,25 +31,21 @@ class Head:
 
     Args:
         name: of the module, or of the method of the model that is the head.
-        is_on: whether the axis is applied at the moment.
     """
 
     model: nn.Module
     name: str
     vocabulary: Vocabulary
-    is_on: Callable[[], bool]
     is_parted: bool = field(default=False, init=False)
 
     @classmethod
-    def find(
-        cls, model: nn.Module, cut: TensorCut, axis: Axis, is_on: Callable[[], bool]
-    ) -> Head | None:
+    def find(cls, model: nn.Module, cut: TensorCut, axis: Axis) -> Head | None:
         """The head that is cut; None where there is none."""
         found = next((layer for layer in cut.layers if layer.style.role == "scores"), None)
         if found is None:
             return None
         sizes = [layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")]
-        return cls(model, found.name, Vocabulary(axis, sizes[-1]), is_on)
+        return cls(model, found.name, Vocabulary(axis, sizes[-1]))
 
     @property
     def is_method(self) -> bool:
@@ -58,7 +54,7 @@ class Head:
 
     def leave(self, scores: Tensor) -> Tensor:
         """What the head returns."""
-        if self.is_parted:
+        if self.is_parted or scores.shape[-1] == self.vocabulary.size:
             return scores
         return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
 
@@ -76,8 +72,6 @@ class Head:
         own = getattr(type(self.model), self.name)
 
         def head(model: nn.Module, hidden: Tensor) -> Tensor:
-            if not self.is_on():
-                return own(model, hidden)  # type: ignore[no-any-return]
             return self.leave(own(model, cross(hidden, COPIED, self.vocabulary.axis)))
 
         setattr(self.model, self.name, MethodType(head, self.model))
@@ -87,7 +81,7 @@ class Head:
         own = model.loss
 
         def loss(scores: Tensor, targets: Tensor) -> Tensor:
-            if not self.is_parted:
+            if scores.shape[-1] == self.vocabulary.size:
                 return own(scores, targets)
             return losses_of(scores, targets, self.vocabulary).sum()
 
@@ -107,7 +101,7 @@ class Head:
             shift_labels: Tensor | None = None,
             **kwargs: Any,
         ) -> Tensor:
-            if not self.is_parted:
+            if logits.shape[-1] == self.vocabulary.size:
                 return own(  # type: ignore[no-any-return]
                     logits,
                     labels,
@@ -140,11 +134,12 @@ class Head:
 
         @functools.wraps(own)
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not (self.is_on() and is_inside(args, kwargs)):
+            if not is_inside(args, kwargs):
                 return own(model, *args, **kwargs)
             with self._parted():
                 output = own(model, *args, **kwargs)
-            if getattr(output, "logits", None) is not None and dataclasses.is_dataclass(output):
+            logits = getattr(output, "logits", None)
+            if logits is not None and logits.shape[-1] < self.vocabulary.size:
                 # No rank has them whole: better none than a part that looks like all.
                 return dataclasses.replace(output, logits=None)  # type: ignore[type-var]
             return output

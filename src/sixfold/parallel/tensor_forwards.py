@@ -8,7 +8,7 @@ Called by `initialize` after `tensor.py` has decided, and by `verify.py` on a ti
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -20,6 +20,7 @@ from sixfold.base.errors import ModelError
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.crossing import CLOSED, COPIED, GATHERED, OPENED, PARTED, SUMMED, Axis, Crossing, cross
 from sixfold.parallel.heads import Head
+from sixfold.parallel.styles import dim_of
 from sixfold.parallel.tensor import Layer, TensorCut
 
 Own = Callable[..., Any]
@@ -40,55 +41,34 @@ class TensorForwards:
     def __init__(self, model: nn.Module, cut: TensorCut, axis: Axis, blocks: Sequence[str] = ()) -> None:
         self._model = model
         self._axis = axis
+        self._cut = cut
         self._blocks = set(blocks)
-        self._is_on = True
         self._crossed: list[dict[tuple[int, Crossing], tuple[Tensor, Tensor]]] = []
         self._undo: list[Callable[[], None]] = []
-        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
-        self._head = Head.find(model, cut, axis, lambda: self._is_on)
-        for name, attribute, value in cut.attributes:
-            self._set(model.get_submodule(name), attribute, value)
+        self._head = Head.find(model, cut, axis)
         for layer in cut.layers:
             self._change(layer)
         if self._head is not None:
             self._undo += self._head.attach()
-        for name in sorted(self._parents(cut)):
-            self._wrap(model.get_submodule(name), self._parent(self._opens(name)))
+        for name in sorted(self._parents()):
+            self._wrap(name, self._parent(name))
         if blocks:
-            self._wrap(model.get_submodule(blocks[0]), self._first)
-            self._wrap(model.get_submodule(blocks[-1]), self._last)
-        self._put(is_on=True)
+            self._wrap(blocks[0], self._first)
+            self._wrap(blocks[-1], self._last)
 
     def remove(self) -> None:
-        """Give modules their own forwards and attributes again."""
-        self._put(is_on=False)
+        """Give modules their own forwards again."""
         while self._undo:
             self._undo.pop()()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, forwards run as those of the uncut model, on whole parameters."""
-        self._put(is_on=False)
-        try:
-            yield
-        finally:
-            self._put(is_on=True)
-
-    def _put(self, *, is_on: bool) -> None:
-        self._is_on = is_on
-        for module, name, before, now in self._attributes:
-            setattr(module, name, now if is_on else before)
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._attributes.append((module, name, getattr(module, name), value))
-
-    def _wrap(self, module: nn.Module, make: Callable[[Own], Own]) -> None:
+    def _wrap(self, name: str, make: Callable[[Own], Own]) -> None:
+        module, is_cut = self._model.get_submodule(name), self._probe(name)
         given, own = vars(module).get("forward"), own_forward(module)
         changed = make(own)
 
         @functools.wraps(own)
         def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (changed if self._is_on else own)(self_, *args, **kwargs)
+            return (changed if is_cut() else own)(self_, *args, **kwargs)
 
         module.forward = MethodType(forward, module)
 
@@ -100,17 +80,29 @@ class TensorForwards:
 
         self._undo.append(undo)
 
+    def _probe(self, name: str) -> Callable[[], bool]:
+        """Whether a module has pieces at the moment. It has whole parameters while somebody reads or edits the
+        whole model, and then runs as it did uncut."""
+        first = next(
+            each for each in self._cut.layers if each.spans and _is_beside(each.name, name)
+        )
+        layer = self._model.get_submodule(first.name)
+        dim = dim_of(first.style.shares["weight"], "weight", layer)
+        size = sum(stop - start for start, stop in first.spans)
+        assert dim is not None, "a layer that has spans is cut"
+
+        def is_cut() -> bool:
+            return bool(layer.get_parameter("weight").shape[dim] == size)
+
+        return is_cut
+
     # Layers.
 
     def _change(self, layer: Layer) -> None:
         role = layer.style.role
         if role == "none" or (role == "scores" and self._head is not None and self._head.is_method):
             return
-        module = self._model.get_submodule(layer.name)
-        if role == "vocabulary":
-            self._embed(module, layer)
-        else:
-            self._wrap(module, self._linear(layer))
+        self._wrap(layer.name, self._embedding(layer) if role == "vocabulary" else self._linear(layer))
 
     def _linear(self, layer: Layer) -> Callable[[Own], Own]:
         style, is_row = layer.style, layer.style.shares["weight"] == "in"
@@ -139,21 +131,21 @@ class TensorForwards:
 
         return make
 
-    def _embed(self, module: nn.Module, layer: Layer) -> None:
+    def _embedding(self, layer: Layer) -> Callable[[Own], Own]:
         ((start, stop),) = layer.spans
-        padding = module.padding_idx
-        if isinstance(padding, int):
-            self._set(module, "padding_idx", padding - start if start <= padding < stop else None)
 
         def make(own: Own) -> Own:
             def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
                 is_here = (ids >= start) & (ids < stop)
-                rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
+                padding = module.padding_idx
+                is_ours = isinstance(padding, int) and start <= padding < stop
+                with _put(module, {"padding_idx": padding - start if is_ours else None}):  # type: ignore[operator]
+                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
                 return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
 
             return forward
 
-        self._wrap(module, make)
+        return make
 
     def _enter(self, x: Tensor, crossing: Crossing | None) -> Tensor:
         """`x` beyond the border of a layer; what several layers of a module are given crosses once."""
@@ -185,18 +177,24 @@ class TensorForwards:
         """Whether a module gathers the sequence for all layers in it, which see its whole length."""
         return parent not in self._blocks and self._is_inside(parent)
 
-    def _parents(self, cut: TensorCut) -> set[str]:
-        entered = [layer.name.rpartition(".")[0] for layer in cut.layers if layer.style.entering == COPIED]
-        return {name for name in entered if name}
+    def _parents(self) -> set[str]:
+        entered = [
+            layer.name.rpartition(".")[0] for layer in self._cut.layers if layer.style.entering == COPIED
+        ]
+        return {name for name in (*entered, *(name for name, _, _ in self._cut.attributes)) if name}
 
-    def _parent(self, opens: bool) -> Callable[[Own], Own]:
+    def _parent(self, name: str) -> Callable[[Own], Own]:
+        opens = self._opens(name)
+        attributes = {attribute: value for of, attribute, value in self._cut.attributes if of == name}
+
         def make(own: Own) -> Own:
             def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 self._crossed.append({})
                 try:
                     if opens:
                         args, kwargs = _with_first(args, kwargs, self._open)
-                    return own(module, *args, **kwargs)
+                    with _put(module, attributes):
+                        return own(module, *args, **kwargs)
                 finally:
                     self._crossed.pop()
 
@@ -241,6 +239,25 @@ def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:
     """Some heads of keys or values [..., all heads * width]."""
     split = y.unflatten(-1, (-1, width))
     return torch.stack([split[..., head, :] for head in heads], -2).flatten(-2)
+
+
+def _is_beside(layer: str, name: str) -> bool:
+    """Whether a layer is the module `name`, lies in it, or beside it."""
+    parent = name.rpartition(".")[0]
+    return layer == name or layer.startswith(name + ".") or layer.rpartition(".")[0] == parent
+
+
+@contextmanager
+def _put(module: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, attributes have the values that fit this rank's pieces."""
+    before = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 @contextmanager
