@@ -60,5 +60,13 @@ CARDS: dict[str, AxisCard] = {
             checkpoint="every rank writes and reads the parameters of its stages; tied ones once",
             page="axes/pipe.md",
         ),
+        AxisCard(
+            name="tensor",
+            divides="matrices of layers, attention heads and the vocabulary",
+            collectives=("all-reduce", "all-gather", "reduce-scatter"),
+            changes_module=True,
+            checkpoint="every rank writes and reads its pieces; tensors in files are whole",
+            page="axes/tensor.md",
+        ),
     )
 }
