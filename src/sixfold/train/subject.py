@@ -20,7 +20,8 @@ from sixfold.config import Config
 from sixfold.data.corpus import Corpus
 from sixfold.data.stream import document_numbers, document_positions
 from sixfold.models.attention import within_documents
-from sixfold.models.decoder import Decoder, DecoderConfig, Loss, num_flops
+from sixfold.models.chunks import Loss
+from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
 from sixfold.train import adapters, hugging_face
 
 
