@@ -68,18 +68,18 @@ def test_a_sum_ends_where_its_spread_says(shard: int) -> None:
     geometry = Geometry((("pipe", 1), ("data", 4), ("context", 1), ("tensor", 1)), shard)
     rank = dist.get_rank()
     mesh = Mesh(geometry, rank, torch.device("cpu"))
-    assert (mesh.shard.num_ranks, mesh.copies.num_ranks) == (shard, 4 // shard)
-    assert (mesh.shard.place, mesh.copies.place) == (rank % shard, rank // shard)
+    assert (mesh.replicas.shard.num_ranks, mesh.replicas.copies.num_ranks) == (shard, 4 // shard)
+    assert (mesh.replicas.shard.place, mesh.replicas.copies.place) == (rank % shard, rank // shard)
     total = sum((numbers(each, 4 * SIZE, torch.float64) for each in range(4)), torch.zeros(4 * SIZE))
     whole = numbers(rank, 4 * SIZE, torch.float64)
-    mesh.sum_up(whole, ()).wait()
+    mesh.replicas.sum_up(whole, ()).wait()
     assert torch.equal(whole, total)
     cut = numbers(rank, 4 * SIZE, torch.float64)
-    mesh.sum_up(cut, ("shard",)).wait()
-    mine = mesh.shard.slice_of(cut, mesh.shard.place)
-    assert torch.equal(mine, mesh.shard.slice_of(total, mesh.shard.place))
-    mesh.spread_out(cut, ("shard",), ("shard",)).wait()  # as cut as it shall be: nothing is sent
-    mesh.spread_out(cut, ("shard",), ()).wait()
+    mesh.replicas.sum_up(cut, ("shard",)).wait()
+    mine = mesh.replicas.shard.slice_of(cut, mesh.replicas.shard.place)
+    assert torch.equal(mine, mesh.replicas.shard.slice_of(total, mesh.replicas.shard.place))
+    mesh.replicas.spread_out(cut, ("shard",), ("shard",)).wait()  # as cut as it shall be: nothing is sent
+    mesh.replicas.spread_out(cut, ("shard",), ()).wait()
     assert torch.equal(cut, total)
 
 

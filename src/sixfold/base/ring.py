@@ -189,7 +189,7 @@ def differs(block: Block, group_key: int, number: int, content_key: int) -> bool
     keys = _WORD.unpack_from(block, at + _WORD.size)[0]
     # The number once more: the cell may have been given to a later exchange in between.
     is_of_group = keys >> 32 == group_key and _WORD.unpack_from(block, at)[0] == number
-    return is_of_group and keys != _both(group_key, content_key)
+    return bool(is_of_group and keys != _both(group_key, content_key))
 
 
 def _both(group_key: int, content_key: int) -> int:

@@ -17,8 +17,21 @@ from sixfold.mesh.backend import start_copy, start_receive, start_send, start_su
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
-SLICE_TAGS, MEETING_TAGS = (1, 2), (3, 4)
-"""What keeps point-to-point sums and gathers apart, and meetings from exchanges that are under way."""
+_UPDATE = ("all", "shard", "copies", "world", "ties")
+PURPOSES = (
+    *_UPDATE,
+    *("link even", "link odd", "link round", "meetings"),
+    *("expert all", "expert shard", "expert copies"),
+    *("tensor axis", "context axis", "expert axis"),
+)
+"""What the groups and links of a rank are for, one of each at most: replicas and their two levels, everyone,
+tied weights; neighbours in a pipeline; meetings; replicas of experts; axes of the mesh."""
+
+
+def lane_of(purpose: str) -> str:
+    """What tells exchanges apart that others of the same ranks may overtake. Those of an update come in one
+    order; those inside forward and backward do not wait for them."""
+    return "" if purpose in _UPDATE else f":{purpose}"
 
 
 class Group:
@@ -30,8 +43,7 @@ class Group:
         scratch: where arriving slices are put.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
         dispatcher: what its exchanges go through; None: one of its own.
-        lane: tells groups of the same ranks apart, whose exchanges may overtake each other.
-        tags: of point-to-point sums and gathers, likewise.
+        purpose: one of PURPOSES.
     """
 
     def __init__(
@@ -42,15 +54,16 @@ class Group:
         native: dist.ProcessGroup | None,
         dispatcher: Dispatcher | None = None,
         *,
-        lane: str = "",
-        tags: tuple[int, int] = SLICE_TAGS,
+        purpose: str = "all",
     ) -> None:
         self.place = ranks.index(rank)
         self.num_ranks = len(ranks)
         # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
+        lane, number = lane_of(purpose), PURPOSES.index(purpose)
         lanes = (f"{lane}:sums", f"{lane}:gathers") if native is None else (lane, lane)
-        self._reduce_tag, self._gather_tag = tags
-        self._sums, self._gathers = (ranks_text(ranks) + lane for lane in lanes)
+        self._reduce_tag, self._gather_tag = 2 * number + 1, 2 * number + 2
+        self._everyone = ranks_text(ranks) + lane
+        self._sums, self._gathers = (ranks_text(ranks) + each for each in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
         self._scratch = scratch
@@ -156,3 +169,15 @@ class Group:
 
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]
+
+
+class World(Group):
+    """All ranks, over the network: sums and copies of whole tensors are the backend's own."""
+
+    def all_reduce(self, whole: torch.Tensor) -> Pending:
+        """Start to sum `whole`, in place: the same bits on every member."""
+        return self._dispatcher.start("all-reduce", self._everyone, whole, lambda: start_sum(whole))
+
+    def broadcast(self, tensor: torch.Tensor) -> Pending:
+        """Start to copy the first member's `tensor` into everyone's, in place."""
+        return self._dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, 0))

@@ -33,6 +33,7 @@ class HostGroup(Group):
         members: the others, in order, each with its rows.
         timeout_s: how long to wait for one of them.
         dispatcher: what its exchanges go through.
+        purpose: one of PURPOSES.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class HostGroup(Group):
         members: Sequence[tuple[Peer, Sequence[Row]]],
         timeout_s: float,
         dispatcher: Dispatcher,
+        *,
+        purpose: str = "all",
     ) -> None:
-        super().__init__(ranks, rank, scratch, None, dispatcher)
+        super().__init__(ranks, rank, scratch, None, dispatcher, purpose=purpose)
         self._shared = scratch
         others = list(zip(self._others(), members, strict=True))
         self._sum_lane, self._gather_lane = (
