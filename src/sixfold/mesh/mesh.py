@@ -342,7 +342,8 @@ class Mesh:
         return self._network_group(ranks, purpose)
 
     def _network_group(self, ranks: Sequence[int], purpose: str) -> Group:
-        kind = World if len(ranks) == self.world_size else Group
+        is_world = purpose in ("all", "world", "meetings") and 1 < len(ranks) == self.world_size
+        kind = World if is_world else Group
         return kind(
             ranks,
             self.rank,
