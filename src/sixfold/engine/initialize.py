@@ -37,6 +37,7 @@ from sixfold.parallel import (
     Deferral,
     ModelCut,
     ModuleFacts,
+    Routing,
     block_names,
     change_forwards,
     decide_axes,
@@ -195,6 +196,7 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=LossForm(model, loss_fn),
+            routing=Routing(model, mesh),
         ),
         persistence=Persistence(
             model,
