@@ -37,8 +37,12 @@ DECODER_KEYS = (
     "rope_base",
     "tie_embeddings",
     "dropout",
+    "num_experts",
 )
 """Sizes of the reference decoder, which another model brings along."""
+
+EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "balance_rate", "router_z")
+"""How tokens are shared out over the experts of the reference decoder."""
 
 _OPTIMIZER_KEYS = {
     "adamw": ("betas", "eps"),
@@ -128,6 +132,41 @@ def _belongs_to_adapters(key: str) -> None:
 
 for _key in ("lora_alpha", "lora_targets"):
     _belongs_to_adapters(_key)
+
+
+def _belongs_to_experts(key: str) -> None:
+    @_rule(f"model.{key}", "model.num_experts")
+    def check(value: object, num_experts: int | None) -> Verdict:
+        if value is None or num_experts is not None:
+            return None
+        return (
+            f"model.{key} is for a model with experts, and there are none without model.num_experts",
+            f"leave model.{key} unset, or set model.num_experts = 8",
+        )
+
+
+for _key in EXPERT_KEYS:
+    _belongs_to_experts(_key)
+
+
+@_rule("model.expert_choices", "model.num_experts")
+def _choices(choices: int | None, num_experts: int | None) -> Verdict:
+    if num_experts is None or (choices or 2) <= num_experts:
+        return None
+    return (
+        f"a token chooses {choices or 2} experts, and there are {num_experts}",
+        f"set model.expert_choices = {num_experts}",
+    )
+
+
+@_rule("model.balance_rate", "model.balance")
+def _rate_of_balance(rate: float | None, balance: str | None) -> Verdict:
+    if rate is None or balance is not None:
+        return None
+    return (
+        "model.balance_rate says how fast experts are balanced, and model.balance is unset",
+        'leave it unset, or set model.balance = "bias"',
+    )
 
 
 @_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))

@@ -100,8 +100,8 @@ def divide(batch: Batch, parts: int) -> list[Batch]:
     if parts and not lengths_of(batch):
         raise ModelError(
             f"a batch of {type(batch).__name__} without any tensor; others have {parts} micro-batches",
-            rule="under layout.expert every rank runs as many micro-batches as the others, empty ones where it "
-            "has no samples, because they send it tokens",
+            rule="under layout.expert every rank runs as many micro-batches as the others, empty ones where "
+            "it has no samples, because they send it tokens",
             fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
         )
     borders = [total * part // parts for part in range(parts + 1)]
