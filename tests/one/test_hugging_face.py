@@ -143,7 +143,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(base: Path, tmp_path: Path)
 
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         adapt(module(), asked(lora_from=str(tmp_path)), 0)
-    with pytest.raises(ModelError, match="named query; it has"):
+    with pytest.raises(ConfigError, match="named query; it has"):
         adapt(module(), asked(lora_rank=2, lora_targets=["query"]), 0)
     donor = module()
     adapt(donor, asked(lora_rank=2), 0)

@@ -69,3 +69,26 @@ def test_memory_without_the_system_files(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(hardware, "_rollup_bytes", lambda _: None)
     assert hardware.memory_bytes() == pytest.approx(hardware.resident_bytes(), rel=0.2)
     assert _peak_resident_bytes() >= 0.9 * hardware.resident_bytes()
+
+
+def test_types_are_compared_by_the_best_product_of_each_with_the_threads_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = {torch.float32: [0.9, 0.3, 0.6], torch.bfloat16: [0.2, 0.4, 0.8]}
+    asked = []
+
+    def measure(dtype: torch.dtype, shape: tuple[int, int, int], *_: object) -> list[float]:
+        asked.append((*shape, torch.get_num_threads()))
+        return seconds[dtype]
+
+    monkeypatch.setattr(hardware, "_seconds_per_product", measure)
+    before = torch.get_num_threads()
+    assert hardware.bf16_speedup(2048, 64, 128, threads=before + 1) == pytest.approx(1.5)
+    assert asked == [(2048, 64, 128, before + 1)] * 2
+    assert torch.get_num_threads() == before
+    hardware.bf16_speedup(10**6, 4096, 4096)
+    assert asked[-1][0] * 2 * 4096**2 <= 2**30
+
+
+def test_a_comparison_of_types_comes_from_real_products() -> None:
+    assert 1e-3 < hardware.bf16_speedup(64, 32, 96) < 1e3

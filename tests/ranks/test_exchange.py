@@ -125,7 +125,7 @@ def test_every_member_gets_its_part_from_every_other(carrier: str, num_ranks: in
     if carrier == "host":
         geometry = Geometry((("pipe", 1), ("data", num_ranks), ("context", 1), ("tensor", 1)), num_ranks)
         mesh = Mesh(geometry, rank, torch.device("cpu")).sharing("host", exchange_bytes=0, timeout_s=15)
-        group = mesh.shard
+        group = mesh.replicas.shard
         assert isinstance(group, HostGroup) == (num_ranks > 1)
     elif num_ranks == 1:
         group = Group([0], 0, Scratch(torch.device("cpu")), None)
@@ -152,7 +152,7 @@ def test_passing_on_in_a_ring_is_the_case_of_one_receiver(transport: str) -> Non
     for _ in range(3):
         sent, arriving, coming = [nothing] * 3, [nothing] * 3, torch.empty(4, 2)
         sent[(rank + 1) % 3], arriving[(rank - 1) % 3] = held, coming
-        pending = mesh.shard.all_to_all(sent, arriving)
+        pending = mesh.replicas.shard.all_to_all(sent, arriving)
         before = held.sum()  # what is sent may be read meanwhile
         pending.wait()
         assert before == held.sum()
@@ -171,6 +171,6 @@ def test_a_part_of_another_size_than_expected_is_told() -> None:
     if rank == 0:
         arriving[1] = torch.ones(4)
         with pytest.raises(LinkError, match="12 bytes where this rank has 16"):
-            mesh.shard.all_to_all(sent, arriving).wait()
+            mesh.replicas.shard.all_to_all(sent, arriving).wait()
     else:
-        mesh.shard.all_to_all(sent, arriving).wait()
+        mesh.replicas.shard.all_to_all(sent, arriving).wait()

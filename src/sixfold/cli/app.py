@@ -68,6 +68,7 @@ def train(
     preset: Preset = None,
     dry_run: DryRun = False,
     as_json: DryJson = False,
+    handed: Annotated[Path | None, typer.Option("--handed", parser=path, hidden=True)] = None,
 ) -> None:
     """Train a language model on text, on every rank of this machine.
 
@@ -77,7 +78,7 @@ def train(
     from sixfold.train.job import Request
 
     only_when_dry(as_json, dry_run)
-    request = Request(config, tuple(overrides or ()), resume, into, preset)
+    request = Request(config, tuple(overrides or ()), resume, into, preset, handed)
     raise typer.Exit(run_train(request, dry_run=dry_run, as_json=as_json))
 
 

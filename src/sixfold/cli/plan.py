@@ -22,7 +22,7 @@ from sixfold.monitor.hardware import peak_flops
 from sixfold.parallel import DTYPES, ModelCut, block_names, module_facts
 from sixfold.plan import Memory, decide, decide_batch, persistent_memory
 from sixfold.simulate import Costs, StageCosts, Timeline, html_page, simulate
-from sixfold.train.compute import decide_compute
+from sixfold.train.compute import measured_compute
 from sixfold.train.job import Request, resolve
 from sixfold.train.subject import build_model
 
@@ -37,10 +37,12 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
         ranks: of the run; None: as `sixfold train` would start here.
         timeline: where a page with the predicted update is written.
     """
-    config = decide_compute(resolve(request)).config
+    resolved = resolve(request)
+    config = resolved.config
     world_size = ranks or config.launch.ranks or default_ranks(None)[0]
     # The corpus is not there yet, and may offer fewer entries.
     model = build_model(config, config.data.vocab_size or DEFAULT_SIZE)
+    config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
     facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
     plans = [

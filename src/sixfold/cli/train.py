@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
 
@@ -18,13 +19,15 @@ from sixfold.config import Resolved
 from sixfold.config.schema import flat
 from sixfold.data.corpus import built_corpus, prepare
 from sixfold.data.sources import find_sources
+from sixfold.data.tokenizer import BYTES
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.compute import decide_compute
-from sixfold.train.folder import check_place, make_folder, run_to_resume
+from sixfold.train.compute import measured_compute, unmeasured_compute
+from sixfold.train.folder import CONFIG, check_place, make_folder, run_to_resume
 from sixfold.train.job import Request, resolve
 from sixfold.train.resume import stand
+from sixfold.train.subject import build_model
 
 VERIFIED_BYTES = 2**30
 """A corpus up to this size is read and compared with its checksums before ranks start: a second or less."""
@@ -50,21 +53,26 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
     decided = _check_plan(resolved, ranks * (node.num_nodes if node else 1))
     if standing is None:
         check_place(request.into, resolved.config.train.folder)
+    resolved = _decide_compute(resolved, node)
     if dry_run:
-        _show_plan(decide_compute(resolved), decided, as_json=as_json)
+        _show_plan(resolved, decided, as_json=as_json)
         return 0
     _prepare(resolved)
     if request.resume is not None:
         folder = run_to_resume(request.resume)
     else:
         folder = make_folder(request.into, resolved.config.train.folder)
-    return launch(
-        [sys.executable, "-m", "sixfold", "train", *_arguments(request, folder)],
-        ranks=ranks,
-        run_folder=folder,
-        threads=threads,
-        node=node,
-    )
+    with TemporaryDirectory(prefix="sixfold-") as scratch:
+        handed = Path(scratch) / CONFIG
+        handed.write_text(resolved.to_toml())
+        place = "--into" if request.resume is None else "--resume"
+        return launch(
+            [sys.executable, "-m", "sixfold", "train", "--handed", str(handed), place, str(folder)],
+            ranks=ranks,
+            run_folder=folder,
+            threads=threads,
+            node=node,
+        )
 
 
 def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
@@ -76,6 +84,13 @@ def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
         threads = default_threads(resolved.config.launch.ranks or 1)
         resolved = resolved.decide({"launch.threads": threads}, "the cores divided by the ranks")
     return resolved
+
+
+def _decide_compute(resolved: Resolved, node: NodePlacement | None) -> Resolved:
+    """Measure what the ranks compute in; a model that cannot be built is refused by the way."""
+    model = build_model(resolved.config, BYTES)  # no vocabulary has fewer entries
+    alone = node is None or node.num_nodes == 1
+    return measured_compute(resolved, model) if alone else unmeasured_compute(resolved)
 
 
 def _show_plan(resolved: Resolved, decided: dict[str, str], *, as_json: bool) -> None:
@@ -99,14 +114,6 @@ def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
         config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
     )
     return {"ranks": f"{world_size}: {geometry}", "residency": str(residency), "batch": str(batch)}
-
-
-def _arguments(request: Request, folder: Path) -> list[str]:
-    arguments = ["--config", str(request.config)] if request.config is not None else []
-    arguments += ["--preset", request.preset] if request.preset is not None else []
-    for override in request.overrides:
-        arguments += ["--set", override]
-    return [*arguments, "--resume" if request.resume is not None else "--into", str(folder)]
 
 
 def _prepare(resolved: Resolved) -> None:

@@ -1,7 +1,7 @@
 """What this process can do and what it holds: peak operations, bf16, memory.
 
 The start of a run asks whether bf16 pays and what full speed is; the training loop asks for memory
-with each record. Nothing here changes threads, settings or random streams.
+with each record. Nothing here leaves threads, settings or random streams other than they were.
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ PEAK_SIZE = 1024
 """Side of the square matrices: large enough that the product, not its start, takes the time."""
 
 
-def _seconds_per_product(dtype: torch.dtype, size: int, device: torch.device, budget_s: float) -> list[float]:
-    """Durations of `size` x `size` products, repeated until the budget is used; at least five."""
+_MOST_OPERATIONS = 2**30
+"""In one product that types are compared by: some milliseconds."""
+
+
+def _seconds_per_product(
+    dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device, budget_s: float
+) -> list[float]:
+    """Durations of products [rows, inner] @ [inner, columns], repeated until the budget is used; at least
+    five."""
+    rows, inner, columns = shape
     # Ones, not random numbers: no random stream is touched, and the time does not depend on values.
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    out = a @ a
+    a = torch.ones(rows, inner, dtype=dtype, device=device)
+    b = torch.ones(inner, columns, dtype=dtype, device=device)
+    out = a @ b
     durations: list[float] = []
     deadline = time.perf_counter() + budget_s
     while len(durations) < 5 or time.perf_counter() < deadline:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         start = time.perf_counter()
-        torch.mm(a, a, out=out)
+        torch.mm(a, b, out=out)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         durations.append(time.perf_counter() - start)
@@ -41,11 +50,31 @@ def peak_flops(dtype: torch.dtype, seconds: float = 0.2, device: torch.device | 
     """
     place = torch.device(device)
     size = PEAK_SIZE if place.type == "cpu" else 8 * PEAK_SIZE
-    return 2 * size**3 / min(_seconds_per_product(dtype, size, place, seconds))
+    return 2 * size**3 / min(_seconds_per_product(dtype, (size, size, size), place, seconds))
+
+
+def bf16_speedup(rows: int, inner: int, columns: int, threads: int | None = None) -> float:
+    """How many times as fast as in fp32 this processor multiplies matrices [rows, inner] and [inner, columns]
+    in bf16: the best of several products in each type, of fewer rows where they would be long.
+
+    Args:
+        threads: of the measurement; None: the current number.
+    """
+    rows = max(16, min(rows, _MOST_OPERATIONS // (2 * inner * columns)))
+    current = torch.get_num_threads()
+    torch.set_num_threads(threads or current)
+    try:
+        fp32, bf16 = (
+            min(_seconds_per_product(dtype, (rows, inner, columns), torch.device("cpu"), 0.0))
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    finally:
+        torch.set_num_threads(current)
+    return fp32 / bf16
 
 
 def fast_bf16() -> bool:
-    """Whether this processor has instructions that multiply bf16, which make it faster than fp32.
+    """Whether this processor has instructions that multiply bf16, which make it faster than fp32 on most.
 
     Read, not measured: every rank on one machine gives the same answer, however busy the machine is.
     Known of x86 processors; for others the answer is no, and who knows better sets precision.compute.

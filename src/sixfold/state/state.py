@@ -103,8 +103,8 @@ class ModelState:
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
-            id(parameter): (unit, index)
-            for unit in self.trained
+            id(parameter): (gradients, index)
+            for unit, gradients in zip(self.trained, self._gradients, strict=True)
             for index, parameter in enumerate(unit.parameters)
         }
 
@@ -154,12 +154,11 @@ class ModelState:
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
-        unit, index = self._places[id(parameter)]
+        gradients, index = self._places[id(parameter)]
         grad = parameter.grad
         if grad is None:
             parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
-            assert unit.gradients is not None, "frozen units have no gradients"
-            unit.gradients.home(index)
+            gradients.home(index)
         else:
             grad.add_(gradient)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sixfold.base.errors import CheckpointError, ModelError
+from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.config import ModelConfig
 from sixfold.models.lora import FACTORS, adapters_of, add_adapters
 
@@ -34,7 +34,7 @@ def adapt(module: nn.Module, asked: ModelConfig, seed: int) -> None:
     """Put adapters on `module` as the configuration says; fresh ones, or those of `model.lora_from`.
 
     Raises:
-        ModelError: no projection has one of the names.
+        ConfigError: no projection has one of the names.
         CheckpointError: the folder holds no adapters of this model.
     """
     if asked.lora_from is not None:
@@ -129,7 +129,7 @@ def _raise_no_target(module: nn.Module, targets: Any) -> None:
     have = sorted(
         {name.rpartition(".")[2] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     )
-    raise ModelError(
+    raise ConfigError(
         f"no projection of {type(module).__name__} is named {' or '.join(targets)}; it has {', '.join(have)}",
         rule="model.lora_targets names projections by the end of their names",
         fix=f"set model.lora_targets = {have[:2]}",

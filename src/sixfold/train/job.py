@@ -26,6 +26,7 @@ class Request:
         resume: run folder to go on with.
         into: run folder to make.
         preset: a number of parameters such as "125m", from which sizes and learning rate follow.
+        handed: what the launcher has made of all that, and decided besides; for its ranks.
     """
 
     config: Path | None = None
@@ -33,14 +34,17 @@ class Request:
     resume: Path | None = None
     into: Path | None = None
     preset: str | None = None
+    handed: Path | None = None
 
 
 def resolve(request: Request) -> Resolved:
-    """The configuration of a request: recipe, file or resumed run, overrides.
+    """The configuration of a request: recipe, file or resumed run, overrides; or as the launcher handed it.
 
     Raises:
         ConfigError: all problems at once.
     """
+    if request.handed is not None:
+        return load(request.handed).recall(request.handed.read_text(), request.handed)
     given = {"--config": request.config, "--into": request.into, "--preset": request.preset}
     other = next((option for option, value in given.items() if value is not None), None)
     if request.resume is not None and other is not None:

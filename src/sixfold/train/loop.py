@@ -31,7 +31,7 @@ from sixfold.plan import LossScaling, decide_batch
 from sixfold.train import adapters, job
 from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.completion import Sampling, continuations
-from sixfold.train.compute import decide_compute
+from sixfold.train.compute import unmeasured_compute
 from sixfold.train.facts import facts_of
 from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
@@ -51,7 +51,7 @@ def train(request: job.Request, session: Session) -> None:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
     with Console(sys.stdout) as console:
-        resolved = _note_launch(decide_compute(job.resolve(request)))
+        resolved = _note_launch(unmeasured_compute(job.resolve(request)))
         standing = stand(request.resume, resolved) if request.resume is not None else None
         if standing is not None and standing.is_complete:
             if session.rank == 0:
