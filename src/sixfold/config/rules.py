@@ -41,7 +41,7 @@ DECODER_KEYS = (
 )
 """Sizes of the reference decoder, which another model brings along."""
 
-EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "balance_rate", "router_z")
+EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "router_z")
 """How tokens are shared out over the experts of the reference decoder."""
 
 _OPTIMIZER_KEYS = {
@@ -119,34 +119,27 @@ def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
     return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
 
 
-def _belongs_to_adapters(key: str) -> None:
-    @_rule(f"model.{key}", "model.lora_rank")
-    def check(value: object, rank: int | None) -> Verdict:
-        if value is None or rank is not None:
+_NEEDED = {
+    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", "8")),
+    **dict.fromkeys(EXPERT_KEYS, ("num_experts", "8")),
+    "balance_rate": ("balance", '"bias"'),
+}
+"""Settings of the model that say more of another one, and a value of that."""
+
+
+def _says_more(key: str, other: str, value: str) -> None:
+    @_rule(f"model.{key}", f"model.{other}")
+    def check(more: object, first: object) -> Verdict:
+        if more is None or first is not None:
             return None
         return (
-            f"model.{key} says how fresh adapters are made, and there are none without model.lora_rank",
-            f"leave model.{key} unset, or set model.lora_rank = 8",
+            f"model.{key} says more of model.{other}, which is unset",
+            f"leave model.{key} unset, or set model.{other} = {value}",
         )
 
 
-for _key in ("lora_alpha", "lora_targets"):
-    _belongs_to_adapters(_key)
-
-
-def _belongs_to_experts(key: str) -> None:
-    @_rule(f"model.{key}", "model.num_experts")
-    def check(value: object, num_experts: int | None) -> Verdict:
-        if value is None or num_experts is not None:
-            return None
-        return (
-            f"model.{key} is for a model with experts, and there are none without model.num_experts",
-            f"leave model.{key} unset, or set model.num_experts = 8",
-        )
-
-
-for _key in EXPERT_KEYS:
-    _belongs_to_experts(_key)
+for _key, (_other, _value) in _NEEDED.items():
+    _says_more(_key, _other, _value)
 
 
 @_rule("model.expert_choices", "model.num_experts")
@@ -156,16 +149,6 @@ def _choices(choices: int | None, num_experts: int | None) -> Verdict:
     return (
         f"a token chooses {choices or 2} experts, and there are {num_experts}",
         f"set model.expert_choices = {num_experts}",
-    )
-
-
-@_rule("model.balance_rate", "model.balance")
-def _rate_of_balance(rate: float | None, balance: str | None) -> Verdict:
-    if rate is None or balance is not None:
-        return None
-    return (
-        "model.balance_rate says how fast experts are balanced, and model.balance is unset",
-        'leave it unset, or set model.balance = "bias"',
     )
 
 
