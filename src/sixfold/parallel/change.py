@@ -17,6 +17,7 @@ from sixfold.plan import Geometry, Place
 
 Remove: TypeAlias = Callable[[], object]
 
+
 @dataclass(frozen=True)
 class AxisChange:
     """What an axis makes of a model on one rank.

@@ -44,7 +44,9 @@ class Head:
         found = next((layer for layer in cut.layers if layer.style.role == "scores"), None)
         if found is None:
             return None
-        sizes = [layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")]
+        sizes = [
+            layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")
+        ]
         return cls(model, found.name, Vocabulary(axis, sizes[-1]))
 
     @property

@@ -99,7 +99,15 @@ HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_width", "head_size", "qk
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
 """And how many they have, where their forwards read that."""
 KEY_COUNTS = ("num_key_value_heads", "num_kv_heads")
-WIDTHS = ("all_head_size", "embed_dim", "inner_dim", "split_size", "hidden_size", "attention_hidden_size", "dim")
+WIDTHS = (
+    "all_head_size",
+    "embed_dim",
+    "inner_dim",
+    "split_size",
+    "hidden_size",
+    "attention_hidden_size",
+    "dim",
+)
 """Attributes that may count the columns of all heads."""
 GROUPS = ("num_key_value_groups",)
 """Query heads for each head of keys, which changes where the latter are not cut evenly."""

@@ -160,7 +160,9 @@ class _Cutting:
                 f"{name} is a {type(module).__name__}", "only linear layers and embeddings are cut"
             )
         if style.role == "vocabulary" and getattr(module, "max_norm", None) is not None:
-            raise self._refused(f"{name} has max_norm", "an embedding that is cut leaves its rows as they are")
+            raise self._refused(
+                f"{name} has max_norm", "an embedding that is cut leaves its rows as they are"
+            )
         size = int(module.weight.shape[dims[share]])  # type: ignore[union-attr,index,arg-type]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
@@ -226,7 +228,9 @@ class _Cutting:
                 made = self._place(layer, share, dim_of(share, key, module), tuple(parameter.shape))
                 name = first[parameter]
                 if made is not None and found.setdefault(name, made) != made:
-                    raise self._refused(f"{layer.name}.{key} is {name}, cut otherwise", "a tied weight is cut once")
+                    raise self._refused(
+                        f"{layer.name}.{key} is {name}, cut otherwise", "a tied weight is cut once"
+                    )
         return found
 
     def _place(self, layer: Layer, share: Share, dim: int | None, shape: tuple[int, ...]) -> Place | None:

@@ -83,9 +83,7 @@ class TensorForwards:
     def _probe(self, name: str) -> Callable[[], bool]:
         """Whether a module has pieces at the moment. It has whole parameters while somebody reads or edits the
         whole model, and then runs as it did uncut."""
-        first = next(
-            each for each in self._cut.layers if each.spans and _is_beside(each.name, name)
-        )
+        first = next(each for each in self._cut.layers if each.spans and _is_beside(each.name, name))
         layer = self._model.get_submodule(first.name)
         dim = dim_of(first.style.shares["weight"], "weight", layer)
         size = sum(stop - start for start, stop in first.spans)

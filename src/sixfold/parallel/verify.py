@@ -122,7 +122,10 @@ def difference(
     except Exception as error:
         return f"it does not run on its own: {_short(error)}"
     try:
-        cuts = [in_sequence(decide_tensor(model, rules, num_ranks, place), model, blocks) for place in range(num_ranks)]
+        cuts = [
+            in_sequence(decide_tensor(model, rules, num_ranks, place), model, blocks)
+            for place in range(num_ranks)
+        ]
     except SixfoldError as error:
         return error.given
     results = _on_threads(num_ranks, lambda axis: _trial(model, cuts[axis.place], inputs, axis, blocks))
@@ -138,7 +141,8 @@ def difference(
     for name, gradient in expected[1].items():
         try:
             found = put_together(
-                [(grads[name], cut.places.get(name)) for (_, grads), cut in zip(results, cuts, strict=True)], "tensor"
+                [(grads[name], cut.places.get(name)) for (_, grads), cut in zip(results, cuts, strict=True)],
+                "tensor",
             )
         except ValueError as error:
             return f"{name} {error}"
