@@ -3,8 +3,11 @@
 The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
-from sixfold.parallel.axes import AxisChange, decide_axes
+from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.change import AxisChange
+from sixfold.parallel.chunked_loss import chunk_loss
+from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, num_rows
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
@@ -19,26 +22,33 @@ from sixfold.parallel.facts import (
 )
 from sixfold.parallel.materialize import materialize, move_buffers
 from sixfold.parallel.pipe import ModelCut
+from sixfold.parallel.routing import Routing
 from sixfold.parallel.stage import Stage
 
 __all__ = [
     "BATCH_NORMS",
     "DTYPES",
     "AxisChange",
+    "ContextAttention",
     "Deferral",
     "ModelCut",
     "ModuleFacts",
     "Product",
+    "Routing",
+    "Sequences",
     "Stage",
     "block_names",
     "change_forwards",
     "check_backend",
     "check_blocks",
+    "chunk_loss",
+    "cut_rows",
     "decide_axes",
     "dtype_name",
     "materialize",
     "module_facts",
     "move_buffers",
+    "num_rows",
     "persistent_buffers",
     "torch_name",
     "torch_type",

@@ -4,11 +4,21 @@ Driven by the engine, for a whole step at once or one instruction at a time. It 
 and owns no state but the losses of the step under way.
 """
 
-from sixfold.pipeline.batch import Batch, checksum, fields_of, num_samples, split, tensors_of, to_device
+from sixfold.pipeline.batch import (
+    Batch,
+    checksum,
+    divide,
+    fields_of,
+    num_samples,
+    split,
+    tensors_of,
+    to_device,
+)
 from sixfold.pipeline.loss import Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
+from sixfold.pipeline.sequence import Piece, SequenceCut
 from sixfold.pipeline.step import StepResult, Work
 from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
@@ -20,13 +30,16 @@ __all__ = [
     "LossForm",
     "LossScaler",
     "Passes",
+    "Piece",
     "Player",
+    "SequenceCut",
     "Share",
     "StepResult",
     "Transfers",
     "Work",
     "WrittenOut",
     "checksum",
+    "divide",
     "fields_of",
     "num_samples",
     "split",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Group
+from sixfold.parallel.context.calls import Attend
 from sixfold.parallel.context.heads import Swap, to_heads, to_rows
 from sixfold.parallel.context.ring import Ring, View, ring_attention
 from sixfold.parallel.context.spans import Sequences, Span, num_rows, spans_of
@@ -27,16 +28,26 @@ class ContextAttention:
     """Attention of this rank's rows over those of all ranks.
 
     Args:
-        group: the ranks of the axis.
+        group: the ranks of the axis; None until they have met.
 
     Attributes:
         sequences: those of the micro-batch under way; None while modules run on whole sequences.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group | None = None) -> None:
+        self.met = group
         self.sequences: Sequences | None = None
         self._checked: tuple[Sequences, Tensor, bool] | None = None
+
+    @property
+    def group(self) -> Group:
+        """The ranks of the axis."""
+        assert self.met is not None, "asked when they have met"
+        return self.met
+
+    def answer(self) -> Attend | None:
+        """What answers calls of attention now; None: torch's own."""
+        return None if self.sequences is None else self
 
     @property
     def spans(self) -> tuple[Span, ...]:

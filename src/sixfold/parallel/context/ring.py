@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sixfold.mesh import Group, Pending
 from sixfold.parallel.context.kernels import kernel_for, wide
-from sixfold.parallel.context.spans import Sequences, Span, num_rows
+from sixfold.parallel.context.spans import Pair, Sequences, Span, num_rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class View:
     is_causal: bool
     scale: float
 
+    def pairs(self, query: Tensor, mine: Sequence[Span], theirs: Sequence[Span]) -> Sequence[Pair]:
+        """Where queries meet keys; nowhere in an empty batch."""
+        return self.sequences.pairs(mine, theirs, is_causal=self.is_causal) if len(query) else ()
+
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: View) -> Tensor:
     """Attention of this rank's queries over everyone's keys, [batch, heads, rows, width]; differentiable.
@@ -79,7 +83,7 @@ class _RingAttention(torch.autograd.Function):
         kernel, mine = kernel_for(query), ring.rows[ring.place]
         merged = _Merged(query, value.shape[-1])
         for source, held in _round(ring, key, value):
-            for pair in view.sequences.pairs(mine, ring.rows[source], is_causal=view.is_causal):
+            for pair in view.pairs(query, mine, ring.rows[source]):
                 asking, (seen_key, seen_value) = query[:, :, pair.queries], _rows(held, pair.keys)
                 merged.take(pair.queries, *kernel.forward(asking, seen_key, seen_value, pair, view.scale))
         output = merged.output.to(query.dtype)
@@ -98,7 +102,7 @@ class _RingAttention(torch.autograd.Function):
         own, behind = torch.empty(0), _Behind(ring, key, value)
         for source, held in _round(ring, key, value):
             sums = [torch.zeros_like(each, dtype=kind) for each in held]
-            for pair in view.sequences.pairs(mine, ring.rows[source], is_causal=view.is_causal):
+            for pair in view.pairs(query, mine, ring.rows[source]):
                 rows, (seen_key, seen_value) = pair.queries, _rows(held, pair.keys)
                 d_rows, *d_held = kernel.backward(
                     gradient[:, :, rows],
