@@ -1,4 +1,4 @@
-"""The tensor axis follows one process: alone and with residencies, pipelines, data ranks and sequences cut."""
+"""The tensor axis follows one process: alone and with residencies, pipelines, data and cut sequences."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _adapted() -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(3))
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
     return model
 
 
@@ -120,15 +120,15 @@ class Reference:
 def reference(name: str, dtype: torch.dtype, steps: int, clip_norm: float | None) -> Reference:
     task = TASKS[name]
     model = task.build().to(dtype)
-    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [each for each in model.parameters() if each.requires_grad], lr=0.1, momentum=0.9
+    )
     losses, norms = [], []
     for step in range(steps):
         optimizer.zero_grad()
         loss = task.loss(model, task.batch(step))
         loss.backward()
-        norms.append(
-            float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf")))
-        )
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))))
         optimizer.step()
         losses.append(loss.item())
     return Reference({name: each.detach() for name, each in model.named_parameters()}, losses, norms)

@@ -17,6 +17,7 @@ from sixfold.plan import Geometry, Place
 
 Remove: TypeAlias = Callable[[], object]
 
+
 @dataclass(frozen=True)
 class AxisChange:
     """What an axis makes of a model on one rank.
@@ -31,5 +32,6 @@ class AxisChange:
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
 
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
-"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
+Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]
+"""(model, layout, geometry, rank, places so far, whether the model computes its loss by itself) -> change.
+The places it returns replace those so far."""

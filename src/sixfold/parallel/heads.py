@@ -1,7 +1,8 @@
 """The head of a language model that is cut along the vocabulary, and the loss behind it.
 
 Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
-keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are gathered.
+keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are
+gathered.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Head:
         found = next((layer for layer in cut.layers if layer.style.role == "scores"), None)
         if found is None:
             return None
-        sizes = [layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")]
+        sizes = [
+            layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")
+        ]
         return cls(model, found.name, Vocabulary(axis, sizes[-1]))
 
     @property
@@ -58,9 +61,11 @@ class Head:
             return scores
         return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
 
-    def attach(self) -> list[Callable[[], None]]:
+    def attach(self, owns_loss: bool) -> list[Callable[[], None]]:
         """Put the loss over the cut vocabulary where the model calls its own; returns what undoes it."""
         undo = [self._attach_method()] if self.is_method else []
+        if not owns_loss:
+            return undo
         if isinstance(self.model, decoder.Decoder):
             if self.model.loss is decoder.cross_entropy:
                 undo += [self._attach_loss(self.model), self._attach_forward(lambda args, kwargs: True)]
@@ -141,7 +146,7 @@ class Head:
             logits = getattr(output, "logits", None)
             if logits is not None and logits.shape[-1] < self.vocabulary.size:
                 # No rank has them whole: better none than a part that looks like all.
-                return dataclasses.replace(output, logits=None)  # type: ignore[type-var]
+                return dataclasses.replace(output, logits=None)
             return output
 
         model.forward = MethodType(forward, model)

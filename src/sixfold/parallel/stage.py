@@ -250,7 +250,9 @@ class _View:
         for key, part in {**changed, **own}.items():
             setattr(mirror, key, part)
         for key, method in vars(module).items():
-            if getattr(method, "__self__", None) is module:  # given to the instance, such as a changed forward
+            if (
+                getattr(method, "__self__", None) is module
+            ):  # given to the instance, such as a changed forward
                 vars(mirror)[key] = MethodType(method.__func__, mirror)
         self.mirrors.append((mirror, module))
         return mirror

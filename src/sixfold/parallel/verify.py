@@ -122,7 +122,10 @@ def difference(
     except Exception as error:
         return f"it does not run on its own: {_short(error)}"
     try:
-        cuts = [in_sequence(decide_tensor(model, rules, num_ranks, place), model, blocks) for place in range(num_ranks)]
+        cuts = [
+            in_sequence(decide_tensor(model, rules, num_ranks, place), model, blocks)
+            for place in range(num_ranks)
+        ]
     except SixfoldError as error:
         return error.given
     results = _on_threads(num_ranks, lambda axis: _trial(model, cuts[axis.place], inputs, axis, blocks))
@@ -138,7 +141,8 @@ def difference(
     for name, gradient in expected[1].items():
         try:
             found = put_together(
-                [(grads[name], cut.places.get(name)) for (_, grads), cut in zip(results, cuts, strict=True)], "tensor"
+                [(grads[name], cut.places.get(name)) for (_, grads), cut in zip(results, cuts, strict=True)],
+                "tensor",
             )
         except ValueError as error:
             return f"{name} {error}"
@@ -184,7 +188,7 @@ def _pass(model: nn.Module, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
     found = loss[None] if isinstance(loss, Tensor) else _first_tensor(output)
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(found.shape, generator=draw, dtype=found.dtype)
-    (found * weight).sum().backward()
+    torch.autograd.backward((found * weight).sum())
     return found.detach(), {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
