@@ -221,6 +221,8 @@ def loss_scales(bench: Lab, changes: dict[str, Any]) -> Any:
     return scales
 
 
+EXPERTS = {"model.num_experts": 4}
+
 # Rows of the first kind: (other settings of the row, the option's value, what differs).
 
 DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
@@ -233,6 +235,13 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "model.rope_base": ({}, 100.0, first_loss),
     "model.tie_embeddings": ({}, False, shapes),
     "model.dropout": ({}, 0.5, first_loss),
+    "model.num_experts": ({}, 4, shapes),
+    "model.expert_choices": (EXPERTS, 1, first_loss),
+    "model.shared_experts": (EXPERTS, 1, shapes),
+    "model.expert_capacity": (EXPERTS, 0.5, first_loss),
+    "model.balance": (EXPERTS, "bias", learned),
+    "model.balance_rate": ({**EXPERTS, "model.balance": "loss"}, 3.0, learned),
+    "model.router_z": (EXPERTS, 0.5, learned),
     "data.include": ({}, ["*.py"], corpus),
     "data.max_mb": ({}, 0.01, corpus),
     "data.vocab_size": ({}, 280, corpus),
@@ -308,6 +317,12 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     ),
     "layout.sequence_parallel": ({"layout.tensor": 2}, True, lambda bench, changes: pieces(bench, changes)),
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
+    "layout.expert": (
+        EXPERTS,
+        2,
+        lambda bench, changes: str(decide_geometry(bench.resolved(changes).config.layout, 2)),
+    ),
+    "layout.loss_chunk": ({}, 7, lambda bench, changes: rows_of_scores(bench, changes)),
     "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "monitor.sinks": ({}, ["prometheus"], lambda bench, changes: files_left(bench, changes)),
@@ -320,6 +335,15 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def rows_of_scores(bench: Lab, changes: dict[str, Any]) -> Any:
+    """Of how many tokens scores are computed together."""
+    engine, rows = bench.engine(changes), []
+    head = engine.module.head
+    engine.module.head = lambda hidden: rows.append(len(hidden)) or head(hidden)
+    engine.train_step({"tokens": tokens()})
+    return sorted(set(rows))
 
 
 def hf_shapes(bench: Lab, changes: dict[str, Any]) -> Any:
@@ -475,7 +499,6 @@ def test_differs(path: str, bench: Lab) -> None:
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
     "layout.context": (2, {"layout.context": 2}),
-    "layout.expert": (2, {"layout.expert": 2}),
 }
 
 

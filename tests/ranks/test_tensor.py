@@ -92,6 +92,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sequence": (False, True),
     "recompute": (None, "full", "selective"),
     "clip_norm": (None, 0.3),
+    "loss_chunk": (None, 5),
     "transport": ("host", "network"),
 }
 
@@ -136,7 +137,10 @@ def reference(name: str, dtype: torch.dtype, steps: int, clip_norm: float | None
 
 def engine_of(case: Case, dtype: torch.dtype = torch.float64) -> Engine:
     config: dict[str, Any] = {
-        "layout": {key: case[key] for key in ("tensor", "zero", "pipe", "data", "recompute", "transport")},
+        "layout": {
+            key: case[key]
+            for key in ("tensor", "zero", "pipe", "data", "recompute", "loss_chunk", "transport")
+        },
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
         "batch": {"micro": 3},
     }

@@ -68,5 +68,13 @@ CARDS: dict[str, AxisCard] = {
             checkpoint="every rank writes and reads its pieces; tensors in files are whole",
             page="axes/tensor.md",
         ),
+        AxisCard(
+            name="expert",
+            divides="the experts of every layer, over groups of data and context ranks",
+            collectives=("all-to-all",),
+            changes_module=True,
+            checkpoint="every rank writes and reads its range of the stacked weights",
+            page="axes/expert.md",
+        ),
     )
 }

@@ -37,8 +37,12 @@ DECODER_KEYS = (
     "rope_base",
     "tie_embeddings",
     "dropout",
+    "num_experts",
 )
 """Sizes of the reference decoder, which another model brings along."""
+
+EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "router_z")
+"""How tokens are shared out over the experts of the reference decoder."""
 
 _OPTIMIZER_KEYS = {
     "adamw": ("betas", "eps"),
@@ -115,19 +119,37 @@ def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
     return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
 
 
-def _belongs_to_adapters(key: str) -> None:
-    @_rule(f"model.{key}", "model.lora_rank")
-    def check(value: object, rank: int | None) -> Verdict:
-        if value is None or rank is not None:
+_NEEDED = {
+    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", "8")),
+    **dict.fromkeys(EXPERT_KEYS, ("num_experts", "8")),
+    "balance_rate": ("balance", '"bias"'),
+}
+"""Settings of the model that say more of another one, and a value of that."""
+
+
+def _says_more(key: str, other: str, value: str) -> None:
+    @_rule(f"model.{key}", f"model.{other}")
+    def check(more: object, first: object) -> Verdict:
+        if more is None or first is not None:
             return None
         return (
-            f"model.{key} says how fresh adapters are made, and there are none without model.lora_rank",
-            f"leave model.{key} unset, or set model.lora_rank = 8",
+            f"model.{key} says more of model.{other}, which is unset",
+            f"leave model.{key} unset, or set model.{other} = {value}",
         )
 
 
-for _key in ("lora_alpha", "lora_targets"):
-    _belongs_to_adapters(_key)
+for _key, (_other, _value) in _NEEDED.items():
+    _says_more(_key, _other, _value)
+
+
+@_rule("model.expert_choices", "model.num_experts")
+def _choices(choices: int | None, num_experts: int | None) -> Verdict:
+    if num_experts is None or (choices or 2) <= num_experts:
+        return None
+    return (
+        f"a token chooses {choices or 2} experts, and there are {num_experts}",
+        f"set model.expert_choices = {num_experts}",
+    )
 
 
 @_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))

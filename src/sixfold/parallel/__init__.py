@@ -6,6 +6,7 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
+from sixfold.parallel.chunked_loss import chunk_loss
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
@@ -20,6 +21,7 @@ from sixfold.parallel.facts import (
 )
 from sixfold.parallel.materialize import materialize, move_buffers
 from sixfold.parallel.pipe import ModelCut
+from sixfold.parallel.routing import Routing
 from sixfold.parallel.stage import Stage
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "ModelCut",
     "ModuleFacts",
     "Product",
+    "Routing",
     "Stage",
     "block_names",
     "change_forwards",
     "check_backend",
     "check_blocks",
+    "chunk_loss",
     "decide_axes",
     "dtype_name",
     "materialize",

@@ -14,10 +14,11 @@ from torch import nn
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Decide, Remove
+from sixfold.parallel.expert import decide_expert
 from sixfold.parallel.tensor_axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
-DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis}
+DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis, "expert": decide_expert}
 """By axis, in the order in which they are decided and applied."""
 
 

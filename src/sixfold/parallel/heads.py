@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sixfold.models import decoder
 from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.chunked_loss import OF_SCORES
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor import TensorCut
 from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
@@ -97,6 +98,10 @@ class Head:
         model: Any = self.model
         own, was_set = model.loss_function, "_loss_function" in vars(model)
 
+        def of_scores(scores: Tensor, targets: Tensor) -> Tensor:
+            return losses_of(scores.float(), targets, self.vocabulary).sum()
+
+        @functools.wraps(own)
         def loss(
             logits: Tensor,
             labels: Tensor,
@@ -123,6 +128,7 @@ class Head:
             count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
             return losses.sum() / count
 
+        setattr(loss, OF_SCORES, of_scores)
         model.loss_function = loss
 
         def undo() -> None:

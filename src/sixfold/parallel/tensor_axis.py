@@ -46,7 +46,7 @@ def _blocks(model: nn.Module, layout: LayoutConfig) -> list[str]:
         raise ModelError(
             f"layout.sequence_parallel with a {type(model).__name__} that has no repeated blocks",
             rule="the sequence is cut from the first block of a model to its last",
-            fix='name them, for example layout.blocks = ["encoder.layer.*"], or leave layout.sequence_parallel '
-            "unset",
+            fix='name them, for example layout.blocks = ["encoder.layer.*"], or leave '
+            "layout.sequence_parallel unset",
         )
     return blocks

@@ -42,7 +42,7 @@ def losses_of(scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: 
 
     Args:
         scores: of this rank's entries, floating [rows, stop - start].
-        targets: numbers in the whole vocabulary, [rows]; rows with `ignored` get 0.
+        targets: numbers in the whole vocabulary, [rows]; rows with `ignored`, or below 0, get 0.
 
     Returns:
         [rows], in the type of `scores`.
@@ -58,7 +58,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int) -> Tensor:
         (start, stop), axis = vocabulary.span, vocabulary.axis
-        counts = targets != ignored
+        counts = (targets != ignored) & (targets >= 0)
         is_mine = counts & (targets >= start) & (targets < stop)
         columns = torch.where(is_mine, targets - start, 0)
         largest = scores.amax(-1)
