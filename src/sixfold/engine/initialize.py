@@ -111,7 +111,7 @@ def initialize(
     cut = ModelCut.decide(model, asked.layout)
     rank, address = _rank(placement), _address(placement)
     geometry = decide_geometry(asked.layout, _world_size(placement))
-    axes = decide_axes(model, asked.layout, geometry, rank)
+    axes = decide_axes(model, asked.layout, geometry, rank, owns_loss=loss_fn is None)
 
     def plan_of(facts: ModuleFacts) -> Plan:
         pieces = placed(facts.parameters, axes.places)

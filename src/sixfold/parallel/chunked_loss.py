@@ -8,6 +8,7 @@ by chunk. Where a model does something to its scores in between, that cannot be,
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,8 @@ from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
 
 IGNORED = -100
+OF_SCORES = "of_scores"
+"""Attribute of a loss function that an axis has put into a model: the summed loss of this rank's scores."""
 
 
 def chunk_loss(
@@ -45,7 +48,8 @@ def chunk_loss(
         return functools.partial(setattr, model, "loss_chunk", before)
     head = None if takes_scores else head_of(model)
     if head is not None and asked != 0:
-        return _Chunks(model, head, asked, loss or _in_fp32).remove
+        cut = getattr(model.loss_function, OF_SCORES, None)
+        return _Chunks(model, head, asked, loss or cut or _in_fp32).remove
     if asked:
         why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
         raise _unknown(model, asked, why)
@@ -55,8 +59,8 @@ def chunk_loss(
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head of a Hugging Face causal model that takes the library's own loss; None of any other."""
     library = sys.modules.get("transformers.loss.loss_utils")
-    function = getattr(model, "loss_function", None)
-    if library is None or function is not library.ForCausalLMLoss:
+    function: Any = getattr(model, "loss_function", None)
+    if library is None or function is None or inspect.unwrap(function) is not library.ForCausalLMLoss:
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head if isinstance(head, nn.Module) else None
