@@ -20,7 +20,7 @@ SCORES_BYTES = 2**28
 CHUNK_BYTES = 2**26
 """Size in fp32 of those of a chunk beyond that: products are large enough to run at full speed."""
 BLOCK_ROWS = 128
-"""Rows of scores whose exponentials are taken together: they fit the cache, a whole batch of them does not."""
+"""Rows of scores whose exponentials are taken together: they fit the cache, those of a batch do not."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Scores [rows, vocab_size] and targets [rows] to their summed loss."""
@@ -67,9 +67,9 @@ def summed_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """log(sum(exp(scores))) - scores[target]. The gradient, softmax(scores) less one at the target, comes of the
-    same exponentials, so it is taken forward and kept in the type of the scores: one pass of them less than
-    the other way round, and nothing wide lives until backward."""
+    """log(sum(exp(scores))) - scores[target]. The gradient, softmax(scores) less one at the target, comes of
+    the same exponentials, so it is taken forward and kept in the type of the scores: one pass of them less
+    than the other way round, and nothing wide lives until backward."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
