@@ -46,7 +46,7 @@ from sixfold.parallel import (
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import LossForm, LossScaler, Passes, Player, Transfers
+from sixfold.pipeline import LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
 from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
@@ -198,6 +198,7 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=LossForm(model, loss_fn),
+            sequences=SequenceCut(model, axes.attention, place),
             routing=Routing(model, mesh),
         ),
         persistence=Persistence(

@@ -14,11 +14,16 @@ from torch import nn
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Decide, Remove
+from sixfold.parallel.context.axis import decide_context_axis
 from sixfold.parallel.expert import decide_expert
 from sixfold.parallel.tensor_axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
-DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis, "expert": decide_expert}
+DECIDE: dict[str, Decide] = {
+    "tensor": decide_tensor_axis,
+    "context": decide_context_axis,
+    "expert": decide_expert,
+}
 """By axis, in the order in which they are decided and applied."""
 
 
@@ -46,4 +51,5 @@ def decide_axes(
             undo.callback(change.apply(mesh))
         return undo.close
 
-    return AxisChange(places, apply)
+    attention = next((change.attention for change in changes if change.attention is not None), None)
+    return AxisChange(places, apply, attention)
