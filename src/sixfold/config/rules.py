@@ -372,28 +372,27 @@ def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
     )
 
 
-@_rule("layout.pipe", "layout.schedule", "layout.virtual_stages", "layout.balance")
-def _stages_need_a_pipeline(pipe: int, *given: object) -> Verdict:
-    keys = ("schedule", "virtual_stages", "balance")
-    idle = [f"layout.{key}" for key, value in zip(keys, given, strict=True) if value is not None]
-    if pipe > 1 or not idle:
-        return None
-    return (
-        f"{' and '.join(idle)} is about a pipeline of several ranks, and layout.pipe = 1",
-        "leave them unset, or set layout.pipe to the number of ranks in a pipeline",
-    )
+_OF_AXIS = {
+    "pipe": ("schedule", "virtual_stages", "balance"),
+    "tensor": ("tensor_rules", "sequence_parallel"),
+}
+"""Settings that say more of an axis."""
 
 
-@_rule("layout.tensor", "layout.tensor_rules", "layout.sequence_parallel")
-def _rules_need_a_tensor_axis(tensor: int, rules: tuple[str, ...] | None, sequence: bool) -> Verdict:
-    given = {"layout.tensor_rules": rules is not None, "layout.sequence_parallel": sequence}
-    idle = [key for key, is_given in given.items() if is_given]
-    if tensor > 1 or not idle:
-        return None
-    return (
-        f"{' and '.join(idle)} is about several ranks along the tensor axis, and layout.tensor = 1",
-        "leave it unset, or set layout.tensor to the number of ranks that share a layer",
-    )
+def _needs_an_axis(axis: str, keys: tuple[str, ...]) -> None:
+    @_rule(f"layout.{axis}", *(f"layout.{key}" for key in keys))
+    def check(degree: int, *given: object) -> Verdict:
+        idle = [f"layout.{key}" for key, value in zip(keys, given, strict=True) if value not in (None, False)]
+        if degree > 1 or not idle:
+            return None
+        return (
+            f"{' and '.join(idle)} is about several ranks along the {axis} axis, and layout.{axis} = 1",
+            f"leave it unset, or set layout.{axis} to the number of ranks along it",
+        )
+
+
+for _key, _keys in _OF_AXIS.items():
+    _needs_an_axis(_key, _keys)
 
 
 _NUM_VIRTUAL = {"interleaved": None, "breadth-first": None, "zero-bubble-v": 2}
@@ -403,22 +402,17 @@ _NUM_VIRTUAL = {"interleaved": None, "breadth-first": None, "zero-bubble-v": 2}
 @_rule("layout.virtual_stages", "layout.schedule")
 def _schedule_has_its_stages(virtual: int | None, schedule: str | None) -> Verdict:
     name = schedule or "1f1b"
+    if name == "interleaved" and virtual is None:
+        return (
+            'layout.schedule = "interleaved" has as many stages on each rank as layout.virtual_stages says',
+            "set layout.virtual_stages = 2, or leave layout.schedule unset",
+        )
     own = _NUM_VIRTUAL.get(name, 1)
     if virtual is None or own is None or virtual == own:
         return None
     return (
         f'with layout.schedule = "{name}" each rank has {own} stage(s)',
         'leave layout.virtual_stages unset, or set layout.schedule = "interleaved"',
-    )
-
-
-@_rule("layout.virtual_stages", "layout.schedule")
-def _interleaving_says_how_many(virtual: int | None, schedule: str | None) -> Verdict:
-    if schedule != "interleaved" or virtual is not None:
-        return None
-    return (
-        'layout.schedule = "interleaved" has as many stages on each rank as layout.virtual_stages says',
-        "set layout.virtual_stages = 2, or leave layout.schedule unset",
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sixfold.models import decoder
 from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward
-from sixfold.parallel.chunked_loss import OF_SCORES
+from sixfold.parallel.chunked_loss import OF_ROWS
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor import TensorCut
 from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
@@ -70,9 +70,9 @@ class Head:
             return undo
         if isinstance(self.model, decoder.Decoder):
             if self.model.loss is summed_cross_entropy:
-                undo += [self._attach_loss(self.model), self._attach_forward(lambda args, kwargs: True)]
+                undo += [self._attach_loss(self.model), self._attach_scores()]
         elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
-            undo += [self._attach_causal_loss(), self._attach_forward(self._has_labels)]
+            undo += [self._attach_causal_loss(), self._attach_forward()]
         return undo
 
     def _attach_method(self) -> Callable[[], None]:
@@ -99,7 +99,9 @@ class Head:
         model: Any = self.model
         own, was_set = model.loss_function, "_loss_function" in vars(model)
 
-        def of_scores(scores: Tensor, targets: Tensor) -> Tensor:
+        def of_rows(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+            with self._parted():  # backward comes here again, outside of the model's forward
+                scores = head(hidden)
             return losses_of(scores.float(), targets, self.vocabulary).sum()
 
         @functools.wraps(own)
@@ -129,7 +131,7 @@ class Head:
             count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
             return losses.sum() / count
 
-        setattr(loss, OF_SCORES, of_scores)
+        setattr(loss, OF_ROWS, of_rows)
         model.loss_function = loss
 
         def undo() -> None:
@@ -140,13 +142,25 @@ class Head:
 
         return undo
 
-    def _attach_forward(self, is_inside: Callable[[Any, Any], bool]) -> Callable[[], None]:
+    def _attach_scores(self) -> Callable[[], None]:
+        """A decoder's head is asked by its loss, also in recomputed chunks, and by `logits` for all."""
+        model: Any = self.model
+        self.is_parted = True
+
+        def logits(model: decoder.Decoder, *args: Any, **kwargs: Any) -> Tensor:
+            with self._parted(False):
+                return decoder.Decoder.logits(model, *args, **kwargs)
+
+        model.logits = MethodType(logits, model)
+        return lambda: delattr(model, "logits")
+
+    def _attach_forward(self) -> Callable[[], None]:
         model = self.model
         given, own = vars(model).get("forward"), own_forward(model)
 
         @functools.wraps(own)
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not is_inside(args, kwargs):
+            if not self._has_labels(args, kwargs):
                 return own(model, *args, **kwargs)
             with self._parted():
                 output = own(model, *args, **kwargs)
@@ -173,9 +187,9 @@ class Head:
         return "labels" in names[: len(args)] and args[names.index("labels")] is not None
 
     @contextmanager
-    def _parted(self) -> Iterator[None]:
-        self.is_parted = True
+    def _parted(self, flag: bool = True) -> Iterator[None]:
+        before, self.is_parted = self.is_parted, flag
         try:
             yield
         finally:
-            self.is_parted = False
+            self.is_parted = before
