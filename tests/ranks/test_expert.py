@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
+from sixfold.base.errors import ModelError, PlanError
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
-from sixfold.models.moe import ExpertsConfig, Router
+from sixfold.models.moe import Experts, ExpertsConfig, Router
+from sixfold.plan import dispatch_traffic, persistent_memory
 from sixfold.testing import Pool
 from tests.covering import Case, covering, label
 
@@ -134,6 +136,10 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
         assert loss == pytest.approx(losses[step], rel=1e-10)
         assert engine.last is not None
         assert engine.last.grad_norm == pytest.approx(norms[step], rel=1e-10)
+    here = {part.down_proj.shape[0] for part in engine.module.modules() if isinstance(part, Experts)}
+    num_experts = engine.module.config.experts.num_experts
+    assert case["zero"] == 3 or min(here) == num_experts // case["expert"]
+    assert engine.memory() == persistent_memory(engine.plan, 2)
     whole = engine.full_state_dict()
     far = {name: (whole[name] - number).abs().max().item() for name, number in parameters.items()}
     assert max(far.values()) < 1e-10, far
@@ -141,3 +147,64 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
     assert case["pipe"] > 1 or list(known.values()) == routing
     assert all(each in routing for each in known.values())
     engine.close()
+
+
+class InTurn(Router):
+    """Tokens go to all experts in turn."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        experts, weights = super().forward(x)
+        return torch.arange(experts.numel()).view(experts.shape) % self.config.num_experts, weights
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_the_plan_says_what_goes_to_experts(
+    recompute: str | None, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {
+        "expert": num_ranks,
+        "ranks": num_ranks,
+        "recompute": recompute,
+        "zero": 0,
+        "pipe": 1,
+        "groups": 1,
+    }
+    model = build("loss")
+    for part in model.modules():
+        if isinstance(part, Router):
+            part.__class__ = InTurn
+    engine = start({**case, "transport": None, "micro": None}, model)
+    sent = []
+    exchange = engine.mesh.dispatcher.start
+
+    def counted(op: str, group: str, tensors: Any, *rest: Any) -> Any:
+        if op == "all-to-all":
+            sent.append(sum(tensor.nbytes for tensor in tensors))
+        return exchange(op, group, tensors, *rest)
+
+    monkeypatch.setattr(engine.mesh.dispatcher, "start", counted)
+    engine.train_step({"tokens": batch(0)[: SAMPLES // 3]})
+    layer = dispatch_traffic(
+        engine.plan.geometry,
+        choices=SAMPLES // 3 * LENGTH * 2,
+        num_experts=4,
+        width=16,
+        dtype="fp64",
+        num_forwards=1 if recompute is None else 2,
+    )
+    assert sum(sent) == 2 * layer > 0
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_what_cannot_be_dealt_out_is_refused() -> None:
+    config = {"layout": {"expert": 2}}
+    with pytest.raises(ModelError, match="without stacked experts"):
+        sixfold.initialize(Decoder(PLAIN), config=config)
+    odd = Decoder(replace(PLAIN, experts=ExpertsConfig(3)))
+    with pytest.raises(PlanError, match=r"(?s)3 experts in model\.layers\.0.*one of 1, 3"):
+        sixfold.initialize(odd, config=config)
+    engine = sixfold.initialize(build("loss"), config={**config, "batch": {"micro": 2}})
+    with pytest.raises(ModelError, match="no tensors in the batch of replica 0"):
+        engine.train_step({"tokens": batch(0)} if engine.data_rank else None)

@@ -33,6 +33,7 @@ from sixfold.pipeline import (
     checksum,
     divide,
     fields_of,
+    lengths_of,
     split,
     tensors_of,
     to_device,
@@ -101,9 +102,7 @@ class Playing:
         micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
         if self._layout.expert > 1:
-            # Ranks wait for each other's tokens in every pass, so all have equally many.
-            most = self._mesh.largest(most)
-            micros = divide(batch, most) if len(micros) < most else micros
+            micros = self._equally_many(batch, micros)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
@@ -175,6 +174,24 @@ class Playing:
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
         return (*shapes, torch.is_grad_enabled(), self._module.training)
+
+    def _equally_many(self, batch: Batch, micros: list[Batch]) -> list[Batch]:
+        """As many micro-batches as the other ranks have: they wait for each other's tokens in every pass.
+
+        Raises:
+            ModelError: a rank has fewer, and nothing from which to make empty ones; on every rank.
+        """
+        rows = self._mesh.everyones(len(micros), float(bool(lengths_of(batch))))
+        most = round(max(row[0] for row in rows))
+        bare = [str(place) for place, row in enumerate(rows) if row[0] < most and not row[1]]
+        if bare:
+            raise ModelError(
+                f"no tensors in the batch of replica {', '.join(bare)}; others have {most} micro-batches",
+                rule="under layout.expert every rank runs as many micro-batches as the others, empty ones "
+                "where it has no samples, because they send it tokens",
+                fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
+            )
+        return micros if len(micros) == most else divide(batch, most)
 
     def _settle(self, batch: Batch) -> None:
         found_on = to_device(batch, self._mesh.device, self.cast)
