@@ -61,6 +61,14 @@ CARDS: dict[str, AxisCard] = {
             page="axes/pipe.md",
         ),
         AxisCard(
+            name="tensor",
+            divides="matrices of layers, attention heads and the vocabulary",
+            collectives=("all-reduce", "all-gather", "reduce-scatter"),
+            changes_module=True,
+            checkpoint="every rank writes and reads its pieces; tensors in files are whole",
+            page="axes/tensor.md",
+        ),
+        AxisCard(
             name="expert",
             divides="the experts of every layer, over groups of data and context ranks",
             collectives=("all-to-all",),

@@ -384,6 +384,18 @@ def _stages_need_a_pipeline(pipe: int, *given: object) -> Verdict:
     )
 
 
+@_rule("layout.tensor", "layout.tensor_rules", "layout.sequence_parallel")
+def _rules_need_a_tensor_axis(tensor: int, rules: tuple[str, ...] | None, sequence: bool) -> Verdict:
+    given = {"layout.tensor_rules": rules is not None, "layout.sequence_parallel": sequence}
+    idle = [key for key, is_given in given.items() if is_given]
+    if tensor > 1 or not idle:
+        return None
+    return (
+        f"{' and '.join(idle)} is about several ranks along the tensor axis, and layout.tensor = 1",
+        "leave it unset, or set layout.tensor to the number of ranks that share a layer",
+    )
+
+
 _NUM_VIRTUAL = {"interleaved": None, "breadth-first": None, "zero-bubble-v": 2}
 """Stages on each rank by schedule, None where any number is; those that are not named have one."""
 

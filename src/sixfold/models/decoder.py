@@ -24,6 +24,21 @@ LOSS_ROWS = 256
 """Rows of logits that are upcast together: they fit the cache, a whole batch of them does not."""
 
 
+TENSOR_RULES = {
+    "model.embed_tokens": "embedding_rowwise",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.gate_proj": "colwise",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+    "lm_head": "local_colwise",
+    "head": "scores",
+}
+"""How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
+
+
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """In nats, summed."""
     return F.cross_entropy(scores, targets, reduction="sum")
@@ -181,6 +196,7 @@ class Decoder(nn.Module):
         """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
         self.pipeline_parts = ("model.embed_tokens", "model.layers", "model.norm", head)
+        self.tensor_rules = TENSOR_RULES
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, width] to scores of the next token [batch, length, vocab_size]."""

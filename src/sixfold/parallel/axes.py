@@ -7,22 +7,18 @@ its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TypeAlias
 
 from torch import nn
 
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Remove
+from sixfold.parallel.change import AxisChange, Decide, Remove
 from sixfold.parallel.expert import decide_expert
+from sixfold.parallel.tensor_axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
-"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
-
-DECIDE: dict[str, Decide] = {"expert": decide_expert}
+DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis, "expert": decide_expert}
 """By axis, in the order in which they are decided and applied."""
 
 

@@ -1,7 +1,6 @@
-"""What an axis makes of a model, as a value.
+"""What an axis makes of a model on one rank: the form in which each axis answers `axes.py`.
 
-Returned by the modules beside this one that decide an axis, put together by `axes`. It does nothing until it
-is applied, and knows no axis.
+Made by the modules of the axes, each in its own file; read by `initialize`. It holds no weights.
 """
 
 from __future__ import annotations
@@ -10,8 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from torch import nn
+
+from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.plan import Place
+from sixfold.plan import Geometry, Place
 
 Remove: TypeAlias = Callable[[], object]
 
@@ -28,3 +30,7 @@ class AxisChange:
 
     places: Mapping[str, Place] = field(default_factory=dict)
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
+
+
+Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
+"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
