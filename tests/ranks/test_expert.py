@@ -81,6 +81,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "zero": (0, 1, 2, 3),
     "groups": (1, 2),
     "pipe": (1, 2),
+    "tensor": (None, "whole", "sequence"),
     "micro": (None, 2),
     "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
@@ -88,12 +89,17 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def data_ranks(case: Case) -> int:
+    return case["ranks"] // case["pipe"] // (1 if case["tensor"] is None else 2)
+
+
 def legal(case: Case) -> bool:
-    data = case["ranks"] // case["pipe"]
+    data = data_ranks(case)
     shard = data // case["groups"]
     fits = shard >= 1 and data % case["expert"] == 0 and (case["groups"] == 1 or case["zero"] > 0)
     divides = shard % case["expert"] == 0 or case["expert"] % max(1, shard) == 0
-    return fits and divides and (case["shares"] == "even" or data > 1)
+    is_whole = case["form"] != "capacity" or case["tensor"] != "sequence"
+    return fits and divides and is_whole and (case["shares"] == "even" or data > 1)
 
 
 CASES = covering(FACTORS, legal)
@@ -105,10 +111,11 @@ def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
 
 
 def start(case: Case, model: nn.Module) -> Engine:
-    data = case["ranks"] // case["pipe"]
     layout = {name: case[name] for name in ("expert", "zero", "pipe", "recompute", "transport")}
     if case["groups"] > 1:
-        layout["shard"] = data // case["groups"]
+        layout["shard"] = data_ranks(case) // case["groups"]
+    if case["tensor"] is not None:
+        layout |= {"tensor": 2, "sequence_parallel": case["tensor"] == "sequence"}
     config = {
         "batch": {"micro": case["micro"]},
         "layout": layout,
@@ -162,19 +169,13 @@ class InTurn(Router):
 def test_the_plan_says_what_goes_to_experts(
     recompute: str | None, num_ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = {
-        "expert": num_ranks,
-        "ranks": num_ranks,
-        "recompute": recompute,
-        "zero": 0,
-        "pipe": 1,
-        "groups": 1,
-    }
+    case = {name: values[0] for name, values in FACTORS.items()}
+    case |= {"expert": num_ranks, "ranks": num_ranks, "recompute": recompute}
     model = build("loss")
     for part in model.modules():
         if isinstance(part, Router):
             part.__class__ = InTurn
-    engine = start({**case, "transport": None, "micro": None}, model)
+    engine = start(case, model)
     sent = []
     exchange = engine.mesh.dispatcher.start
 

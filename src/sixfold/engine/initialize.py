@@ -198,7 +198,7 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=LossForm(model, loss_fn),
-            routing=Routing(model, mesh),
+            routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(
             model,
