@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +211,100 @@ def test_what_cannot_be_dealt_out_is_refused() -> None:
     engine = sixfold.initialize(build("loss"), config={**config, "batch": {"micro": 2}})
     with pytest.raises(ModelError, match="no tensors in the batch of replica 0"):
         engine.train_step({"tokens": batch(0)} if engine.data_rank else None)
+
+
+@cache
+def hugging_face(kind: str) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts_per_tok": 2,
+    }
+    if kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, head_dim=8))
+    else:
+        own = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **own, decoder_sparse_step=1))
+    model.set_experts_implementation("eager")  # the grouped product knows no fp64
+    return model.double()
+
+
+def labelled(step: int) -> dict[str, Tensor]:
+    labels = batch(step).clone()
+    labels[step % SAMPLES :, -2:] = -100
+    return {"input_ids": batch(step), "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(("ranks", "zero", "sizes"), [(2, 0, (7, 5)), (4, 3, (3, 6, 3, 0)), (2, 2, (12, 0))])
+def test_hugging_face_models_follow_one_process(
+    kind: str, ranks: int, zero: int, sizes: tuple[int, ...], rank_pool: Pool
+) -> None:
+    rank_pool.run(follow_hugging_face, kind, zero, sizes, ranks=ranks, timeout_s=60)
+
+
+def follow_hugging_face(kind: str, zero: int, sizes: tuple[int, ...]) -> None:
+    model = hugging_face(kind)
+    plain = deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    config = {
+        "layout": {"expert": 2, "zero": zero},
+        "batch": {"micro": 4},
+        "optimizer": {"name": "sgd", "lr": 0.5},
+    }
+    engine = sixfold.initialize(deepcopy(model), config=config)
+    for step in range(STEPS):
+        whole = labelled(step)
+        optimizer.zero_grad()
+        expected = plain(**whole, num_items_in_batch=(whole["labels"][:, 1:] != -100).sum()).loss
+        expected.backward()
+        optimizer.step()
+        own = {name: field.split(sizes)[engine.data_rank] for name, field in whole.items()}
+        assert engine.train_step(own) == pytest.approx(float(expected.detach()), rel=3e-6)
+    found = engine.full_state_dict()
+    for name, number in plain.state_dict().items():
+        assert (found[name] - number).abs().max().item() < 1e-5, name
+    engine.close()
+
+
+SAVED: list[tuple[int, dict[str, Any]]] = [
+    (1, {"expert": 1}),
+    (2, {"expert": 2}),
+    (4, {"expert": 2, "zero": 3}),
+    (4, {"expert": 4, "zero": 2}),
+    (4, {"expert": 2, "zero": 1, "tensor": 2}),
+]
+
+
+def test_every_layout_saves_the_same_bytes_and_goes_on(tmp_path: Path, rank_pool: Pool) -> None:
+    """Parameters, moments, and the load that balance follows, from one process and back."""
+    found = [rank_pool.run(save_and_go_on, layout, tmp_path, ranks=ranks)[0] for ranks, layout in SAVED]
+    assert found == [pytest.approx(found[0], rel=1e-10)] * len(SAVED)
+
+
+def save_and_go_on(layout: dict[str, Any], folder: Path) -> float:
+    config = {"layout": layout, "optimizer": {"lr": 0.01}}
+    engine = sixfold.initialize(build("loss"), config=config)
+    reference = folder / "reference"
+    whole = {"shares": "even"}
+    if layout["expert"] == 1:
+        for step in range(2):
+            engine.train_step(share(engine, whole, step))
+        engine.save(reference)
+    else:
+        engine.load(reference)
+        engine.save(mine := folder / str(sorted(layout.items())))
+        names = [path.name for path in reference.iterdir() if path.name != "manifest.json"]
+        differ = [name for name in names if (mine / name).read_bytes() != (reference / name).read_bytes()]
+        assert not differ
+    loss = engine.train_step(share(engine, whole, 2))
+    loss += engine.train_step(share(engine, whole, 3))
+    engine.close()
+    return loss

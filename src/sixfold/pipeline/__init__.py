@@ -14,8 +14,9 @@ from sixfold.pipeline.batch import (
     split,
     tensors_of,
     to_device,
+    without_targets,
 )
-from sixfold.pipeline.loss import Counts, LossForm, Share
+from sixfold.pipeline.loss import IGNORED, Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
@@ -24,6 +25,7 @@ from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
 
 __all__ = [
+    "IGNORED",
     "Batch",
     "Counts",
     "Kind",
@@ -44,4 +46,5 @@ __all__ = [
     "split",
     "tensors_of",
     "to_device",
+    "without_targets",
 ]

@@ -97,6 +97,23 @@ def divide(batch: Batch, parts: int) -> list[Batch]:
     return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
 
 
+def without_targets(batch: Mapping[str, Any], ignored: int) -> dict[str, Any]:
+    """One sample shaped as those of `batch`, of which no label counts.
+
+    Args:
+        ignored: the label that does not.
+    """
+
+    def one(name: str, field: Any) -> Any:
+        if not isinstance(field, torch.Tensor) or not field.dim():
+            return field
+        is_mask = name == "attention_mask" and not field.is_floating_point()
+        fill = ignored if name in ("labels", "shift_labels") else int(is_mask)
+        return field.new_full((1, *field.shape[1:]), fill)
+
+    return {name: one(name, field) for name, field in batch.items()}
+
+
 def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) -> Batch:
     """Move tensors to `device`, floating ones to the type `floating` unless it is None."""
 
