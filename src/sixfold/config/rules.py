@@ -7,14 +7,10 @@ Rules between an option and the machine belong to the plan, not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from sixfold.config.tree import ModelConfig
-
-Verdict = tuple[str, str] | None
-"""(rule, fix), or None where the rule is kept."""
+from sixfold.config.model_rules import DECODER_KEYS, MODEL_RULES
+from sixfold.config.rule import Rule, Verdict, divisor_below, into
 
 PARTNERS = {
     "batch.global": "batch.tokens",
@@ -28,22 +24,6 @@ PARTNERS = {
 }
 """Two ways to say one thing: at most one of them is set."""
 
-DECODER_KEYS = (
-    "width",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "ffn_width",
-    "rope_base",
-    "tie_embeddings",
-    "dropout",
-    "num_experts",
-)
-"""Sizes of the reference decoder, which another model brings along."""
-
-EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "router_z")
-"""How tokens are shared out over the experts of the reference decoder."""
-
 _OPTIMIZER_KEYS = {
     "adamw": ("betas", "eps"),
     "sgd": ("momentum",),
@@ -53,23 +33,9 @@ _OPTIMIZER_KEYS = {
 _BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A check over the values of `paths`, in that order."""
+RULES: list[Rule] = [*MODEL_RULES]
 
-    paths: tuple[str, ...]
-    check: Callable[..., Verdict]
-
-
-RULES: list[Rule] = []
-
-
-def _rule(*paths: str) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
-    def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
-        RULES.append(Rule(paths, check))
-        return check
-
-    return register
+_rule = into(RULES)
 
 
 def displaced_by(path: str, value: object) -> list[str]:
@@ -92,78 +58,6 @@ def _foreign_keys(name: str) -> list[str]:
     if name not in _OPTIMIZER_KEYS:  # what lower layers said was meant for another optimizer
         return [*special, "weight_decay"]
     return [key for key in special if key not in _OPTIMIZER_KEYS[name]]
-
-
-def _divisor_below(number: int, bound: int) -> int:
-    return next(candidate for candidate in range(min(bound, number), 0, -1) if number % candidate == 0)
-
-
-@_rule("model.width", "model.num_heads")
-def _heads(width: int, num_heads: int) -> Verdict:
-    step = 2 * num_heads
-    if width % step == 0:
-        return None
-    works = max(1, round(width / step)) * step
-    return (
-        f"model.width is an even multiple of model.num_heads (rotary positions turn pairs); "
-        f"{width} / {num_heads} = {width / num_heads:g}",
-        f"set model.width = {works}",
-    )
-
-
-@_rule("model.num_heads", "model.num_kv_heads")
-def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
-    if num_kv_heads is None or num_heads % num_kv_heads == 0:
-        return None
-    works = _divisor_below(num_heads, num_kv_heads)
-    return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
-
-
-_NEEDED = {
-    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", "8")),
-    **dict.fromkeys(EXPERT_KEYS, ("num_experts", "8")),
-    "balance_rate": ("balance", '"bias"'),
-}
-"""Settings of the model that say more of another one, and a value of that."""
-
-
-def _says_more(key: str, other: str, value: str) -> None:
-    @_rule(f"model.{key}", f"model.{other}")
-    def check(more: object, first: object) -> Verdict:
-        if more is None or first is not None:
-            return None
-        return (
-            f"model.{key} says more of model.{other}, which is unset",
-            f"leave model.{key} unset, or set model.{other} = {value}",
-        )
-
-
-for _key, (_other, _value) in _NEEDED.items():
-    _says_more(_key, _other, _value)
-
-
-@_rule("model.expert_choices", "model.num_experts")
-def _choices(choices: int | None, num_experts: int | None) -> Verdict:
-    if num_experts is None or (choices or 2) <= num_experts:
-        return None
-    return (
-        f"a token chooses {choices or 2} experts, and there are {num_experts}",
-        f"set model.expert_choices = {num_experts}",
-    )
-
-
-@_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))
-def _sizes_of_the_decoder(other: Path | None, *sizes: object) -> Verdict:
-    defaults = {key: ModelConfig.model_fields[key].default for key in DECODER_KEYS}
-    given = [key for key, size in zip(DECODER_KEYS, sizes, strict=True) if size != defaults[key]]
-    if other is None or not given:
-        return None
-    names = ", ".join(f"model.{key}" for key in given)
-    return (
-        f"{names} {'is a size' if len(given) == 1 else 'are sizes'} of the reference decoder; the model of "
-        "model.hf has its own",
-        f"leave {names} unset, or model.hf",
-    )
 
 
 @_rule("data.vocab_size", "data.tokenizer")
@@ -358,7 +252,7 @@ def _shard_divides(shard: int | None, data: int | None, context: int) -> Verdict
         return None
     return (
         f"layout.shard divides layout.data x layout.context = {data * context}",
-        f"set layout.shard = {_divisor_below(data * context, shard)}",
+        f"set layout.shard = {divisor_below(data * context, shard)}",
     )
 
 
@@ -368,7 +262,7 @@ def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
         return None
     return (
         f"layout.expert divides layout.data x layout.context = {data * context}",
-        f"set layout.expert = {_divisor_below(data * context, expert)}",
+        f"set layout.expert = {divisor_below(data * context, expert)}",
     )
 
 

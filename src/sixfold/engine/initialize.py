@@ -199,7 +199,7 @@ def initialize(
             scaler=scaler,
             loss_form=LossForm(model, loss_fn),
             sequences=SequenceCut(model, axes.attention, place),
-            routing=Routing(model, mesh),
+            routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(
             model,

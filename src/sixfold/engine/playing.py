@@ -22,6 +22,7 @@ from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.parallel import DTYPES, Routing, Stage
 from sixfold.pipeline import (
+    IGNORED,
     Batch,
     Counts,
     Kind,
@@ -36,10 +37,12 @@ from sixfold.pipeline import (
     checksum,
     divide,
     fields_of,
+    lengths_of,
     num_samples,
     split,
     tensors_of,
     to_device,
+    without_targets,
 )
 from sixfold.plan import Plan
 from sixfold.program import Instruction, Program, check, evaluation, post_ahead, training
@@ -102,14 +105,13 @@ class Playing:
             step: updates done.
             last_weight: global weight of the update before; None for the first.
         """
+        micros = split(batch, self._micro)
+        common = self._in_common(batch, len(micros)) if self._layout.expert > 1 else 0
         if not self._loss_form.is_settled:
             self._settle(batch)
-        micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
-        if self._layout.expert > 1:
-            # Ranks wait for each other's tokens in every pass, so all have equally many.
-            most = self._mesh.largest(most)
-            micros = divide(batch, most) if len(micros) < most else micros
+        if len(micros) < common:
+            micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
@@ -198,6 +200,33 @@ class Playing:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
         return (*shapes, torch.is_grad_enabled(), self._module.training)
 
+    def _in_common(self, batch: Batch, num_micro: int) -> int:
+        """Micro-batches of the rank that has most: as many as all run, who wait for each other's tokens.
+
+        Raises:
+            ModelError: a rank has fewer, and nothing from which to make others; on every rank.
+        """
+        rows = self._mesh.everyones(num_micro, float(bool(lengths_of(batch))))
+        most = round(max(row[0] for row in rows))
+        bare = [str(place) for place, row in enumerate(rows) if row[0] < most and not row[1]]
+        if bare:
+            raise ModelError(
+                f"no tensors in the batch of replica {', '.join(bare)}; others have {most} micro-batches",
+                rule="under layout.expert every rank runs as many micro-batches as the others, empty ones "
+                "where it has no samples, because they send it tokens",
+                fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
+            )
+        return most
+
+    def _cut_into(self, batch: Batch, parts: int) -> list[Batch]:
+        # Models that count their targets need not be able to run without any sample.
+        return [
+            without_targets(micro, IGNORED)
+            if self._loss_form.counts_items and not num_samples(micro)
+            else micro
+            for micro in divide(batch, parts)
+        ]
+
     def _settle(self, batch: Batch) -> None:
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
@@ -218,7 +247,7 @@ class Playing:
             if self._layout.expert > 1:  # ranks wait for each other's tokens
                 with torch.no_grad():
                     for _ in range(num_trials, self._mesh.largest(num_trials)):
-                        self._module(**batch)
+                        self._module(**without_targets(batch, IGNORED))
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)

@@ -75,9 +75,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(scores.dtype, torch.float32)
         sums, slope = [], torch.empty_like(scores)
-        for rows, aims, part in zip(
-            *(each.split(BLOCK_ROWS) for each in (scores, targets, slope)), strict=True
-        ):
+        for start in range(0, len(targets), BLOCK_ROWS):
+            rows, aims, part = (each[start : start + BLOCK_ROWS] for each in (scores, targets, slope))
             counts, place = (aims >= 0).unsqueeze(1), aims.clamp_min(0).unsqueeze(1)
             shares = torch.softmax(rows, 1, dtype=wide)
             # The largest share is at least 1 / vocab_size, so its logarithm is exact enough for all of them.
