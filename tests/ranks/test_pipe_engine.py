@@ -17,6 +17,7 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
+from sixfold.simulate import simulated_again
 from sixfold.testing import Pool
 from tests.ranks import pipes, plain
 
@@ -203,6 +204,24 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
 
     for alone, cut in zip(trained(), trained(pipe=2), strict=True):
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 0), ("breadth-first", 3), ("zero-bubble-v", 1)])
+def test_a_recorded_update_is_an_update_that_can_be_simulated(schedule: str, zero: int) -> None:
+    case = pipes.Case(schedule=schedule, zero=zero)
+    engine, same = pipes.engine_of(case), pipes.engine_of(case)
+    timeline = engine.timed_step(pipes.batch_of(case, 0)).aligned()
+    assert engine.last is not None
+    assert engine.last.loss == same.train_step(pipes.batch_of(case, 0))
+    assert timeline.num_ranks == 2
+    assert simulated_again(timeline).makespan > 0
+    for rank in range(2):
+        starts = [each.start for each in timeline.passes(rank)]
+        assert starts == sorted(starts)
+        assert 0 < timeline.busy(rank) <= timeline.makespan
+    engine.close()
+    same.close()
 
 
 @pytest.mark.ranks(2)
