@@ -35,12 +35,12 @@ def exchanges(mesh: Any, numel: int, dtype: Any) -> dict[str, Callable[[], None]
 
     def reduce_scatter() -> None:
         mesh.exchangeable.reclaim(summed)
-        mesh.shard.reduce_scatter(summed).wait()
+        mesh.replicas.shard.reduce_scatter(summed).wait()
 
     return {
         "reduce-scatter": reduce_scatter,
-        "all-gather": lambda: mesh.shard.all_gather(working).wait(),
-        "all-reduce": lambda: mesh.all_reduce(reduced).wait(),
+        "all-gather": lambda: mesh.replicas.shard.all_gather(working).wait(),
+        "all-reduce": lambda: mesh.replicas.all.all_reduce(reduced).wait(),
     }
 
 

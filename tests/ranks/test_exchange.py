@@ -1,4 +1,4 @@
-"""What groups of ranks exchange: slices and sums, by point-to-point and by a backend's own collectives."""
+"""What groups of ranks exchange: slices, sums and parts, point-to-point and by a backend's collectives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sixfold.mesh import Group, Mesh, Scratch
+from sixfold.base.errors import LinkError
+from sixfold.mesh import Group, HostGroup, Mesh, Scratch
 from sixfold.plan import Geometry
 
 SIZE = 96
@@ -68,18 +69,18 @@ def test_a_sum_ends_where_its_spread_says(shard: int) -> None:
     geometry = Geometry((("pipe", 1), ("data", 4), ("context", 1), ("tensor", 1)), shard)
     rank = dist.get_rank()
     mesh = Mesh(geometry, rank, torch.device("cpu"))
-    assert (mesh.shard.num_ranks, mesh.copies.num_ranks) == (shard, 4 // shard)
-    assert (mesh.shard.place, mesh.copies.place) == (rank % shard, rank // shard)
+    assert (mesh.replicas.shard.num_ranks, mesh.replicas.copies.num_ranks) == (shard, 4 // shard)
+    assert (mesh.replicas.shard.place, mesh.replicas.copies.place) == (rank % shard, rank // shard)
     total = sum((numbers(each, 4 * SIZE, torch.float64) for each in range(4)), torch.zeros(4 * SIZE))
     whole = numbers(rank, 4 * SIZE, torch.float64)
-    mesh.sum_up(whole, ()).wait()
+    mesh.replicas.sum_up(whole, ()).wait()
     assert torch.equal(whole, total)
     cut = numbers(rank, 4 * SIZE, torch.float64)
-    mesh.sum_up(cut, ("shard",)).wait()
-    mine = mesh.shard.slice_of(cut, mesh.shard.place)
-    assert torch.equal(mine, mesh.shard.slice_of(total, mesh.shard.place))
-    mesh.spread_out(cut, ("shard",), ("shard",)).wait()  # as cut as it shall be: nothing is sent
-    mesh.spread_out(cut, ("shard",), ()).wait()
+    mesh.replicas.sum_up(cut, ("shard",)).wait()
+    mine = mesh.replicas.shard.slice_of(cut, mesh.replicas.shard.place)
+    assert torch.equal(mine, mesh.replicas.shard.slice_of(total, mesh.replicas.shard.place))
+    mesh.replicas.spread_out(cut, ("shard",), ("shard",)).wait()  # as cut as it shall be: nothing is sent
+    mesh.replicas.spread_out(cut, ("shard",), ()).wait()
     assert torch.equal(cut, total)
 
 
@@ -109,3 +110,67 @@ def test_scratch_is_used_again() -> None:
     scratch.give(again)
     assert scratch.take(101, torch.float32).data_ptr() not in (begins, second.data_ptr())
     assert scratch.take(100, torch.float32).data_ptr() == begins
+
+
+def parts_of(sender: int, receiver: int, num_ranks: int, dtype: torch.dtype) -> Tensor:
+    """What one rank sends another: sizes differ, and some are empty."""
+    numel = 0 if (sender + receiver) % 3 == 1 else 5 + 3 * sender + num_ranks * receiver
+    return numbers(sender + 10 * receiver, numel, dtype)
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+@pytest.mark.parametrize("carrier", ["point-to-point", "native", "host"])
+def test_every_member_gets_its_part_from_every_other(carrier: str, num_ranks: int) -> None:
+    rank, ranks = _rank(), range(num_ranks)
+    if carrier == "host":
+        geometry = Geometry((("pipe", 1), ("data", num_ranks), ("context", 1), ("tensor", 1)), num_ranks)
+        mesh = Mesh(geometry, rank, torch.device("cpu")).sharing("host", exchange_bytes=0, timeout_s=15)
+        group = mesh.replicas.shard
+        assert isinstance(group, HostGroup) == (num_ranks > 1)
+    elif num_ranks == 1:
+        group = Group([0], 0, Scratch(torch.device("cpu")), None)
+    else:
+        group = group_of(list(ranks), native=carrier == "native")
+    dtypes = (torch.float64, torch.bfloat16, torch.int64, torch.uint8)
+    sent = [[parts_of(rank, other, num_ranks, dtype) for other in ranks] for dtype in dtypes]
+    expected = [[parts_of(other, rank, num_ranks, dtype) for other in ranks] for dtype in dtypes]
+    arriving = [[torch.empty_like(part) for part in parts] for parts in expected]
+    pending = [group.all_to_all(*each) for each in zip(sent, arriving, strict=True)]
+    for each in reversed(pending):
+        each.wait()
+    for found, parts in zip(arriving, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, parts, strict=True))
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("transport", ["host", "network"])
+def test_passing_on_in_a_ring_is_the_case_of_one_receiver(transport: str) -> None:
+    rank, geometry = _rank(), Geometry((("pipe", 1), ("data", 3), ("context", 1), ("tensor", 1)), 3)
+    mesh = Mesh(geometry, rank, torch.device("cpu")).sharing(transport, exchange_bytes=0, timeout_s=15)
+    nothing = torch.empty(0)
+    held = torch.full((4, 2), float(rank))
+    for _ in range(3):
+        sent, arriving, coming = [nothing] * 3, [nothing] * 3, torch.empty(4, 2)
+        sent[(rank + 1) % 3], arriving[(rank - 1) % 3] = held, coming
+        pending = mesh.replicas.shard.all_to_all(sent, arriving)
+        before = held.sum()  # what is sent may be read meanwhile
+        pending.wait()
+        assert before == held.sum()
+        held = coming
+    assert torch.equal(held, torch.full((4, 2), float(rank)))
+    counted = [each for each in mesh.dispatcher.ring.position().exchanges if each.op == "all-to-all"]
+    assert [each.num_bytes for each in counted] == [4 * 8] * 3
+
+
+@pytest.mark.ranks(2)
+def test_a_part_of_another_size_than_expected_is_told() -> None:
+    geometry = Geometry((("pipe", 1), ("data", 2), ("context", 1), ("tensor", 1)), 2)
+    rank = _rank()
+    mesh = Mesh(geometry, rank, torch.device("cpu")).sharing("host", exchange_bytes=0, timeout_s=15)
+    sent, arriving = [torch.ones(3)] * 2, [torch.ones(3), torch.ones(3)]
+    if rank == 0:
+        arriving[1] = torch.ones(4)
+        with pytest.raises(LinkError, match="12 bytes where this rank has 16"):
+            mesh.replicas.shard.all_to_all(sent, arriving).wait()
+    else:
+        mesh.replicas.shard.all_to_all(sent, arriving).wait()

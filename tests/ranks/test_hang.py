@@ -54,20 +54,20 @@ def watched(
 
 def skips(mesh: Mesh, watcher: Watcher) -> None:
     if mesh.rank != 2:
-        mesh.all_reduce(torch.ones(1000)).wait()
+        mesh.replicas.all.all_reduce(torch.ones(1000)).wait()
     mesh.total(1.0)
 
 
 def calls_another_shape(mesh: Mesh, watcher: Watcher) -> None:
-    mesh.all_reduce(torch.ones(2000 if mesh.rank == 1 else 1000)).wait()
+    mesh.replicas.all.all_reduce(torch.ones(2000 if mesh.rank == 1 else 1000)).wait()
 
 
 def calls_a_smaller_shape_in_a_slice_exchange(mesh: Mesh, watcher: Watcher) -> None:
-    mesh.shard.reduce_scatter(torch.ones(400 if mesh.rank == 1 else 800)).wait()
+    mesh.replicas.shard.reduce_scatter(torch.ones(400 if mesh.rank == 1 else 800)).wait()
 
 
 def calls_another_operation(mesh: Mesh, watcher: Watcher) -> None:
-    call = mesh.broadcast if mesh.rank == 1 else mesh.all_reduce
+    call = mesh.broadcast if mesh.rank == 1 else mesh.replicas.all.all_reduce
     call(torch.ones(1000)).wait()
 
 
@@ -113,7 +113,7 @@ def hang(case: Callable[[Mesh, Watcher], None], folder: Path, far: bool) -> None
         while len(mesh.dispatcher.neighbours) < mesh.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
     for _ in range(3):
-        mesh.all_reduce(torch.ones(1000)).wait()
+        mesh.replicas.all.all_reduce(torch.ones(1000)).wait()
         mesh.total(1.0)
     began = time.monotonic()
     case(mesh, watcher)
@@ -197,7 +197,7 @@ def test_a_phase_has_its_own_patience(phase: str | None, num_ranks: int, tmp_pat
 @pytest.mark.ranks(2)
 def test_exchanges_are_recorded(num_ranks: int) -> None:
     mesh = mesh_of(num_ranks)
-    mesh.sum_up(torch.ones(8, dtype=torch.float64), ("shard",)).wait()
+    mesh.replicas.sum_up(torch.ones(8, dtype=torch.float64), ("shard",)).wait()
     pending = mesh.broadcast(torch.ones(3))
     line = line_of(test_exchanges_are_recorded, "pending = mesh")
     found = mesh.dispatcher.ring.position()
@@ -210,7 +210,7 @@ def test_exchanges_are_recorded(num_ranks: int) -> None:
     assert found.blocked is None  # nobody waits for it yet
     pending.wait()
     pending.wait()
-    mesh.all_reduce(torch.ones(2)).wait()
+    mesh.replicas.all.all_reduce(torch.ones(2)).wait()
     agree(mesh, {"name": "text"})
     assert mesh.everyones(mesh.rank, 0.5) == [[0.0, 0.5], [1.0, 0.5]]
     found = mesh.dispatcher.ring.position()
@@ -228,12 +228,12 @@ def test_what_differs_from_a_neighbour_is_not_sent(num_ranks: int) -> None:
     """Here by rings that are handed over, without a watcher: the error names line and rank."""
     mesh, numel = mesh_of(num_ranks), 3
     other = mesh_of(num_ranks)
-    pending = other.all_reduce(torch.ones(numel))
+    pending = other.replicas.all.all_reduce(torch.ones(numel))
     mesh.dispatcher.neighbours[1 - mesh.rank] = other.dispatcher.ring.snapshot()
     broken: list[RuntimeError] = []
     mesh.dispatcher.on_broken = broken.append
     with pytest.raises(MeshError, match=r"all-reduce #1 of 4 x torch.float32 at .*:\d+, where rank\(s\) \["):
-        mesh.all_reduce(torch.ones(4))
+        mesh.replicas.all.all_reduce(torch.ones(4))
     assert len(broken) == 1
     pending.wait()
 
@@ -241,8 +241,8 @@ def test_what_differs_from_a_neighbour_is_not_sent(num_ranks: int) -> None:
 @pytest.mark.ranks(1)
 def test_one_rank_records_nothing() -> None:
     mesh = Mesh(Geometry((("data", 1),), 1), 0, torch.device("cpu"))
-    mesh.all_reduce(torch.ones(3)).wait()
-    mesh.shard.all_reduce(torch.ones(3)).wait()
+    mesh.replicas.all.all_reduce(torch.ones(3)).wait()
+    mesh.replicas.shard.all_reduce(torch.ones(3)).wait()
     assert mesh.everyones(1.0, 2.0) == [[1.0, 2.0]]
     assert mesh.dispatcher.ring.position().exchanges == ()
 

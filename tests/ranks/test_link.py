@@ -55,12 +55,12 @@ def test_axes_have_sums_of_their_own(transport: str) -> None:
     assert [mesh.rank_at(place) for place in range(2)] == [rank % 2, 2 + rank % 2]
     assert [mesh.geometry.first_rank(place) for place in range(2)] == [0, 2]
     mine = torch.full((5,), float(rank))
-    mesh.all_reduce(mine).wait()
+    mesh.replicas.all.all_reduce(mine).wait()
     assert mine.tolist() == [4 * (rank // 2) + 1] * 5
     assert mesh.total(float(rank)) == [6.0]
     assert mesh.everyones(rank, 0.5) == [[2 * (rank // 2), 0.5], [2 * (rank // 2) + 1, 0.5]]
     first = torch.full((3,), float(rank))
-    mesh.align(first).wait()
+    mesh.replicas.align(first).wait()
     assert first.tolist() == [2 * (rank // 2)] * 3
     from_last = torch.full((3,), float(rank))
     mesh.broadcast(from_last, source=3).wait()

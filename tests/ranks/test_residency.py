@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.checkpoint import open_checkpoint
 from sixfold.engine import Engine
-from sixfold.mesh import Mesh, Pending
+from sixfold.mesh import Pending, Replicas
 from sixfold.plan import PRESETS, Memory, cut_units, persistent_memory
 from sixfold.testing import Pool
 from tests.ranks import plain, towers
@@ -272,20 +272,20 @@ def test_every_lost_reduction_shows(layout: Layout, rank_pool: Pool) -> None:
 def lose_reductions(layout: Layout) -> None:
     reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
     share = plain.NUM_SAMPLES // torch.distributed.get_world_size()
-    real, calls = Mesh.sum_up, 0
+    real, calls = Replicas.sum_up, 0
 
     def run(lost: int | None) -> float:
         nonlocal calls
         calls = 0
 
-        def sum_up(mesh: Mesh, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
+        def sum_up(replicas: Replicas, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
             nonlocal calls
             calls += 1
-            return real(mesh, partial, after, into) if calls - 1 != lost else Pending()
+            return real(replicas, partial, after, into) if calls - 1 != lost else Pending()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cut_units, "__defaults__", (4096,))
-            patch.setattr(Mesh, "sum_up", sum_up)
+            patch.setattr(Replicas, "sum_up", sum_up)
             engine = start("decoder", layout, "sgd", 1, micro=-(-share // 2))
             train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
             return plain.farthest(engine.full_state_dict(), reference)

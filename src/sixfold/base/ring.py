@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Block = bytes | bytearray | mmap.mmap
+UNEVEN = frozenset({"all-to-all"})
+"""Exchanges in which members may send unequally much."""
 SLOTS = 64
 _SLOT_BYTES = 256
 _TEXT_BYTES = _SLOT_BYTES - 24
@@ -55,6 +57,11 @@ class Exchange:
     place: str
     wait_s: float | None = None
     is_over: bool = False
+
+    @property
+    def content(self) -> str:
+        """What all members have in common."""
+        return content_text(self.op, self.numel, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -186,14 +193,19 @@ def differs(block: Block, group_key: int, number: int, content_key: int) -> bool
     at = _BOARD_AT + (group_key + number) % _CELLS * _CELL_BYTES
     if _WORD.unpack_from(block, at)[0] != number:
         return False
-    keys = _WORD.unpack_from(block, at + _WORD.size)[0]
+    keys: int = _WORD.unpack_from(block, at + _WORD.size)[0]
     # The number once more: the cell may have been given to a later exchange in between.
     is_of_group = keys >> 32 == group_key and _WORD.unpack_from(block, at)[0] == number
-    return is_of_group and keys != _both(group_key, content_key)
+    return bool(is_of_group and keys != _both(group_key, content_key))
 
 
 def _both(group_key: int, content_key: int) -> int:
     return group_key << 32 | content_key
+
+
+def content_text(op: str, numel: int, dtype: str) -> str:
+    """What all members of an exchange have in common."""
+    return f"{op} {dtype}" if op in UNEVEN else f"{op} {numel} {dtype}"
 
 
 def exchange_text(

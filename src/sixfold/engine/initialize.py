@@ -36,14 +36,16 @@ from sixfold.mesh import Streams, keep_pages
 from sixfold.parallel import (
     Deferral,
     ModelCut,
+    ModuleFacts,
     block_names,
     change_forwards,
+    decide_axes,
     materialize,
     module_facts,
     move_buffers,
 )
 from sixfold.pipeline import LossForm, LossScaler, Passes, Player, Transfers
-from sixfold.plan import decide, decide_learning_rate, exchange_memory
+from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
     ModelState,
@@ -105,17 +107,24 @@ def initialize(
     check_block_options(model, blocks, asked.layout, place)
     facts = module_facts(model, blocks=blocks)
     cut = ModelCut.decide(model, asked.layout)
+    rank, address = _rank(placement), _address(placement)
+    geometry = decide_geometry(asked.layout, _world_size(placement))
+    axes = decide_axes(model, asked.layout, geometry, rank)
+
+    def plan_of(facts: ModuleFacts) -> Plan:
+        pieces = placed(facts.parameters, axes.places)
+        mine = cut.facts_of(pieces, geometry.coordinate(rank, "pipe"))
+        return decide(asked, mine, geometry.world_size, cut.plan)
+
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
-    draft = decide(asked, facts.parameters, _world_size(placement), cut.plan)
-    address = _address(placement)
-    mesh = meet(draft.geometry, place, _rank(placement), address, asked.launch)
+    draft = plan_of(facts)
+    mesh = meet(geometry, place, rank, address, asked.launch)
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
-    own = decide(asked, cut.facts_of(facts.parameters, mesh.pipe_rank), mesh.world_size, cut.plan)
     mesh = mesh.sharing(
-        asked.layout.transport, exchange_bytes=exchange_memory(own), timeout_s=patience_of(asked.launch)
+        asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=patience_of(asked.launch)
     )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
@@ -126,17 +135,18 @@ def initialize(
     if facts.on_meta:
         materialize(model, asked.seed, mesh, given)
     move_buffers(model, place)
+    ending.callback(axes.apply(mesh))
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
     groups = [group["params"] for each in made for group in each.param_groups]
     on_slices = [flag for each in made for flag in elementwise_groups(each)]
-    whole = [group for group, flag in enumerate(on_slices) if not flag]
-    facts = module_facts(model, groups, whole_groups=whole, blocks=blocks)
+    whole_groups = [group for group, flag in enumerate(on_slices) if not flag]
+    facts = module_facts(model, groups, whole_groups=whole_groups, blocks=blocks)
     stages = cut.stages(mesh.pipe_rank)
     for stage in stages:
         ending.callback(stage.remove)
-    plan = decide(asked, cut.facts_of(facts.parameters, mesh.pipe_rank), mesh.world_size, cut.plan)
-    take_over(model, stages, mesh, given)
+    plan = plan_of(facts)
+    take_over(model, stages, mesh, given, axes.places)
     deferral = None
     if cut.plan is not None and splits_backward(asked.layout.schedule or "1f1b"):
         deferral = Deferral()

@@ -43,6 +43,7 @@ from sixfold.state import (
     ModelState,
     Unit,
     range_in,
+    runs_of,
     state_bytes_per_weight,
     storage_type,
     zero_between,
@@ -246,9 +247,9 @@ class Persistence:
         unsaved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def read_into(unit: Unit, slot: Slot, mine: torch.Tensor, key: str | None) -> None:
-            if mine.numel():
-                part, name = (MODEL, slot.name) if key is None else (OPTIMIZER, state_name(slot.name, key))
-                pieces.append(Piece(part, name, max(0, unit.own.start - slot.offset), mine))
+            part, name = (MODEL, slot.name) if key is None else (OPTIMIZER, state_name(slot.name, key))
+            begin = max(0, unit.own.start - slot.offset)
+            pieces.extend(Piece(part, name, start, each) for start, each in runs_of(slot, begin, mine))
 
         for unit, slot in slots:
             held = saved.optimizer_specs.get(slot.name, {})
@@ -378,10 +379,11 @@ class _Incoming:
 def _shares(
     slots: Sequence[tuple[Unit, Slot]], numbers: Mapping[Unit, torch.Tensor]
 ) -> Iterator[tuple[Slot, int, torch.Tensor]]:
-    """(slot, first element, elements) of what this rank writes of `numbers` [own]."""
+    """(slot, first element of the whole, elements) of what this rank writes of `numbers` [own]."""
     for unit, slot in slots:
         start = max(slot.offset, unit.share.start)
         stop = min(slot.offset + slot.numel, unit.share.stop)
         if start < stop:
             mine = numbers[unit][start - unit.own.start : stop - unit.own.start]
-            yield slot, start - slot.offset, mine
+            for first, part in runs_of(slot, start - slot.offset, mine):
+                yield slot, first, part

@@ -72,6 +72,7 @@ class Playing:
         self._module = module
         self._stages = {stage.number: stage for stage in stages}
         self._has_loss = stages[-1].is_last
+        self._answers = self._has_loss and mesh.place("tensor") == mesh.place("context") == 0
         self._layout = asked.layout
         self._micro = asked.batch.micro
         self._residency = plan.residency
@@ -97,8 +98,8 @@ class Playing:
             self._settle(batch)
         micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
-        # In a pipeline all its ranks have the same batch, and the one with the loss answers for it.
-        counts = Counts.of(batch) if self._has_loss else Counts()
+        # Some ranks have the same batch, and one of those with the loss answers for it.
+        counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
         # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
         is_bound = self._residency.parameters or len(self._stages) > 1
@@ -148,11 +149,12 @@ class Playing:
             return self._loss_form.read(output, part, scale) if stage.is_last else output
 
     def _difference(self, batch: Batch) -> float:
-        # Ranks of a pipeline take out each other's, and pipelines do not; all is exact in fp64.
+        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         mesh = self._mesh
-        if mesh.pipe_ranks == 1:
+        if mesh.num_fed == 1:
             return 0.0
-        weight = mesh.pipe_ranks - 1 if mesh.pipe_rank == 0 else -1
+        is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
+        weight = mesh.num_fed - 1 if is_first else -1
         return float(weight * (mesh.data_rank + 1) * checksum(batch))
 
     def _kind(self, batch: Batch) -> Kind:

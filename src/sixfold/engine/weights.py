@@ -18,7 +18,7 @@ from sixfold.checkpoint.together import raise_together
 from sixfold.checkpoint.weights import Weights, open_weights
 from sixfold.mesh import Mesh
 from sixfold.parallel import persistent_buffers
-from sixfold.state import ModelState
+from sixfold.state import ModelState, runs_of
 
 
 def given_names(module: nn.Module, weights: Weights, aliases: Mapping[str, str]) -> set[str]:
@@ -68,9 +68,12 @@ def read_weights(module: nn.Module, state: ModelState, weights: Weights) -> None
         CheckpointError: a file cannot be read; on every rank. The model has parts of it then.
     """
     pieces = [
-        Piece(MODEL, slot.name, max(0, unit.own.start - slot.offset), unit.part_of(unit.master, slot))
+        Piece(MODEL, slot.name, start, part)
         for unit, slot in state.slots()
         if slot.name in weights.places
+        for start, part in runs_of(
+            slot, max(0, unit.own.start - slot.offset), unit.part_of(unit.master, slot)
+        )
     ]
     buffers = {n: each for n, each in persistent_buffers(module).items() if n in weights.places}
     read = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in buffers.items()}

@@ -11,6 +11,7 @@ from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.link import Link, is_duplex
 from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.pages import keep_pages, untouched_zeros
+from sixfold.mesh.replicas import Replicas
 from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
@@ -24,6 +25,7 @@ __all__ = [
     "Link",
     "Mesh",
     "Pending",
+    "Replicas",
     "Scratch",
     "Streams",
     "agree",

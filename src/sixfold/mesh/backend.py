@@ -6,6 +6,7 @@ that all ranks come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -51,6 +52,22 @@ def start_send(tensor: torch.Tensor, rank: int, tag: int) -> list[Carried]:
 def start_receive(tensor: torch.Tensor, rank: int, tag: int) -> list[Carried]:
     """Receive a tensor from a rank, likewise."""
     return _begun(dist.irecv(tensor, rank, tag=tag)) if tensor.numel() else []
+
+
+def start_swap(
+    arriving: Sequence[tuple[int, torch.Tensor]],
+    sent: Sequence[tuple[int, torch.Tensor]],
+    tag: int,
+    group: ProcessGroup = None,
+) -> list[Carried]:
+    """Receive from some ranks of the world and send to some, all at once; what is empty is left out."""
+    calls = [
+        dist.P2POp(call, tensor, rank, group, tag)
+        for call, pieces in ((dist.irecv, arriving), (dist.isend, sent))
+        for rank, tensor in pieces
+        if tensor.numel()
+    ]
+    return [*dist.batch_isend_irecv(calls)] if calls else []
 
 
 def _begun(work: Carried | None) -> list[Carried]:

@@ -19,7 +19,7 @@ import torch
 
 from sixfold.base.errors import MeshError
 from sixfold.base.places import place_of
-from sixfold.base.ring import Block, Ring, differs, exchange_text, ranks_of
+from sixfold.base.ring import Block, Ring, content_text, differs, exchange_text, ranks_of
 
 
 class Carried(Protocol):
@@ -62,7 +62,7 @@ class Dispatcher:
         self,
         op: str,
         group: str,
-        tensor: torch.Tensor,
+        tensor: torch.Tensor | Sequence[torch.Tensor],
         call: Callable[[], Sequence[Carried | None]],
         finish: Callable[[], None] | None = None,
     ) -> Pending:
@@ -72,7 +72,7 @@ class Dispatcher:
             op: its name, "all-reduce" say.
             group: its ranks, as `ranks_text` writes them; ":lane" after it where exchanges of the same
                 ranks may overtake each other. Order is kept, and numbers count, within one lane.
-            tensor: what is exchanged; recorded by size and type.
+            tensor: what is exchanged, or what is sent to each of the others; recorded by size and type.
             call: starts it; one exchange may be carried in several pieces.
             finish: what is left to do when all pieces have arrived.
 
@@ -82,12 +82,13 @@ class Dispatcher:
         """
         number = self._counts.get(group, 0) + 1
         self._counts[group] = number
-        numel, dtype = tensor.numel(), str(tensor.dtype)
+        tensors = [tensor] if isinstance(tensor, torch.Tensor) else tensor
+        numel, dtype = sum(each.numel() for each in tensors), str(tensors[0].dtype)
         place = place_of(sys._getframe(2), besides="mesh")
         ring = self.ring
-        text = exchange_text(number, op, numel, dtype, numel * tensor.itemsize, group, place)
+        text = exchange_text(number, op, numel, dtype, numel * tensors[0].itemsize, group, place)
         serial = ring.want(ring.post(text), text)  # a backend may block here already
-        strangers = self._strangers(group, number, f"{op} {numel} {dtype}")
+        strangers = self._strangers(group, number, content_text(op, numel, dtype))
         if strangers:
             self._broken(RuntimeError("ranks differ"))
             raise MeshError(

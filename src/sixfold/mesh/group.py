@@ -1,6 +1,6 @@
-"""Some of the ranks, and what they exchange: equal slices of flat tensors.
+"""Some of the ranks, and what they exchange: equal slices of flat tensors, or a tensor for each member.
 
-Made by the mesh. Without a native backend (gloo) both collectives are a point-to-point exchange, which
+Made by the mesh. Without a native backend (gloo) sums and gathers are a point-to-point exchange, which
 measured about three times faster than gloo's own, and sums are taken in one fixed order. A group of
 one rank sends nothing and runs the same lines. It never decides what to exchange.
 """
@@ -13,12 +13,25 @@ import torch
 import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import start_copy, start_receive, start_send, start_sum
+from sixfold.mesh.backend import start_copy, start_receive, start_send, start_sum, start_swap
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
-SLICE_TAGS, MEETING_TAGS = (1, 2), (3, 4)
-"""What keeps point-to-point sums and gathers apart, and meetings from exchanges that are under way."""
+_UPDATE = ("all", "shard", "copies", "world", "ties")
+PURPOSES = (
+    *_UPDATE,
+    *("link even", "link odd", "link round", "meetings"),
+    *("expert all", "expert shard", "expert copies"),
+    *("tensor axis", "context axis", "expert axis"),
+)
+"""What the groups and links of a rank are for, one of each at most: replicas and their two levels, everyone,
+tied weights; neighbours in a pipeline; meetings; replicas of experts; axes of the mesh."""
+
+
+def lane_of(purpose: str) -> str:
+    """What tells exchanges apart that others of the same ranks may overtake. Those of an update come in one
+    order; those inside forward and backward do not wait for them."""
+    return "" if purpose in _UPDATE else f":{purpose}"
 
 
 class Group:
@@ -30,8 +43,7 @@ class Group:
         scratch: where arriving slices are put.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
         dispatcher: what its exchanges go through; None: one of its own.
-        lane: tells groups of the same ranks apart, whose exchanges may overtake each other.
-        tags: of point-to-point sums and gathers, likewise.
+        purpose: one of PURPOSES.
     """
 
     def __init__(
@@ -42,15 +54,16 @@ class Group:
         native: dist.ProcessGroup | None,
         dispatcher: Dispatcher | None = None,
         *,
-        lane: str = "",
-        tags: tuple[int, int] = SLICE_TAGS,
+        purpose: str = "all",
     ) -> None:
         self.place = ranks.index(rank)
         self.num_ranks = len(ranks)
         # Tags keep point-to-point sums and gathers apart; the collectives of a backend share one order.
+        lane, number = lane_of(purpose), PURPOSES.index(purpose)
         lanes = (f"{lane}:sums", f"{lane}:gathers") if native is None else (lane, lane)
-        self._reduce_tag, self._gather_tag = tags
-        self._sums, self._gathers = (ranks_text(ranks) + lane for lane in lanes)
+        self._reduce_tag, self._gather_tag = 2 * number + 1, 2 * number + 2
+        self._everyone = ranks_text(ranks) + lane
+        self._sums, self._gathers = (ranks_text(ranks) + each for each in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
         self._scratch = scratch
@@ -114,6 +127,23 @@ class Group:
             return Pending()
         return self._dispatcher.start("broadcast", self._gathers, tensor, lambda: self._copy_first(tensor))
 
+    def all_to_all(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Pending:
+        """Start to send a tensor to each member and to fill one from each; this member's own is copied.
+
+        To pass something round a ring, all but what goes to one neighbour and comes from the other is empty.
+
+        Args:
+            sent: by place, of one type, contiguous, each of its own size; left alone until the end.
+            arriving: by place, as what that member sends here.
+        """
+        arriving[self.place].view(-1).copy_(sent[self.place].view(-1))
+        if self.num_ranks == 1:
+            return Pending()
+        leaving = [sent[place] for place, _ in self._others()]
+        return self._dispatcher.start(
+            "all-to-all", self._gathers, leaving, lambda: self._deal(sent, arriving)
+        )
+
     def _copy_first(self, tensor: torch.Tensor) -> list[Carried]:
         first = self._ranks[0]
         if self._native is not None:
@@ -154,5 +184,26 @@ class Group:
             for work in (*start_receive(theirs, rank, tag), *start_send(mine, rank, tag))
         ]
 
+    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
+        others = self._others()
+        return start_swap(
+            [(rank, arriving[place]) for place, rank in others],
+            [(rank, sent[place]) for place, rank in others],
+            self._gather_tag,
+            self._native,
+        )
+
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]
+
+
+class World(Group):
+    """All ranks, over the network: sums and copies of whole tensors are the backend's own."""
+
+    def all_reduce(self, whole: torch.Tensor) -> Pending:
+        """Start to sum `whole`, in place: the same bits on every member."""
+        return self._dispatcher.start("all-reduce", self._everyone, whole, lambda: start_sum(whole))
+
+    def broadcast(self, tensor: torch.Tensor) -> Pending:
+        """Start to copy the first member's `tensor` into everyone's, in place."""
+        return self._dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, 0))

@@ -21,20 +21,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import join, start_copy, start_sum
-from sixfold.mesh.cut import Copied, Cut
+from sixfold.mesh.backend import join, start_copy
 from sixfold.mesh.dispatch import Dispatcher, Pending
-from sixfold.mesh.group import MEETING_TAGS, Group
-from sixfold.mesh.host import Host, HostGroup
+from sixfold.mesh.group import Group, World
+from sixfold.mesh.host import Host
 from sixfold.mesh.link import Link
-from sixfold.mesh.pages import untouched_zeros
+from sixfold.mesh.replicas import Replicas
 from sixfold.mesh.scratch import Scratch
-from sixfold.plan.geometry import Geometry
-from sixfold.plan.residency import GROUP, Spread
-
-_TIES, _LINKS = 4, 5
-"""Numbers of a rank's groups: of the data axis, its two levels and the world, then of tied weights and links.
-Further sets of stages with tied weights meet over the network."""
+from sixfold.plan.geometry import MESH_AXES, Geometry
 
 
 @dataclass(frozen=True)
@@ -99,9 +93,8 @@ class Mesh:
             return self
         neighbours: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            place = self.geometry.coordinate(rank, "data")
-            key = (*self._others_of(rank), place // self.geometry.shard)
-            neighbours.setdefault(key, []).append(rank)
+            place = self.geometry.replica(rank) // self.geometry.shard
+            neighbours.setdefault((*self._others_of(rank, "data", "context"), place), []).append(rank)
         host = Host.form(
             transport,
             self.rank,
@@ -129,6 +122,11 @@ class Mesh:
         return self.geometry.degree("data")
 
     @property
+    def num_fed(self) -> int:
+        """Ranks that are given the same part of the global batch."""
+        return self.world_size // self.data_ranks
+
+    @property
     def pipe_rank(self) -> int:
         """Where this rank stands in its pipeline, from the input."""
         return self.geometry.coordinate(self.rank, "pipe")
@@ -146,8 +144,9 @@ class Mesh:
         """The one way to and from the rank at a neighbouring place of this rank's pipeline, a ring."""
         if pipe_rank not in self._links:
             low, high = sorted((pipe_rank, self.pipe_rank))
-            number, other = _LINKS + (low % 2 if high == low + 1 else 2), self.rank_at(pipe_rank)
-            shared = self.host.link(other, number, self.dispatcher) if self.host else None
+            purpose = ("link even", "link odd")[low % 2] if high == low + 1 else "link round"
+            other = self.rank_at(pipe_rank)
+            shared = self.host.link(other, purpose, self.dispatcher) if self.host else None
             self._links[pipe_rank] = shared or Link(self.rank, other, self.dispatcher)
         return self._links[pipe_rank]
 
@@ -157,26 +156,9 @@ class Mesh:
 
     def holders(self, pipe_ranks: Sequence[int], number: int) -> Group:
         """The ranks at several places of this rank's pipeline; each such group has the same number on all."""
-        return self._group([self.rank_at(place) for place in pipe_ranks], _TIES + number)
-
-    def all_reduce(self, tensor: torch.Tensor) -> Pending:
-        """Start to sum `tensor`, in place, over the data ranks."""
-        if self.data_ranks == 1:
-            return Pending()
-        if self.data_ranks < self.world_size or (self.host and isinstance(self._data_group, HostGroup)):
-            return self._data_group.all_reduce(tensor)
-        return self._world_sum(tensor)
-
-    def _meeting(self, tensor: torch.Tensor) -> Pending:
-        """`all_reduce` over what all engines of a process have in common, the process group."""
-        if self.data_ranks < self.world_size:
-            return self._data_meetings.all_reduce(tensor.view(-1))
-        return self._world_sum(tensor)
-
-    def _world_sum(self, tensor: torch.Tensor) -> Pending:
-        if self.world_size == 1:
-            return Pending()
-        return self.dispatcher.start("all-reduce", self._everyone, tensor, lambda: start_sum(tensor))
+        ranks = [self.rank_at(place) for place in pipe_ranks]
+        # Memory is set aside for one such group of a rank; further ones meet over the network.
+        return self._group(ranks, "ties") if number == 0 else self._network_group(ranks, "ties")
 
     @cached_property
     def _everyone(self) -> str:
@@ -197,135 +179,80 @@ class Mesh:
         written again after `reclaim`."""
         return self.host.scratch if self.host else self.scratch
 
-    def cut(
-        self, numel: int, dtype: torch.dtype, spread: Spread, *, is_read: bool = False, is_blank: bool = False
-    ) -> Cut:
-        """Numbers [numel] cut over `spread`; whole for good where that is (). A collective.
-
-        Args:
-            is_read: whether others gather slices of what this rank keeps, by `spread_out`.
-            is_blank: the whole is dropped before anything reads it; else it is zeros like the part.
-        """
-        if spread == GROUP and isinstance(self.shard, HostGroup):
-            return self.shard.common(numel, dtype)
-        size, place = numel // self.geometry.num_parts(spread), self.place_in(spread)
-        if is_read:
-            part = self.exchangeable.take(size, dtype).zero_()
-        else:
-            part = untouched_zeros(size, dtype, self.device)
-        make, whole = torch.empty if is_blank else torch.zeros, part
-        if spread:
-            whole = make(numel, dtype=dtype, device=self.device)  # it comes and goes, so malloc has it
-        return Copied(
-            whole,
-            part,
-            slice(place * size, (place + 1) * size),
-            lambda whole: self.spread_out(whole, spread, ()),
-        )
-
     @cached_property
     def scratch(self) -> Scratch:
         """Buffers for the time of one exchange."""
         return Scratch(self.device)
 
     @cached_property
-    def shard(self) -> Group:
-        """The neighbours over which model state is cut; every rank asks for it first at the same point."""
-        return self._group_of(lambda place: place // self.geometry.shard, 1)
+    def replicas(self) -> Replicas:
+        """The ranks that hold the same whole parameters as this one, along data and context."""
+        return self.replicas_of(())
 
-    @cached_property
-    def copies(self) -> Group:
-        """The ranks that hold the same slices, one of each shard group."""
-        return self._group_of(lambda place: place % self.geometry.shard, 2)
+    def replicas_of(self, cut: Sequence[str]) -> Replicas:
+        """The ranks that hold the same pieces of parameters which are cut along axes of the mesh.
 
-    @cached_property
-    def _data_group(self) -> Group:
-        return self._group_of(lambda place: 0, 0)
-
-    @cached_property
-    def _world_group(self) -> Group:
-        is_cut = self.data_ranks < self.world_size
-        return self._group(range(self.world_size), 3) if is_cut else self._data_group
-
-    @cached_property
-    def _data_meetings(self) -> Group:
-        ranks = self._data_peers
-        return Group(
-            ranks,
-            self.rank,
-            self.scratch,
-            self._native_of(ranks),
-            self.dispatcher,
-            lane=":meetings",
-            tags=MEETING_TAGS,
-        )
-
-    def place_in(self, spread: Spread) -> int:
-        """Which of the equal parts of something cut over `spread` is this rank's."""
-        place = 0
-        for axis in spread:
-            group = self._group_along(axis)
-            place = place * group.num_ranks + group.place
-        return place
-
-    def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
-        """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place.
+        Every rank asks for the same ones in the same order.
 
         Args:
-            into: where the slice goes instead; one pass over it less.
+            cut: those axes.
         """
-        if not after:
-            assert into is None, "a sum that is whole stays where it is"
-            return self.all_reduce(partial)
-        if self.copies.num_ranks == 1:
-            return self.shard.reduce_scatter(partial, into)
-        summed, mine = self.shard.reduce_scatter(partial), self.shard.slice_of(partial, self.shard.place)
+        is_dealt = "expert" in cut and self.geometry.expert > 1
+        if is_dealt not in self._replicas:
+            geometry, step = self.geometry, self.geometry.expert if is_dealt else 1
+            place = geometry.replica(self.rank)
+            purpose = "expert " if is_dealt else ""
+            self._replicas[is_dealt] = Replicas(
+                self._peers[place % step :: step],
+                place // step,
+                geometry.shard_of(cut),
+                lambda ranks, which: self._group(ranks, purpose + which),
+                self.exchangeable,
+                self.device,
+            )
+        return self._replicas[is_dealt]
 
-        def across() -> None:
-            summed.wait()
-            if "data" in after:
-                self.copies.reduce_scatter(mine, into).wait()
-                return
-            self.copies.all_reduce(mine).wait()
-            if into is not None:
-                into.copy_(mine)
+    @cached_property
+    def _replicas(self) -> dict[bool, Replicas]:
+        return {}
 
-        return Pending(finish=across)
+    def place(self, axis: str) -> int:
+        """Where this rank stands along `axis`, from 0."""
+        return self.geometry.coordinate(self.rank, axis)
 
-    def spread_out(self, tensor: torch.Tensor, before: Spread, after: Spread) -> Pending:
-        """Start to fill `tensor`, in place, from what each rank has of it.
+    def along(self, axis: str) -> Group:
+        """The ranks that differ from this one only in their place along "tensor", "context" or "expert"."""
+        if axis not in self._axes:
+            geometry = self.geometry
+            if axis == "expert":
+                first = geometry.replica(self.rank) // geometry.expert * geometry.expert
+                ranks = self._peers[first : first + geometry.expert]
+            else:
+                here = self._others_of(self.rank, axis)
+                ranks = [rank for rank in range(self.world_size) if self._others_of(rank, axis) == here]
+            self._axes[axis] = self._group(ranks, f"{axis} axis")
+        return self._axes[axis]
 
-        Args:
-            tensor: what each rank shall have, cut over `after`; the part cut over `before` is in its place.
-        """
-        levels = [axis for axis in before if axis not in after]
-        parts = [tensor]
-        for axis in levels[:-1]:
-            parts.append(self._group_along(axis).slice_of(parts[-1], self._group_along(axis).place))
-        if not levels:
-            return Pending()
-        finest = self._group_along(levels[-1]).all_gather(parts[-1])
-        if len(levels) == 1:
-            return finest
+    @cached_property
+    def _axes(self) -> dict[str, Group]:
+        return {}
 
-        def outwards() -> None:
-            finest.wait()
-            for axis, part in zip(reversed(levels[:-1]), reversed(parts[:-1]), strict=True):
-                self._group_along(axis).all_gather(part).wait()
+    @cached_property
+    def _world(self) -> Group:
+        if len(self._peers) == self.world_size:
+            return self.replicas.all
+        return self._group(range(self.world_size), "world")
 
-        return Pending(finish=outwards)
+    @cached_property
+    def _meetings(self) -> Group:
+        """What all engines of a process have in common: the process group, over the network."""
+        return self._network_group(self._peers, "meetings")
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """Start to copy one rank's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
         return self.dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, source))
-
-    def align(self, tensor: torch.Tensor) -> Pending:
-        """Start to copy the first data rank's `tensor` into those of all data ranks, in place."""
-        if self.data_ranks == self.world_size:
-            return self.broadcast(tensor)
-        return self._data_group.broadcast(tensor)
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over all ranks, in fp64, the same on every rank."""
@@ -334,8 +261,7 @@ class Mesh:
     def start_total(self, *numbers: float) -> Callable[[], list[float]]:
         """Start to sum a few numbers; the function returned waits for the sums."""
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        by_host = self.host and isinstance(self._world_group, HostGroup)
-        pending = self._world_group.all_reduce(tensor) if by_host else self._world_sum(tensor)
+        pending = self._world.all_reduce(tensor)
 
         def sums() -> list[float]:
             pending.wait()
@@ -344,16 +270,17 @@ class Mesh:
         return sums
 
     def largest(self, number: int) -> int:
-        """The largest of the data ranks' numbers."""
+        """The largest of the replicas' numbers."""
         return round(max(row[0] for row in self.everyones(number)))
 
     def everyones(self, *numbers: float) -> list[list[float]]:
-        """Each data rank's few numbers, by data rank; ranks that come from different engines meet too."""
-        if self.data_ranks == 1:
+        """Each replica's few numbers, in their order; ranks that come from different engines meet too."""
+        num_replicas = len(self._peers)
+        if num_replicas == 1:
             return [list(numbers)]
-        table = torch.zeros(self.data_ranks, len(numbers), dtype=torch.float64, device=self.device)
-        table[self.data_rank] = torch.tensor(numbers, dtype=torch.float64)
-        self._meeting(table).wait()
+        table = torch.zeros(num_replicas, len(numbers), dtype=torch.float64, device=self.device)
+        table[self.geometry.replica(self.rank)] = torch.tensor(numbers, dtype=torch.float64)
+        self._meetings.all_reduce(table.view(-1)).wait()
         return [[float(number) for number in row] for row in table.tolist()]
 
     def any(self, flag: bool) -> bool:
@@ -391,35 +318,40 @@ class Mesh:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _others_of(self, rank: int) -> tuple[int, ...]:
-        """Where a rank stands along all axes but data."""
-        axes = (axis for axis, _ in self.geometry.degrees if axis != "data")
-        return tuple(self.geometry.coordinate(rank, axis) for axis in axes)
-
-    def _group_along(self, axis: str) -> Group:
-        return self.shard if axis == "shard" else self.copies
+    def _others_of(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """Where a rank stands along all axes but some."""
+        return tuple(self.geometry.coordinate(rank, axis) for axis in MESH_AXES if axis not in axes)
 
     @cached_property
-    def _data_peers(self) -> list[int]:
-        here = self._others_of(self.rank)
-        return [rank for rank in range(self.world_size) if self._others_of(rank) == here]
+    def _peers(self) -> list[int]:
+        """The ranks along data and context, by place."""
+        return self._peers_of(self.rank)
 
-    def _group_of(self, key: Callable[[int], int], number: int) -> Group:
-        """The data ranks whose place among them has the same key as this rank's; see `_group`."""
-        data = self._data_peers
-        return self._group(
-            [rank for place, rank in enumerate(data) if key(place) == key(self.data_rank)], number
-        )
+    def _peers_of(self, rank: int) -> list[int]:
+        here = self._others_of(rank, "data", "context")
+        return [each for each in range(self.world_size) if self._others_of(each, "data", "context") == here]
 
-    def _group(self, ranks: Sequence[int], number: int) -> Group:
+    def _group(self, ranks: Sequence[int], purpose: str) -> Group:
         """Some ranks, this one among them.
 
         Args:
-            number: tells the groups of a rank apart; the same on every member.
+            purpose: what it is for, one of PURPOSES; the same on every member.
         """
-        if self.host and number < _LINKS and (shared := self.host.group(ranks, number, self.dispatcher)):
+        if self.host and (shared := self.host.group(ranks, purpose, self.dispatcher)):
             return shared
-        return Group(ranks, self.rank, self.scratch, self._native_of(ranks), self.dispatcher)
+        return self._network_group(ranks, purpose)
+
+    def _network_group(self, ranks: Sequence[int], purpose: str) -> Group:
+        is_world = purpose in ("all", "world", "meetings") and 1 < len(ranks) == self.world_size
+        kind = World if is_world else Group
+        return kind(
+            ranks,
+            self.rank,
+            self.scratch,
+            self._native_of(ranks),
+            self.dispatcher,
+            purpose=purpose,
+        )
 
     def _native_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         if len(ranks) == 1 or self.device.type != "cuda":

@@ -107,7 +107,7 @@ class _Deed:
     instead: Exchange | None = None
 
 
-_Way = tuple[str, int, str, str]
+_Way = tuple[str, str]
 
 
 class _Scene:
@@ -129,9 +129,9 @@ class _Scene:
         """What most ranks have under this number; of equally many, what came after the same one before."""
         if (group, number) not in self._usual:
             found = self._by_number[group, number]
-            counts = Counter(_content(each) for each in found)
+            counts = Counter(each.content for each in found)
             most = max(counts.values())
-            best = [each for each in found if counts[_content(each)] == most]
+            best = [each for each in found if counts[each.content] == most]
             if sum(count == most for count in counts.values()) > 1:
                 before = {_way(each) for each in self._by_number.get((group, number - 1), ())}
                 pairs = self._pairs(group, number)
@@ -199,7 +199,7 @@ def _parting(scene: _Scene, rank: int, group: str, number: int) -> _Deed | None:
         if each.group != group or each.number > number:
             continue
         usual = scene.usual(group, each.number)
-        if _content(each) != _content(usual):
+        if each.content != usual.content:
             kind: Kind = "skipped" if _went_on(scene, rank, usual, each) else "mismatched"
             return _Deed(kind, rank, usual, each)
     return None
@@ -225,12 +225,8 @@ def _went_on(scene: _Scene, rank: int, usual: Exchange, own: Exchange) -> bool:
     return own.place in others or own.op != usual.op or is_below
 
 
-def _content(each: Exchange) -> tuple[str, int, str]:
-    return each.op, each.numel, each.dtype
-
-
 def _way(each: Exchange) -> _Way:
-    return *_content(each), each.place
+    return each.content, each.place
 
 
 def _lives(position: Position) -> bool:

@@ -3,6 +3,7 @@
 The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
+from sixfold.parallel.axes import AxisChange, decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -23,6 +24,7 @@ from sixfold.parallel.stage import Stage
 __all__ = [
     "BATCH_NORMS",
     "DTYPES",
+    "AxisChange",
     "Deferral",
     "ModelCut",
     "ModuleFacts",
@@ -32,6 +34,7 @@ __all__ = [
     "change_forwards",
     "check_backend",
     "check_blocks",
+    "decide_axes",
     "dtype_name",
     "materialize",
     "module_facts",

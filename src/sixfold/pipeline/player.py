@@ -169,7 +169,7 @@ class Player:
         self._state.flush_reduce()
         sums = self._start_totals(step)
         self._state.finish_reduce()
-        self._state.sum_ties()
+        self._state.sums.share()
         totals = sums()
         if totals.weight == 0:
             raise ModelError(
@@ -181,24 +181,26 @@ class Player:
             )
         factor = step.work.scale / (totals.weight * self._scaler.scale)
         own_bounds = self._optimizer.clip_norms
-        norms = tuple(norm * abs(factor) for norm in self._state.grad_norms(len(own_bounds)))
+        norms = tuple(norm * abs(factor) for norm in self._state.sums.norms(len(own_bounds)))
         grad_norm = math.hypot(*norms)
         step.result = replace(totals, grad_norm=grad_norm, group_norms=norms, loss_scale=self._scaler.scale)
         if not math.isfinite(grad_norm):
             if not self._scaler.back_off():
-                raise self._state.non_finite(grad_norm, step.result.loss_scale, current_session().step)
+                raise self._state.sums.non_finite(grad_norm, step.result.loss_scale, current_session().step)
             step.result = replace(step.result, skipped=True)
             return
         self._scaler.passed()
         clips = clip_factors(norms, own_bounds, self._clip_norm)
-        self._state.scale_grads([factor * clip for clip in clips])
+        self._state.sums.scale([factor * clip for clip in clips])
         self._optimizer.step()
 
     def _start_totals(self, step: Step) -> Callable[[], StepResult]:
         """Start to sum what the ranks hold; the function returned waits, and judges the sums."""
+        # Ranks along the tensor axis have the same loss.
+        is_first = self._mesh.place("tensor") == 0
         sums = self._mesh.start_total(
-            sum(float(value) for value in step.losses),
-            sum(float(value) for value in step.weights),
+            sum(float(value) for value in step.losses) * is_first,
+            sum(float(value) for value in step.weights) * is_first,
             float(step.has_means),
             step.work.difference,
             *step.counts.numbers(),
@@ -208,9 +210,9 @@ class Player:
             loss, weight, has_means, difference, *numbers = sums()
             if difference:
                 raise ModelError(
-                    f"the {self._mesh.pipe_ranks} ranks of a pipeline were given different batches",
-                    rule="all stages of a pipeline see the same batch; which part of the global one it is "
-                    "says engine.data_rank of engine.data_ranks, not the rank",
+                    f"{self._mesh.num_fed} ranks that work on the same samples were given different batches",
+                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
                     fix="draw it by engine.data_rank, for example DistributedSampler(data, "
                     "num_replicas=engine.data_ranks, rank=engine.data_rank)",
                 )

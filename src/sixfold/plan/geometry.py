@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 
 from sixfold.base.axes import CARDS
 from sixfold.base.errors import PlanError
@@ -25,12 +25,18 @@ class Geometry:
 
     Args:
         degrees: one number per name in MESH_AXES.
-        shard: ranks in one of the equal groups of neighbours that the data ranks are split into, over
+        shard: ranks in one of the equal groups of neighbours that the replicas are split into, over
             which model state may be cut. It never multiplies the world.
+        expert: groups that the replicas are dealt out to in turn, each with other experts. It never
+            multiplies the world.
+
+    *Replicas* are the ranks along data and context: they hold the same parameters and sum their gradients.
+    Of what is cut along the expert axis, only those at the same place of it do.
     """
 
     degrees: tuple[tuple[str, int], ...]
     shard: int = 1
+    expert: int = 1
 
     @cached_property
     def world_size(self) -> int:
@@ -39,28 +45,59 @@ class Geometry:
 
     def degree(self, axis: str) -> int:
         """Ranks along `axis`."""
-        return dict(self.degrees)[axis]
+        return self.expert if axis == "expert" else dict(self.degrees).get(axis, 1)
 
-    def num_parts(self, spread: Sequence[str]) -> int:
-        """Equal parts that something cut over the axes of `spread` has."""
-        parts = {"shard": self.shard, "data": self.degree("data") // self.shard}
+    @property
+    def cuts_model(self) -> bool:
+        """Whether a rank has less than the whole model even where no model state is cut."""
+        return any(self.degree(axis) > 1 for axis in ("pipe", "tensor", "expert"))
+
+    def num_replicas(self, cut: Sequence[str] = ()) -> int:
+        """Ranks that sum their gradients of a parameter which is cut along the axes `cut`."""
+        everyone = self.degree("data") * self.degree("context")
+        return everyone // self.expert if "expert" in cut else everyone
+
+    def shard_of(self, cut: Sequence[str] = ()) -> int:
+        """Those of them in one group of neighbours."""
+        return max(1, self.shard // self.expert) if "expert" in cut else self.shard
+
+    def num_parts(self, spread: Sequence[str], cut: Sequence[str] = ()) -> int:
+        """Equal parts that state of a parameter has, cut over the axes of `spread`.
+
+        Args:
+            cut: axes along which the parameter itself is cut.
+        """
+        shard = self.shard_of(cut)
+        parts = {"shard": shard, "data": self.num_replicas(cut) // shard}
         return prod(parts[axis] for axis in spread)
+
+    def num_holders(self, spread: Sequence[str], cut: Sequence[str] = ()) -> int:
+        """Ranks at one place of the pipeline that hold the same part of it."""
+        alike = 1 if "tensor" in cut else self.degree("tensor")
+        return alike * self.num_replicas(cut) // self.num_parts(spread, cut)
+
+    def replica(self, rank: int) -> int:
+        """Where `rank` stands among the replicas."""
+        return self.coordinate(rank, "data") * self.degree("context") + self.coordinate(rank, "context")
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Where `rank` stands along `axis`, from 0."""
+        if axis == "expert":
+            return self.replica(rank) % self.expert
         below = 1
         for name, degree in reversed(self.degrees):
             if name == axis:
                 return rank // below % degree
             below *= degree
-        raise AssertionError(f"no axis {axis!r} in {self}")
+        return 0
 
     def first_rank(self, pipe_rank: int) -> int:
         """The first rank at a place of the pipelines."""
         return pipe_rank * (self.world_size // self.degree("pipe"))
 
     def __str__(self) -> str:
-        return " x ".join(f"{name} {degree}" for name, degree in self.degrees if degree > 1) or "one rank"
+        text = " x ".join(f"{name} {degree}" for name, degree in self.degrees if degree > 1) or "one rank"
+        return f"{text} (expert {self.expert})" if self.expert > 1 else text
 
 
 def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
@@ -88,11 +125,21 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
             if world_size >= others
             else f"start {data * others} ranks, or make layout.pipe, context or tensor smaller",
         )
-    if layout.shard is not None and data % layout.shard:
+    replicas = data * layout.context
+    along = f"{data} data ranks" + (f" x {layout.context} context ranks" if layout.context > 1 else "")
+    shard = layout.shard or replicas
+    if replicas % shard:
         raise PlanError(
-            f"layout.shard = {layout.shard} with {data} data ranks",
+            f"layout.shard = {layout.shard} with {along}",
             rule="shard cuts the data ranks into equal groups, so it divides their number",
-            fix=f"set layout.shard = {data}, or leave it unset",
+            fix=f"set layout.shard = {replicas}, or leave it unset",
+        )
+    if replicas % layout.expert or (shard % layout.expert and layout.expert % shard):
+        raise PlanError(
+            f"layout.expert = {layout.expert} with {along} in groups of {shard}",
+            rule="experts are dealt out to the data ranks, so their groups divide that number, and one of "
+            "layout.shard and layout.expert divides the other",
+            fix=f"set layout.expert = {gcd(replicas, shard, layout.expert)}",
         )
     sizes = {"pipe": layout.pipe, "data": data, "context": layout.context, "tensor": layout.tensor}
-    return Geometry(tuple((axis, sizes[axis]) for axis in MESH_AXES), layout.shard or data)
+    return Geometry(tuple((axis, sizes[axis]) for axis in MESH_AXES), shard, layout.expert)

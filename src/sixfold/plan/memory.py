@@ -12,6 +12,7 @@ from sixfold.base.units import bytes_text
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import Spread
+from sixfold.plan.units import UnitPlan
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
     for unit in plan.units:
         types = plan.precision_of(unit)
 
-        def part(spread: Spread, numel: int = unit.numel) -> int:
-            return numel // plan.geometry.num_parts(spread)
+        def part(spread: Spread, unit: UnitPlan = unit) -> int:
+            return unit.numel // plan.geometry.num_parts(spread, unit.cut)
 
         item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
         parameters += item_bytes * part(row.parameters)
@@ -77,7 +78,7 @@ def exchange_memory(plan: Plan) -> int:
             total += unit.numel * sum(ITEM_BYTES[kind] for kind in {types.grad, types.reduce})
         if row.parameters or (row.optimizer and unit.trainable):
             item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
-            total += unit.numel // plan.geometry.num_parts(row.parameters) * item_bytes
+            total += unit.numel // plan.geometry.num_parts(row.parameters, unit.cut) * item_bytes
     return total
 
 

@@ -90,7 +90,7 @@ def decide(
 
     Args:
         parameters: facts of the module's parameters in module order, with their own types; in a pipeline of
-            those of a rank's stages, one stage after the other.
+            those of a rank's stages, one stage after the other; of pieces where an axis cuts them.
         stages: where the model is cut.
 
     Raises:
@@ -112,6 +112,13 @@ def decide(
             working,
             num_slices=geometry.num_parts(residency.optimizer),
             num_pieces=geometry.num_parts(ALL) if residency.is_cut else 1,
+            cut_apart={
+                cut: (
+                    geometry.num_parts(residency.optimizer, cut),
+                    geometry.num_parts(ALL, cut) if residency.is_cut else 1,
+                )
+                for cut in {facts.place.axes for facts in working if facts.place}
+            },
             by_block=bool(residency.parameters),
         ),
         loss_scaling=decide_loss_scaling(config.precision, [types[dtype] for dtype in trained]),

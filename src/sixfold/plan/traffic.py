@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sixfold.base.units import bytes_text
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
+from sixfold.plan.residency import ALL
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
 
     A reduce-scatter or all-gather among n ranks sends (n - 1) / n of its buffer, an all-reduce twice that.
     """
-    row, shard = plan.residency, plan.geometry.num_parts(("shard",))
-    sizes = {"shard": shard, "data": plan.geometry.num_parts(("data",))}
+    row, geometry = plan.residency, plan.geometry
     reduce = publish = 0
     for unit in plan.units:
         types = plan.precision_of(unit)
         if not unit.trainable or types is None:
             continue
+        sizes = {axis: geometry.num_parts((axis,), unit.cut) for axis in ALL}
+        shard = sizes["shard"]
         if row.optimizer:
             share = unit.numel // shard
             across = _others(share, sizes["data"]) * (1 if "data" in row.optimizer else 2)
@@ -53,7 +55,10 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
         else:
             sent = 2 * _others(unit.numel, shard * sizes["data"])
         reduce += ITEM_BYTES[types.reduce] * sent * (max(1, num_micro) if row.reduces_each else 1)
-        part = unit.numel // plan.geometry.num_parts(row.parameters)
+        own = unit.numel // geometry.num_parts(row.optimizer, unit.cut)
+        for axis in unit.partial:
+            reduce += ITEM_BYTES[types.grad] * 2 * _others(own, geometry.degree(axis))
+        part = unit.numel // geometry.num_parts(row.parameters, unit.cut)
         for axis in (axis for axis in row.optimizer if axis not in row.parameters):
             publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
             part //= sizes[axis]

@@ -7,11 +7,13 @@ says. It sees names, shapes and types as plain data, never a tensor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+from sixfold.base.errors import PlanError
+from sixfold.plan.places import Place
 from sixfold.plan.precision import ITEM_BYTES
 
 ALIGN = 32
@@ -32,7 +34,7 @@ class ParameterFacts:
 
     Args:
         name: its first name in the module.
-        shape: its global shape.
+        shape: its shape on this rank.
         dtype: its working type.
         trainable: whether it gets gradients.
         group: the optimizer group it belongs to.
@@ -40,6 +42,7 @@ class ParameterFacts:
         whole: whether its optimizer needs it in one piece, so that no slice may cut it.
         stage: the stage of the pipeline that holds it here.
         tied: all stages that hold it, where these are several.
+        place: which piece of it this rank has, where an axis of the mesh cuts it or its gradient.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ParameterFacts:
     whole: bool = False
     stage: int = 0
     tied: tuple[int, ...] = ()
+    place: Place | None = None
 
     @property
     def numel(self) -> int:
@@ -58,19 +62,57 @@ class ParameterFacts:
         return prod(self.shape)
 
 
+def placed(facts: Sequence[ParameterFacts], places: Mapping[str, Place]) -> list[ParameterFacts]:
+    """Facts of this rank's pieces, from those of whole parameters.
+
+    Raises:
+        PlanError: an optimizer needs in one piece what an axis cuts.
+    """
+    found = []
+    for each in facts:
+        place = places.get(each.name)
+        if place is None:
+            found.append(each)
+            continue
+        if each.whole and place.axes:
+            raise PlanError(
+                f"{each.name} is cut along {' and '.join(place.axes)}, and its optimizer updates it as a "
+                "whole matrix",
+                rule="an optimizer of whole matrices needs each of them on one rank",
+                fix='set optimizer.name = "adamw", or make the axis 1',
+            )
+        found.append(replace(each, shape=place.piece, place=place))
+    return found
+
+
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's place: elements [offset, offset + numel) of its unit."""
+    """One parameter's place: elements [offset, offset + numel) of its unit.
+
+    Args:
+        shape: on this rank.
+        place: which piece of the parameter that is; None for all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     group: int
+    place: Place | None = None
 
     @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of the parameter, wherever its pieces are."""
+        return self.place.shape if self.place else self.shape
+
+    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        """See `Place.runs`."""
+        return self.place.runs(start, stop) if self.place else [(start, start, stop - start)]
 
 
 @dataclass(frozen=True)
@@ -88,6 +130,8 @@ class UnitPlan:
         whole: whether every parameter lies in one slice, owned by that slice's rank.
         stage: the stage of the pipeline that all its parameters belong to.
         tied: all stages that hold them, where these are several.
+        cut: axes of the mesh along which other ranks have other pieces of all its parameters.
+        partial: axes over which gradients are summed beside those that replicas stand along.
     """
 
     dtype: str
@@ -99,6 +143,8 @@ class UnitPlan:
     whole: bool = False
     stage: int = 0
     tied: tuple[int, ...] = ()
+    cut: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
 
     @property
     def is_copy(self) -> bool:
@@ -137,12 +183,13 @@ def cut_units(
     *,
     num_slices: int = 1,
     num_pieces: int = 1,
+    cut_apart: Mapping[tuple[str, ...], tuple[int, int]] | None = None,
     by_block: bool = False,
 ) -> tuple[UnitPlan, ...]:
     """Cut parameters, given in module order, into units in that order.
 
-    A unit holds one (dtype, trainable, whole, stage, tied) kind; what other stages hold as well is cut
-    alike there. Parameters of one block stay together; neighbouring
+    A unit holds one (dtype, trainable, whole, stage, tied, cut, partial) kind; what other stages hold as well
+    is cut alike there. Parameters of one block stay together; neighbouring
     blocks are joined until `target_bytes` of working parameters are reached; whole ones further, until
     they can be shared out over the slices with little padding. Every parameter has exactly one slot.
 
@@ -150,10 +197,16 @@ def cut_units(
         num_slices: see UnitPlan.
         num_pieces: equal pieces that a unit is padded to, a multiple of num_slices: groups sum what they
             share by pieces.
+        cut_apart: other such numbers, of slices and pieces, by the axes that cut the parameters themselves.
         by_block: never put parameters of blocks and others into one unit, so that units can come and go
             with their blocks.
     """
-    layout = _Layout(num_slices, ALIGN * num_pieces // num_slices, by_block)
+    apart = cut_apart or {}
+
+    def layout_of(run: _Run) -> _Layout:
+        slices, pieces = apart.get(run[0].place.axes if run[0].place else (), (num_slices, num_pieces))
+        return _Layout(slices, ALIGN * pieces // slices, by_block)
+
     parameters = list(parameters)
     sizes: Counter[tuple[Kind, str]] = Counter()
     for facts in parameters:
@@ -167,7 +220,7 @@ def cut_units(
         starts_block = not run or facts.block is None or run[-1].block != facts.block
         coming = sizes[kind, facts.block or facts.name]
         is_full = run and starts_block and _bytes(run) + coming > target_bytes
-        if is_full and layout.is_tight(run):
+        if is_full and layout_of(run).is_tight(run):
             done.setdefault(kind, []).append(run)
             run = open_runs[kind] = []
         if not run:
@@ -175,20 +228,22 @@ def cut_units(
         run.append(facts)
     for kind, rest in open_runs.items():
         runs = done.setdefault(kind, [])
-        if runs and not layout.is_tight(rest):
+        if runs and not layout_of(rest).is_tight(rest):
             runs[-1] += rest
         else:
             runs.append(rest)
     all_runs = [run for runs in done.values() for run in runs]
-    return tuple(layout.unit(run) for run in sorted(all_runs, key=lambda run: order[id(run)]))
+    return tuple(layout_of(run).unit(run) for run in sorted(all_runs, key=lambda run: order[id(run)]))
 
 
-Kind = tuple[str, bool, bool, bool, int, tuple[int, ...]]
+Kind = tuple[str, bool, bool, bool, int, tuple[int, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def _kind(facts: ParameterFacts, by_block: bool) -> Kind:
     in_block = by_block and facts.block is not None
-    return (facts.dtype, facts.trainable, facts.whole, in_block, facts.stage, facts.tied)
+    place = facts.place or Place(facts.shape)
+    kind = (facts.dtype, facts.trainable, facts.whole, in_block, facts.stage, facts.tied)
+    return (*kind, place.axes, place.partial)
 
 
 _Run = list[ParameterFacts]
@@ -214,7 +269,7 @@ class _Layout:
         for index, members in enumerate(self._bins(run)):
             offset = index * size
             for facts in sorted(members, key=lambda facts: facts.group):
-                slots.append(Slot(facts.name, facts.shape, offset, facts.group))
+                slots.append(Slot(facts.name, facts.shape, offset, facts.group, facts.place))
                 offset += _round_up(facts.numel)
         blocks = tuple(dict.fromkeys(facts.block for facts in run if facts.block is not None))
         return UnitPlan(
@@ -227,6 +282,8 @@ class _Layout:
             whole=run[0].whole,
             stage=run[0].stage,
             tied=run[0].tied,
+            cut=run[0].place.axes if run[0].place else (),
+            partial=run[0].place.partial if run[0].place else (),
         )
 
     def is_tight(self, run: _Run) -> bool:

@@ -7,12 +7,14 @@ loss; the residency table decides where state lives.
 from sixfold.state.average import Average
 from sixfold.state.catalog import Catalog, Entry, storage_type
 from sixfold.state.elementwise import elementwise_groups
+from sixfold.state.flat import range_in, zero_between
 from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.foreign import take_over
 from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
+from sixfold.state.pieces import runs_of
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit, range_in, zero_between
+from sixfold.state.unit import Unit
 
 __all__ = [
     "Average",
@@ -27,6 +29,7 @@ __all__ = [
     "make_optimizers",
     "range_in",
     "refuse_two_definitions",
+    "runs_of",
     "state_bytes_per_weight",
     "storage_type",
     "take_over",

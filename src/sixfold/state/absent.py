@@ -7,7 +7,7 @@ instead and says what to do. It frees and gathers nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,3 +97,46 @@ def absent_class(
     kind = type(parameter)
     bases = (Absent,) if kind is nn.Parameter else (Absent, kind)
     return type("Absent", bases, {"names": names, "why": why, "__module__": __name__})
+
+
+class Mask:
+    """The class `Absent` on the parameters of a unit, put on while they have no numbers.
+
+    Args:
+        parameters: of the unit.
+        names: theirs.
+
+    Attributes:
+        is_on: whether they have none.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
+        self._parameters = parameters
+        self._own = [type(parameter) for parameter in parameters]
+        by_id = {id(parameter): name for parameter, name in zip(parameters, names, strict=True)}
+        self._absent = [absent_class(parameter, by_id) for parameter in parameters]
+        self.is_on = False
+
+    def put_on(self) -> None:
+        """The parameters raise when their numbers are touched."""
+        self._give(self._absent)
+        self.is_on = True
+
+    def take_off(self) -> None:
+        """They are used again."""
+        self.is_on = False
+        self._give(self._own)
+
+    def lift(self) -> None:
+        """Their own classes for a moment: what is asked till `lower` needs no numbers."""
+        if self.is_on:
+            self._give(self._own)
+
+    def lower(self) -> None:
+        """The end of that moment."""
+        if self.is_on:
+            self._give(self._absent)
+
+    def _give(self, classes: Sequence[type[nn.Parameter]]) -> None:
+        for parameter, kind in zip(self._parameters, classes, strict=True):
+            parameter.__class__ = kind

@@ -1,19 +1,21 @@
 """All parameters of a model, whichever rank has them: what checkpoints and whole views of it count with.
 
-Made once by `ModelState`. In a pipeline ranks tell each other about their stages; elsewhere nothing is
-exchanged. It holds no numbers.
+Made once by `ModelState`. Where an axis cuts the model, ranks tell each other which stages and pieces they
+have; elsewhere nothing is exchanged. It holds no numbers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from sixfold.mesh import Mesh
 from sixfold.parallel import DTYPES, torch_name
+from sixfold.plan import Place
 from sixfold.state.unit import Unit
 
 
@@ -29,7 +31,7 @@ class Entry:
         working: of forward and backward.
         master: of what the optimizer updates.
         grad: of its gradients, "" for a frozen one.
-        source: a rank that has it in its stage.
+        sources: ranks that together have all of it, each with its piece; None for the whole.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Entry:
     working: str
     master: str
     grad: str
-    source: int
+    sources: tuple[tuple[int, Place | None], ...]
 
     @property
     def numel(self) -> int:
@@ -74,7 +76,7 @@ def storage_type(unit: Unit) -> torch.dtype:
 
 
 def make_catalog(names: Iterable[str], units: Sequence[Unit], mesh: Mesh) -> Catalog:
-    """Put together what all stages hold; a collective in a pipeline.
+    """Put together what all ranks hold; a collective where an axis cuts the model.
 
     Args:
         names: of all parameters of the model, in module order.
@@ -82,18 +84,31 @@ def make_catalog(names: Iterable[str], units: Sequence[Unit], mesh: Mesh) -> Cat
     """
     entries = [_entry(unit, place, mesh.rank) for unit in units for place in range(len(unit.plan.slots))]
     trained = [[slot.name for slot in unit.plan.slots] for unit in units if unit.plan.trainable]
-    if mesh.pipe_ranks > 1:
-        own = (
-            json.dumps([[asdict(entry) for entry in entries], trained]) if mesh.data_rank == 0 else "[[], []]"
-        )
-        rows = [json.loads(text) for text in mesh.texts(own)]
-        entries = [Entry(**{**each, "shape": tuple(each["shape"])}) for row in rows for each in row[0]]
+    if mesh.geometry.cuts_model:
+        # Ranks of which each has another part of the model, or of a parameter; copies say the same.
+        is_copy = mesh.geometry.replica(mesh.rank) >= mesh.geometry.expert
+        rows = [json.loads(text) for text in mesh.texts(_told([] if is_copy else entries, trained))]
+        entries = [_read(each) for row in rows for each in row[0]]
         trained = [unit for row in rows for unit in row[1]]
     found: dict[str, Entry] = {}
     for entry in entries:
-        found.setdefault(entry.name, entry)
+        known = found.setdefault(entry.name, entry)
+        if all(place != entry.sources[0][1] for _, place in known.sources):
+            found[entry.name] = replace(known, sources=known.sources + entry.sources)
     order = {name: found[name] for name in names if name in found}
     return Catalog(order, tuple(dict.fromkeys(map(tuple, trained))))
+
+
+def _told(entries: Sequence[Entry], trained: Sequence[Sequence[str]]) -> str:
+    return json.dumps([[asdict(entry) for entry in entries], trained])
+
+
+def _read(told: Mapping[str, Any]) -> Entry:
+    (rank, place) = told["sources"][0]
+    if place is not None:
+        spans = tuple(tuple((start, stop) for start, stop in spans) for spans in place["spans"])
+        place = Place(tuple(place["shape"]), spans, tuple(place["axes"]), tuple(place["partial"]))
+    return Entry(**{**told, "shape": tuple(told["shape"]), "sources": ((rank, place),)})
 
 
 def _entry(unit: Unit, place: int, rank: int) -> Entry:
@@ -101,4 +116,16 @@ def _entry(unit: Unit, place: int, rank: int) -> Entry:
     kinds = (storage_type(unit), unit.working.dtype, unit.master.dtype)
     storage, working, master = map(torch_name, kinds)
     grad = torch_name(unit.grads.dtype) if unit.grads is not None else ""
-    return Entry(slot.name, slot.shape, unit.plan.trainable, slot.group, storage, working, master, grad, rank)
+    # Whole in every rank's hands, though its gradient may not be.
+    source = (rank, slot.place if slot.place and slot.place.axes else None)
+    return Entry(
+        slot.name,
+        slot.whole_shape,
+        unit.plan.trainable,
+        slot.group,
+        storage,
+        working,
+        master,
+        grad,
+        (source,),
+    )

@@ -23,9 +23,11 @@ from sixfold.parallel import torch_name, torch_type
 from sixfold.plan import Slot
 from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
+from sixfold.state.flat import range_in, zero_between
 from sixfold.state.making import kind_of
+from sixfold.state.pieces import runs_of
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit, range_in, zero_between
+from sixfold.state.unit import Unit
 
 StatePiece: TypeAlias = tuple[str, str, int, torch.Tensor]
 """(parameter, key, first element, elements) of one rank's optimizer state; a number for a whole tensor
@@ -155,7 +157,7 @@ class BoundOptimizer:
             for run in self._runs
             for key, value in run.state().items()
         }
-        if any(unit.spread for unit in self._state.trained) or self._state.mesh.pipe_ranks > 1:
+        if any(unit.spread for unit in self._state.trained) or self._state.mesh.geometry.cuts_model:
             texts = self._state.mesh.texts(json.dumps(list(rows)))
             rows = [tuple(row) for text in texts for row in json.loads(text)]
         specs: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
@@ -177,14 +179,16 @@ class BoundOptimizer:
             for key, value in run.state().items():
                 for slot in filter(lambda slot: slot.numel, run.slots):
                     if value.shape != run.tensor.shape:
-                        if share.start <= slot.offset < share.stop:
+                        # Once for a parameter: where its first element is.
+                        if share.start <= slot.offset < share.stop and next(iter(slot.runs(0, 1)))[0] == 0:
                             yield slot.name, key, 0, value
                         continue
                     start = max(slot.offset, run.start, share.start)
                     stop = min(slot.offset + slot.numel, run.stop, share.stop)
                     if start < stop:
                         part = value.reshape(-1)[start - run.start : stop - run.start]
-                        yield slot.name, key, start - slot.offset, part
+                        for first, each in runs_of(slot, start - slot.offset, part):
+                            yield slot.name, key, first, each
 
     def live_bytes(self) -> int:
         """Bytes of state with one number per weight."""
@@ -323,7 +327,9 @@ def _pieces_of(run: _Run, slots: Sequence[Slot], key: str, flat: torch.Tensor) -
     for slot in slots:
         start, stop = max(slot.offset, run.start), min(slot.offset + slot.numel, run.stop)
         if start < stop:
-            yield slot.name, key, start - slot.offset, flat[start - run.start : stop - run.start]
+            part = flat[start - run.start : stop - run.start]
+            for first, each in runs_of(slot, start - slot.offset, part):
+                yield slot.name, key, first, each
 
 
 def _is_plain(value: object) -> bool:
@@ -338,7 +344,7 @@ def _per_tensor(
 ) -> bool:
     # One number for a whole tensor, such as torch's count of updates under "step"; the name only
     # decides where the shapes cannot, in a run of nothing but 0-d parameters.
-    shaped = all(tuple(specs[slot.name][key][0]) == slot.shape for slot in slots)
+    shaped = all(tuple(specs[slot.name][key][0]) == slot.whole_shape for slot in slots)
     return not shaped or (key == "step" and all(slot.shape == () for slot in slots))
 
 

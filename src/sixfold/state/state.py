@@ -8,8 +8,6 @@ collectives only through the mesh and never looks at a loss.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sixfold.base.errors import ModelError, StateError
+from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh
 from sixfold.parallel import Stage, torch_type
 from sixfold.plan import Plan, Slot
@@ -25,7 +23,7 @@ from sixfold.state.catalog import make_catalog
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
-from sixfold.state.ties import tied_groups
+from sixfold.state.sums import GradientSums
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
 
@@ -64,15 +62,25 @@ class ModelState:
         for unit_plan in plan.units:
             is_blank = all(slot.name in given for slot in unit_plan.slots)
             own, precision = parameters[unit_plan.stage], plan.precision_of(unit_plan)
-            unit = Unit(unit_plan, precision, plan.residency, own, mesh, is_blank=is_blank)
+            unit = Unit(
+                unit_plan,
+                precision,
+                plan.residency,
+                own,
+                mesh.replicas_of(unit_plan.cut),
+                is_blank=is_blank,
+                is_first="tensor" in unit_plan.cut or mesh.place("tensor") == 0,
+            )
             self.units.append(unit)
             if self.residency.parameters:
                 unit.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
+        self._gradients = [unit.gradients for unit in self.trained if unit.gradients is not None]
         names = [name for name, _ in module.named_parameters()]
         self.catalog = make_catalog(names, self.units, mesh)
-        self.foreign = Foreign(module, stages, self.catalog, buffer_sources or {}, mesh)
-        self._ties = tied_groups(self.trained, plan.stages, mesh)
+        places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
+        self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
+        self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
         self._windows: dict[int, ReduceWindow] = {}
@@ -95,8 +103,8 @@ class ModelState:
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
-            id(parameter): (unit, index)
-            for unit in self.trained
+            id(parameter): (gradients, index)
+            for unit, gradients in zip(self.trained, self._gradients, strict=True)
             for index, parameter in enumerate(unit.parameters)
         }
 
@@ -146,11 +154,11 @@ class ModelState:
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
-        unit, index = self._places[id(parameter)]
+        gradients, index = self._places[id(parameter)]
         grad = parameter.grad
         if grad is None:
             parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
-            unit.home_grad(index)
+            gradients.home(index)
         else:
             grad.add_(gradient)
 
@@ -235,7 +243,7 @@ class ModelState:
 
     def _share_edits(self, units: list[Unit]) -> None:
         self.foreign.share_edits()
-        for pending in [self.mesh.align(unit.working) for unit in units]:
+        for pending in [unit.align_edits() for unit in units]:
             pending.wait()
         self.mesh.barrier()  # a slower rank may still read what is written now, where memory is common
         for unit in units:
@@ -265,8 +273,8 @@ class ModelState:
         for unit in self.units:
             unit.check_home()
             unit.absorb_noted_edits()
-        for unit in self.trained:
-            unit.drop_grads()
+        for gradients in self._gradients:
+            gradients.drop()
         self._is_begun = True
 
     def end(self) -> None:
@@ -310,65 +318,6 @@ class ModelState:
         """Flush, and wait for all of it."""
         for window in self._windows.values():
             window.close()
-
-    def sum_ties(self) -> None:
-        """Give every stage that holds a tied weight the sum of all their gradients."""
-        for tie in self._ties:
-            tie.sum_grads()
-
-    def grad_norms(self, num_groups: int) -> list[float]:
-        """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
-        squares = [0.0] * num_groups
-        for unit in self.trained:
-            if unit.plan.is_copy:
-                continue
-            for (group, _), square in zip(unit.segments, unit.grad_squares.tolist(), strict=True):
-                squares[group] += square
-        if self.residency.optimizer or self.mesh.pipe_ranks > 1:
-            # Every rank has the squares of its slices, and some have the same ones.
-            num_slices = self.mesh.geometry.num_parts(self.residency.optimizer)
-            squares = [square * num_slices / self.mesh.data_ranks for square in self.mesh.total(*squares)]
-        return [math.sqrt(square) for square in squares]
-
-    def non_finite(self, grad_norm: float, loss_scale: float, step: int | None) -> ModelError:
-        """The error for a gradient that is not finite. A collective.
-
-        It names the first such parameter in module order, and the ranks whose own gradients of that
-        parameter's unit were not finite before the sum.
-        """
-        sick = [
-            slot.name
-            for unit in self.trained
-            for slot in unit.plan.slots
-            if unit.grads is not None and not unit.part_of(unit.grads, slot).isfinite().all()
-        ]
-        mine = [
-            slot.name for unit in self.trained if not unit.local_sum.isfinite() for slot in unit.plan.slots
-        ]
-        rows = [json.loads(text) for text in self.mesh.texts(json.dumps([sick, mine]))]
-        everyones = {name for names, _ in rows for name in names}
-        found = [name for name, _ in self._module.named_parameters() if name in everyones]
-        first = "none (the sum of squares overflowed)"
-        if found:
-            name = found[0]
-            ranks = [str(rank) for rank, (_, sick_here) in enumerate(rows) if name in sick_here]
-            whose = f"on rank(s) {', '.join(ranks)} before the sum" if ranks else "in the sum over ranks"
-            first = f"{name} ({whose})"
-        scaled = f", the loss scale {loss_scale:g}" if loss_scale != 1.0 else ""
-        return ModelError(
-            f"the gradient norm of update {step} is {grad_norm}{scaled}; {len(found)} parameter(s) are not "
-            f"finite, first: {first}",
-            rule="an update is made from finite gradients only",
-            fix="look at that rank's batch; lower optimizer.lr, set optimizer.clip_norm, or compute in a "
-            "wider type" + (" or with a smaller precision.loss_scale" if scaled else ""),
-        )
-
-    def scale_grads(self, factors: Sequence[float]) -> None:
-        """Multiply all reduced gradients, those of each optimizer group by its own factor."""
-        for unit in self.trained:
-            for group, part in unit.segments:
-                if factors[group] != 1.0 and unit.grads is not None:
-                    unit.grads[part].mul_(factors[group])
 
     def publish(self, stage: int) -> None:
         """Bring a stage's updated state into its working parameters."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from sixfold.mesh import Group, Mesh
 from sixfold.plan import StagePlan
+from sixfold.state.gradients import Gradients
 from sixfold.state.unit import Unit
 
 
@@ -23,23 +24,21 @@ class Tie:
 
     def __init__(self, units: Sequence[Unit], group: Group) -> None:
         self._group = group
-        by_stage: dict[int, list[Unit]] = {}
+        by_stage: dict[int, list[Gradients]] = {}
         for unit in units:
-            by_stage.setdefault(unit.plan.stage, []).append(unit)
+            assert unit.gradients is not None, "frozen units are not tied"
+            by_stage.setdefault(unit.plan.stage, []).append(unit.gradients)
         self._same = list(zip(*by_stage.values(), strict=True))
 
     def sum_grads(self) -> None:
         """Sum the reduced gradients; the same bits on every stage."""
         for first, *others in self._same:
-            assert first.grads is not None, "frozen units are not tied"
             for other in others:
-                assert other.grads is not None, "as the first one's"
-                first.grads.add_(other.grads)
-            self._group.all_reduce(first.grads).wait()
+                first.reduced.add_(other.reduced)
+            self._group.all_reduce(first.reduced).wait()
             first.take_norms()
             for other in others:
-                assert other.grads is not None, "as above"
-                other.grads.copy_(first.grads)
+                other.reduced.copy_(first.reduced)
                 other.take_norms()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from sixfold.base.errors import StateError
+from sixfold.state.gradients import Gradients
 from sixfold.state.unit import Unit
 
 MOST_UNDER_WAY = 2
@@ -34,7 +35,7 @@ class ReduceWindow:
         self._units = list(reversed(units))
         self._by_arrival = by_arrival
         self._left: list[Unit] = []
-        self._under_way: list[Unit] = []
+        self._under_way: list[Gradients] = []
         self._missing: dict[Unit, int] = {}
         self._open = False
         self._handles = [
@@ -75,9 +76,10 @@ class ReduceWindow:
 
     def _start(self, unit: Unit) -> None:
         self._left.remove(unit)
-        unit.home_grads()
-        unit.start_reduce()
-        self._under_way.append(unit)
+        gradients = _gradients_of(unit)
+        gradients.home_all()
+        gradients.start_reduce()
+        self._under_way.append(gradients)
         if unit.residency.reduces_each and len(self._under_way) > MOST_UNDER_WAY:
             self._under_way.pop(0).finish_reduce()
 
@@ -94,7 +96,7 @@ class ReduceWindow:
                 if its not in here._left or (here._by_arrival and here._missing[its] == 0):
                     raise here._late(its.plan.slots[index].name)
                 here._missing[its] -= 1
-            its.home_grad(index)
+            _gradients_of(its).home(index)
             while here._open and here._by_arrival and here._left and here._missing[here._left[0]] == 0:
                 here._start(here._left[0])
 
@@ -114,3 +116,8 @@ class ReduceWindow:
             "an earlier block",
             fix="name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
         )
+
+
+def _gradients_of(unit: Unit) -> Gradients:
+    assert unit.gradients is not None, "only trained units are reduced"
+    return unit.gradients

@@ -16,6 +16,7 @@ from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
+from sixfold.mesh.host.parts import packed, part_of
 from sixfold.mesh.host.scratch import SharedScratch
 from sixfold.mesh.host.signals import Row
 
@@ -33,6 +34,7 @@ class HostGroup(Group):
         members: the others, in order, each with its rows.
         timeout_s: how long to wait for one of them.
         dispatcher: what its exchanges go through.
+        purpose: one of PURPOSES.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class HostGroup(Group):
         members: Sequence[tuple[Peer, Sequence[Row]]],
         timeout_s: float,
         dispatcher: Dispatcher,
+        *,
+        purpose: str = "all",
     ) -> None:
-        super().__init__(ranks, rank, scratch, None, dispatcher)
+        super().__init__(ranks, rank, scratch, None, dispatcher, purpose=purpose)
         self._shared = scratch
         others = list(zip(self._others(), members, strict=True))
         self._sum_lane, self._gather_lane = (
@@ -99,6 +103,20 @@ class HostGroup(Group):
 
         # What others read where it lies is not handed back before they have.
         return self._gather_lane.issue("slices", offered, fill, hold=in_place)
+
+    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
+        nothing = sent[self.place].new_empty(0)
+        offered = packed(
+            [nothing if place == self.place else part for place, part in enumerate(sent)], self._shared.take
+        )
+
+        def fill(offers: list[Offer]) -> None:
+            for offer in offers:
+                into = arriving[offer.member.place]
+                into.view(-1).copy_(part_of(offer, self.place, into.numel(), into.dtype))
+            self._shared.give(offered)
+
+        return [self._gather_lane.issue("parts", offered, fill)]
 
     def common(self, numel: int, dtype: torch.dtype) -> Common:
         """Memory that all members map: [numel] zeros, a multiple of their number. A collective.

@@ -21,6 +21,7 @@ import torch
 from sixfold.base.errors import PlanError
 from sixfold.base.units import bytes_text
 from sixfold.mesh.dispatch import Dispatcher
+from sixfold.mesh.group import PURPOSES
 from sixfold.mesh.host.group import NUM_LANES, HostGroup
 from sixfold.mesh.host.lane import Peer
 from sixfold.mesh.host.limits import free_bytes, total_bytes
@@ -31,8 +32,6 @@ from sixfold.mesh.host.signals import ROW_BYTES, Process, Row
 
 _log = logging.getLogger(__name__)
 
-MAX_GROUPS = 8
-"""Groups and links that one rank can be in."""
 _ADDRESS_SPACE = 2**46
 """Bytes that a process sets aside for the memory of all ranks of its host, taken to be one a core."""
 
@@ -182,32 +181,34 @@ class Host:
             _log.warning("ranks exchange over the network, not through shared memory: %s", reason)
         return None
 
-    def group(self, ranks: Sequence[int], number: int, dispatcher: Dispatcher) -> HostGroup | None:
+    def group(self, ranks: Sequence[int], purpose: str, dispatcher: Dispatcher) -> HostGroup | None:
         """The group of `ranks`, this one among them; None unless all of them, and more than one, are here.
 
         Args:
-            number: which of its groups this is, the same on every member.
+            purpose: what it is for, one of PURPOSES; the same on every member.
             dispatcher: what its exchanges go through.
         """
-        assert number < MAX_GROUPS, f"group {number} of at most {MAX_GROUPS}"
         if len(ranks) < 2 or not set(ranks) <= set(self.ranks):
             return None
         peers = [self._peers[rank] for rank in ranks if rank != self._rank]
-        others = [(peer, _rows(peer.memory, number)) for peer in peers]
-        own = _rows(self._memory, number)
-        return HostGroup(ranks, self._rank, self.scratch, own, others, self._timeout_s, dispatcher)
+        others = [(peer, _rows(peer.memory, purpose)) for peer in peers]
+        own = _rows(self._memory, purpose)
+        return HostGroup(
+            ranks, self._rank, self.scratch, own, others, self._timeout_s, dispatcher, purpose=purpose
+        )
 
-    def link(self, other: int, number: int, dispatcher: Dispatcher) -> HostLink | None:
+    def link(self, other: int, purpose: str, dispatcher: Dispatcher) -> HostLink | None:
         """The way to and from another rank; None unless it is here. Arguments as for `group`."""
         peer = self._peers.get(other)
         if peer is None:
             return None
-        own, theirs = _rows(self._memory, number), _rows(peer.memory, number)
+        own, theirs = _rows(self._memory, purpose), _rows(peer.memory, purpose)
         return HostLink(self._rank, peer, self.scratch, own, theirs, self._timeout_s, dispatcher)
 
 
-def _rows(memory: OwnMemory | PeerMemory, number: int) -> tuple[Row, Row]:
+def _rows(memory: OwnMemory | PeerMemory, purpose: str) -> tuple[Row, Row]:
     """A rank's counters in one of its groups, a row for each of two lanes."""
+    number = PURPOSES.index(purpose)
     first, second = (
         Row(memory.map, memory.address, (number * NUM_LANES + lane) * ROW_BYTES) for lane in range(NUM_LANES)
     )
@@ -224,7 +225,7 @@ def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | No
         length = min(total_bytes(), _ADDRESS_SPACE // (os.cpu_count() or 1))
         memory = OwnMemory(length)
         memory.reserve(
-            MAX_GROUPS * NUM_LANES * ROW_BYTES
+            len(PURPOSES) * NUM_LANES * ROW_BYTES
         )  # first of all, so that it begins at 0 in everyone's
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:

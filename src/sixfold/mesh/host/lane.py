@@ -1,6 +1,6 @@
 """One sequence of exchanges among members of a host: who has offered what, who has read it, in which order.
 
-Made by `HostGroup`, one for sums and one for gathers. What keeps it free of races and deadlocks:
+Made by `HostGroup`, one for sums and one for all else. What keeps it free of races and deadlocks:
 
 - All members issue the exchanges of a lane in the same order, so the n-th of one is the n-th of all. A member
   finishes them in that order, whichever it is asked to wait for; so who waits for number n waits only for
