@@ -79,6 +79,8 @@ def test_too_few_blocks_are_refused() -> None:
         ({"pipe": 2, "schedule": "interleaved"}, "layout.virtual_stages"),
         ({"pipe": 2, "schedule": "zero-bubble-v", "virtual_stages": 3}, "2 stage"),
         ({"pipe": 2, "balance": [1, 2, 3]}, "give 2 numbers"),
+        ({"pipe": 2, "balance": [1, 2], "cost": "measured"}, "leave layout.cost unset"),
+        ({"cost": "measured"}, "layout.cost is about a pipeline"),
         ({"pipe": 2, "schedule": "zero-bubble-h1", "compile": "inductor"}, "1f1b"),
     ],
 )

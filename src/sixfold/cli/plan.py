@@ -58,6 +58,8 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
         print_json(_facts(str(plans[0].geometry), memories, predicted))
         return EXIT_DONE
     typer.echo(plans[0])
+    if config.layout.cost == "measured":
+        typer.echo("            (cut by estimated cost here; rank 0 of a run measures first)")
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
     typer.echo(

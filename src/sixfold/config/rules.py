@@ -350,9 +350,9 @@ def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
     )
 
 
-@_rule("layout.pipe", "layout.schedule", "layout.virtual_stages", "layout.balance")
+@_rule("layout.pipe", "layout.schedule", "layout.virtual_stages", "layout.balance", "layout.cost")
 def _stages_need_a_pipeline(pipe: int, *given: object) -> Verdict:
-    keys = ("schedule", "virtual_stages", "balance")
+    keys = ("schedule", "virtual_stages", "balance", "cost")
     idle = [f"layout.{key}" for key, value in zip(keys, given, strict=True) if value is not None]
     if pipe > 1 or not idle:
         return None
@@ -398,6 +398,16 @@ def _one_number_a_stage(
     return (
         f"layout.balance gives the blocks of each of {num_stages} stages, and has {len(balance)} numbers",
         f"give {num_stages} numbers, or leave layout.balance unset",
+    )
+
+
+@_rule("layout.cost", "layout.balance")
+def _balance_says_where(cost: str | None, balance: tuple[int, ...] | None) -> Verdict:
+    if cost is None or balance is None:
+        return None
+    return (
+        "layout.balance says where stages are cut, and layout.cost by what they are cut where it does not",
+        "leave layout.cost unset, or layout.balance",
     )
 
 

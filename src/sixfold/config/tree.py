@@ -152,7 +152,10 @@ class LayoutConfig(Section):
     virtual_stages: Positive | None = None
     """Stages on each rank of a pipeline. Unset: as many as the schedule has, else 1."""
     balance: tuple[Positive, ...] | None = None
-    """Blocks (layers, or children of a Sequential) of each stage. Unset: cut by estimated cost."""
+    """Blocks (layers, or children of a Sequential) of each stage. Unset: cut by cost."""
+    cost: Literal["estimated", "measured"] | None = None
+    """What stages are cut by: costs "estimated" from shapes, or "measured" by rank 0, which runs every part
+    on a batch of the real shape. Unset: estimated."""
     context: Positive = 1
     """Ranks along the context axis."""
     expert: Positive = 1

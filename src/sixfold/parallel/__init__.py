@@ -5,6 +5,7 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 
 from sixfold.parallel.axes import AxisChange, decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.costs import measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
@@ -37,6 +38,7 @@ __all__ = [
     "decide_axes",
     "dtype_name",
     "materialize",
+    "measured_costs",
     "module_facts",
     "move_buffers",
     "persistent_buffers",

@@ -17,9 +17,9 @@ import torch
 
 from sixfold.base.errors import ConfigError
 from sixfold.base.plugins import load_plugin
-from sixfold.config import Resolved
+from sixfold.config import Config, Resolved
 from sixfold.config.schema import flat
-from sixfold.data.corpus import prepare
+from sixfold.data.corpus import Corpus, prepare
 from sixfold.engine import initialize
 from sixfold.launch import Session, discover
 from sixfold.monitor.console import Console
@@ -39,7 +39,7 @@ from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 from sixfold.train.samples import samples_of
-from sixfold.train.subject import build_model, flops_per_token, loss_of, weights_of
+from sixfold.train.subject import build_model, fields_of, flops_per_token, loss_of, weights_of
 from sixfold.train.vocabulary import keep_vocabulary
 
 RECORDED = 10
@@ -103,6 +103,7 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
         config=resolved,
         loss_fn=loss_of(config, module),
         weights=weights_of(config) if begins else None,
+        example=_example(config, corpus),
     )
     folder = request.resume
     if folder is None:
@@ -125,6 +126,15 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     if run.is_first:
         run.journal = Journal(folder, engine.num_steps, warn=console.say)
     return run
+
+
+def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
+    """A micro-batch, for costs that are measured."""
+    if config.layout.cost != "measured":
+        return None
+    size = decide_batch(config.batch, data_ranks=1, sequence_length=config.data.sequence_length).size
+    samples = samples_of(config, corpus).batch(0, range(config.batch.micro or size))
+    return fields_of(config, corpus, samples)
 
 
 def _note_launch(resolved: Resolved) -> Resolved:
