@@ -14,14 +14,13 @@ from sixfold.models import attention
 from sixfold.models.attention import attend_written_out, rotary_tables, rotate
 from sixfold.models.decoder import (
     LOSS_ROWS,
-    NORM_EPS,
     Decoder,
     DecoderConfig,
-    RMSNorm,
     cross_entropy,
     num_flops,
 )
 from sixfold.models.generate import generate
+from sixfold.models.layers import NORM_EPS, RMSNorm
 
 
 def config(**changes: object) -> DecoderConfig:

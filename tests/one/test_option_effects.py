@@ -223,6 +223,8 @@ def loss_scales(bench: Lab, changes: dict[str, Any]) -> Any:
     return scales
 
 
+EXPERTS = {"model.num_experts": 4}
+
 # Rows of the first kind: (other settings of the row, the option's value, what differs).
 
 DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
@@ -235,6 +237,13 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "model.rope_base": ({}, 100.0, first_loss),
     "model.tie_embeddings": ({}, False, shapes),
     "model.dropout": ({}, 0.5, first_loss),
+    "model.num_experts": ({}, 4, shapes),
+    "model.expert_choices": (EXPERTS, 1, first_loss),
+    "model.shared_experts": (EXPERTS, 1, shapes),
+    "model.expert_capacity": (EXPERTS, 0.5, first_loss),
+    "model.balance": (EXPERTS, "bias", learned),
+    "model.balance_rate": ({**EXPERTS, "model.balance": "loss"}, 3.0, learned),
+    "model.router_z": (EXPERTS, 0.5, learned),
     "data.include": ({}, ["*.py"], corpus),
     "data.max_mb": ({}, 0.01, corpus),
     "data.vocab_size": ({}, 280, corpus),
@@ -304,6 +313,12 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "layout.cost": ({"layout.pipe": 2}, "measured", lambda bench, changes: stage_costs(bench, changes)),
     "layout.balance": ({"layout.pipe": 2}, [1, 5], lambda bench, changes: stages_text(bench, changes)),
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
+    "layout.expert": (
+        EXPERTS,
+        2,
+        lambda bench, changes: str(decide_geometry(bench.resolved(changes).config.layout, 2)),
+    ),
+    "layout.loss_chunk": ({}, 7, lambda bench, changes: rows_of_scores(bench, changes)),
     "layout.compile": ({}, "eager", lambda bench, changes: own_code_runs(bench, changes)),
     "monitor.every": ({}, 2, column("step")),
     "monitor.sinks": ({}, ["prometheus"], lambda bench, changes: files_left(bench, changes)),
@@ -316,6 +331,15 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     "launch.ranks": ({}, 3, launcher("ranks")),
     "launch.threads": ({}, 7, launcher("threads")),
 }
+
+
+def rows_of_scores(bench: Lab, changes: dict[str, Any]) -> Any:
+    """Of how many tokens scores are computed together."""
+    engine, rows = bench.engine(changes), []
+    head = engine.module.head
+    engine.module.head = lambda hidden: rows.append(len(hidden)) or head(hidden)
+    engine.train_step({"tokens": tokens()})
+    return sorted(set(rows))
 
 
 def hf_shapes(bench: Lab, changes: dict[str, Any]) -> Any:
@@ -475,7 +499,6 @@ REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
     "layout.tensor": (2, {"layout.tensor": 2}),
     "layout.context": (2, {"layout.context": 2}),
-    "layout.expert": (2, {"layout.expert": 2}),
 }
 
 

@@ -26,6 +26,13 @@ FULL: dict[str, dict[str, object]] = {
         "lora_rank": 4,
         "lora_alpha": 8.0,
         "lora_targets": ["o_proj"],
+        "num_experts": 4,
+        "expert_choices": 2,
+        "shared_experts": 1,
+        "expert_capacity": 1.5,
+        "balance": "loss",
+        "balance_rate": 0.1,
+        "router_z": 0.001,
         "batch_stats": "micro",
     },
     "data": {
@@ -58,6 +65,7 @@ FULL: dict[str, dict[str, object]] = {
         "balance": [1, 2, 3, 3, 2, 1],
         "context": 1,
         "expert": 2,
+        "loss_chunk": 512,
         "recompute": "selective",
         "compile": "inductor",
         "transport": "host",
@@ -106,6 +114,8 @@ FULL: dict[str, dict[str, object]] = {
 }
 
 OPTIONAL = {
+    "model.num_experts", "model.expert_choices", "model.shared_experts", "model.expert_capacity",
+    "model.balance", "model.balance_rate", "model.router_z", "layout.loss_chunk",
     "data.tokenizer", "model.weights", "model.lora_rank", "model.lora_alpha", "model.lora_targets",
     "train.loss",
     "data.weights", "data.vocab_size",
@@ -120,6 +130,7 @@ OPTIONAL = {
 }  # fmt: skip
 
 WORDS = {
+    "model.balance",
     "data.documents",
     "model.batch_stats", "layout.recompute", "layout.transport", "layout.schedule", "optimizer.name",
     "lr_schedule.name", "checkpoint.when_busy",
@@ -128,6 +139,7 @@ WORDS = {
 }  # fmt: skip
 
 _COUNTS = (
+    "model.num_experts", "model.expert_choices", "model.shared_experts",
     "model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_width",
     "data.held_out_documents", "batch.global", "batch.micro", "layout.data", "layout.shard", "layout.tensor",
     "layout.pipe", "layout.virtual_stages", "layout.context", "layout.expert", "train.steps",
@@ -141,6 +153,10 @@ OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
     "model.dropout": (1.0, -0.1, 2),
     "data.max_mb": (0, -1.5),
     "model.lora_rank": (0, -1),
+    "model.expert_capacity": (0.0, -1.0),
+    "model.balance_rate": (0, -0.1),
+    "model.router_z": (0, -0.5),
+    "layout.loss_chunk": (-1,),
     "model.lora_alpha": (0, -2.0),
     "data.vocab_size": (256, 65_537, 0),
     "data.weights": ([0.0, 1.0], [-1.0], [2.0, -0.5]),
@@ -187,6 +203,7 @@ CONFLICTS: tuple[tuple[str, object, str], ...] = (
     ("layout.schedule", "zero-bubble-v", "layout.compile"),
     ("layout.balance", [2, 2], "layout.pipe"),
     ("layout.expert", 3, "layout.data"),
+    ("model.expert_choices", 5, "model.num_experts"),
     ("layout.data", 5, "layout.shard"),
 )
 """(path, value, the other path the error must name). precision.master is tried under compute = "fp32"."""

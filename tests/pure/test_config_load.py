@@ -564,6 +564,7 @@ REST = st.fixed_dictionaries(
         "model.rope_base": st.floats(1, 1e9, exclude_min=True),
         "model.tie_embeddings": st.booleans(),
         "model.dropout": BELOW_ONE,
+        "model.num_experts": st.integers(2, 9),
         "model.batch_stats": st.sampled_from(["micro", None]),
         "data.path": PATHS,
         "data.include": st.lists(TEXT, max_size=3),
@@ -573,6 +574,7 @@ REST = st.fixed_dictionaries(
         "data.documents": st.sampled_from(["joined", "separate"]),
         "data.held_out_documents": WHOLE,
         "data.cache": PATHS,
+        "layout.loss_chunk": st.integers(0, 99),
         "optimizer.lr": ABOVE_ZERO,
         "optimizer.weight_decay": st.floats(0, 10),
         "optimizer.clip_norm": ABOVE_ZERO,
@@ -670,3 +672,12 @@ def test_a_folder_is_no_configuration(tmp_path: Path, name: str) -> None:
     write(tmp_path, "sixfold.toml", "")
     error = refusal(file=tmp_path / name)
     assert "is a folder" in error.given
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [({"balance": "loss"}, "num_experts"), ({"num_experts": 4, "balance_rate": 0.1}, "balance")],
+)
+def test_what_is_said_of_experts_needs_experts(given: dict[str, object], needed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"set model\.{needed} = "):
+        load(values={"model": given})

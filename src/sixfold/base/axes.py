@@ -60,5 +60,21 @@ CARDS: dict[str, AxisCard] = {
             checkpoint="every rank writes and reads the parameters of its stages; tied ones once",
             page="axes/pipe.md",
         ),
+        AxisCard(
+            name="tensor",
+            divides="matrices of layers, attention heads and the vocabulary",
+            collectives=("all-reduce", "all-gather", "reduce-scatter"),
+            changes_module=True,
+            checkpoint="every rank writes and reads its pieces; tensors in files are whole",
+            page="axes/tensor.md",
+        ),
+        AxisCard(
+            name="expert",
+            divides="the experts of every layer, over groups of data and context ranks",
+            collectives=("all-to-all",),
+            changes_module=True,
+            checkpoint="every rank writes and reads its range of the stacked weights",
+            page="axes/expert.md",
+        ),
     )
 }

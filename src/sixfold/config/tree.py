@@ -57,6 +57,23 @@ class ModelConfig(Section):
     """Use the token embedding as output head too."""
     dropout: Fraction = 0.0
     """Dropout probability on embeddings and on both branches of a block."""
+    num_experts: Positive | None = None
+    """Feed-forward parts in each block, each of ffn_width, of which every token takes a few. Unset: one that
+    all take."""
+    expert_choices: Positive | None = None
+    """Experts that each token takes. Unset: 2."""
+    shared_experts: Positive | None = None
+    """Further parts of ffn_width that every token takes besides. Unset: none."""
+    expert_capacity: Annotated[float, Field(gt=0.0)] | None = None
+    """Tokens of a sample that an expert takes, as a multiple of an equal share; later ones go without it.
+    Unset: all."""
+    balance: Literal["loss", "bias"] | None = None
+    """What keeps experts equally busy: a "loss" on scores of those that were busier in the update before, or
+    a "bias" on the choice that moves after each update. Unset: nothing."""
+    balance_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of that loss, or how far the bias moves. Unset: 0.01."""
+    router_z: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of a loss on the squared log-sum-exp of a router's scores. Unset: none."""
     hf: Path | None = None
     """Folder or config.json of a causal Hugging Face model to train in place of the reference decoder. A
     folder with safetensors files gives the weights too; else they are drawn."""
@@ -144,7 +161,13 @@ class LayoutConfig(Section):
     prefetch_mb: Annotated[float, Field(ge=0.0)] | None = None
     """Working parameters gathered ahead of their use, MB (1e6 bytes). Unset: always the next unit."""
     tensor: Positive = 1
-    """Ranks along the tensor axis."""
+    """Ranks along the tensor axis: layers, heads and the vocabulary are cut."""
+    tensor_rules: tuple[str, ...] | None = None
+    """How modules are cut over it, in place of what is found: "pattern = style" ("layers.*.fc1 = colwise"; *
+    stands for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or
+    else what its structure allows."""
+    sequence_parallel: bool = False
+    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence."""
     pipe: Positive = 1
     """Ranks along the pipe axis: the model is cut into stages, in order."""
     schedule: Schedule | None = None
@@ -159,7 +182,10 @@ class LayoutConfig(Section):
     context: Positive = 1
     """Ranks along the context axis."""
     expert: Positive = 1
-    """Ranks along the expert axis."""
+    """Groups that the data and context ranks are dealt out to, each with other experts of every layer."""
+    loss_chunk: NonNegative | None = None
+    """Tokens whose scores exist at once, forward and backward; 0: those of a micro-batch. Unset: the same up
+    to 256 MiB of scores, beyond that as many as fit into 64 MiB."""
     recompute: Literal["full", "selective"] | None = None
     """What backward computes again in each repeated block, to keep less from forward: "full" everything,
     "selective" all but matrix products with weights and fused attention. Unset: nothing."""

@@ -23,7 +23,7 @@ def check_example(asked: Config, example: Batch) -> None:
     """Raise ConfigError where costs are to be measured and there is nothing to measure them with."""
     if asked.layout.cost == "measured" and example is None:
         raise ConfigError(
-            'layout.cost = "measured", and sixfold.initialize was given no example',
+            f'layout.cost = "{asked.layout.cost}", and sixfold.initialize was given no example',
             rule="costs are measured on a batch of the real shape",
             fix="give sixfold.initialize(..., example=batch), a batch as train_step will get it, or leave "
             "layout.cost unset",

@@ -24,6 +24,7 @@ from sixfold.engine.persistence import Persistence
 from sixfold.engine.playing import Playing
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
+from sixfold.models.moe import RoutingStatistics
 from sixfold.pipeline import Batch, StepResult, WrittenOut, to_device
 from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.simulate import Timeline
@@ -280,6 +281,13 @@ class Engine:
         self.state.arrive("gradients")
         return self.state.gradients()
 
+    def routing(self) -> dict[str, RoutingStatistics]:
+        """How the last update's tokens were shared out over experts, over all ranks, by name of the router.
+
+        In a pipeline each rank knows of the layers it has.
+        """
+        return self._playing.routing.statistics()
+
     def memory(self) -> Memory:
         """What this rank holds from step to step, in bytes; see `sixfold.plan.persistent_memory`."""
         parameters, gradients, master = self.state.live_bytes()
@@ -392,4 +400,5 @@ class Engine:
         self.num_skipped += result.skipped
         self.num_samples += result.samples
         self._last_weight = result.weight
+        self._playing.routing.end_update()
         self._saving.look()  # here every rank is at the same point

@@ -38,8 +38,10 @@ from sixfold.parallel import (
     Deferral,
     ModelCut,
     ModuleFacts,
+    Routing,
     block_names,
     change_forwards,
+    chunk_loss,
     decide_axes,
     materialize,
     module_facts,
@@ -146,6 +148,7 @@ def initialize(
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))
+    ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
     groups = [group["params"] for each in made for group in each.param_groups]
@@ -205,6 +208,7 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=loss_form,
+            routing=Routing(model, mesh),
         ),
         persistence=Persistence(
             model,

@@ -20,7 +20,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
-from sixfold.parallel import DTYPES, Stage
+from sixfold.parallel import DTYPES, Routing, Stage
 from sixfold.pipeline import (
     Batch,
     Counts,
@@ -32,6 +32,7 @@ from sixfold.pipeline import (
     StepResult,
     Work,
     checksum,
+    divide,
     fields_of,
     split,
     tensors_of,
@@ -66,8 +67,10 @@ class Playing:
         player: Player,
         scaler: LossScaler,
         loss_form: LossForm,
+        routing: Routing,
     ) -> None:
         self.player = player
+        self.routing = routing
         self.scaler = scaler
         self._module = module
         self._stages = {stage.number: stage for stage in stages}
@@ -98,9 +101,15 @@ class Playing:
             self._settle(batch)
         micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
+        if self._layout.expert > 1:
+            # Ranks wait for each other's tokens in every pass, so all have equally many.
+            most = self._mesh.largest(most)
+            micros = divide(batch, most) if len(micros) < most else micros
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
+        if len(self._stages) > 1 or not self._has_loss:
+            self.routing.scale_penalties(self.scaler.scale / scale)
         # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
         is_bound = self._residency.parameters or len(self._stages) > 1
         num_served = most - len(micros) if is_bound else 0
@@ -166,6 +175,7 @@ class Playing:
         if self._layout.pipe == 1:
             run: Callable[[Mapping[str, Any]], Any] = lambda kwargs: self._module(**kwargs)  # noqa: E731
             arrive = lambda: self._state.arrive("settle")  # noqa: E731
+            self._join_trials(found_on)
             self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive)
             return
         num_trials = self._loss_form.num_trials(found_on)
@@ -177,6 +187,14 @@ class Playing:
         self._loss_form.settle(
             found_on, self._output_of, self._streams, self._mesh, lambda: None, has_loss=self._has_loss
         )
+
+    def _join_trials(self, batch: Batch) -> None:
+        """Where ranks wait for each other's tokens, run the model as often as those that try it."""
+        num_trials = self._loss_form.num_trials(batch)
+        if self._layout.expert > 1:
+            with torch.no_grad():
+                for _ in range(num_trials, self._mesh.largest(num_trials)):
+                    self._module(**batch)
 
     def _output_of(self, kwargs: Mapping[str, Any]) -> Any:
         """The model's output for keyword arguments, None on ranks that have not the last stage."""

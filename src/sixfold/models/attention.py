@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ROWS = 128
+BLOCK_ROWS = 64
 """Query rows per block of written-out attention."""
 WRITTEN_OUT_LENGTH = 1024
 """Beyond this many positions the memory of written-out attention outweighs its speed."""
@@ -59,25 +59,27 @@ def attend_written_out(query: Tensor, key: Tensor, value: Tensor, allowed: Tenso
 
     torch's fused kernel multiplies bf16 on a CPU no faster than fp32, batched products do: three
     times faster forward and backward, although probabilities are kept for the backward pass.
-    Keys behind the last query that a block holds are not multiplied.
+    Heads that share a key are rows of one product. Keys behind the last query that a block holds are not
+    multiplied.
     """
     batch, heads, length, head_width = query.shape
     groups, behind = heads // key.shape[1], key.shape[2] - length
-    q = (query * head_width**-0.5).flatten(0, 1)
-    k = key.repeat_interleave(groups, 1).flatten(0, 1)
-    v = value.repeat_interleave(groups, 1).flatten(0, 1)
+    q = (query * head_width**-0.5).reshape(batch * key.shape[1], groups, length, head_width)
+    k, v = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
     if allowed is None:
         mask = query.new_full((1, length, key.shape[2]), float("-inf")).triu(1 + behind)
     else:
         mask = query.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        mask = mask.expand(batch, heads, -1, -1).flatten(0, 1)
+        mask = mask.expand(batch, key.shape[1], -1, -1).flatten(0, 1)
     blocks = []
     for start in range(0, length, BLOCK_ROWS):
         end = min(start + BLOCK_ROWS, length)
         seen = end + behind
-        scores = torch.baddbmm(mask[:, start:end, :seen], q[:, start:end], k[:, :seen].transpose(1, 2))
-        blocks.append(scores.softmax(-1) @ v[:, :seen])
-    return torch.cat(blocks, 1).view(batch, heads, length, head_width)
+        rows = q[:, :, start:end].flatten(1, 2)
+        scores = torch.baddbmm(mask[:, start:end, :seen].repeat(1, groups, 1), rows, k[:, :, :seen])
+        mixed = scores.softmax(-1) @ v[:, :seen]
+        blocks.append(mixed.view(batch, heads, end - start, head_width))
+    return torch.cat(blocks, 2)
 
 
 def within_documents(documents: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ building it on the meta device and calling every `reset_parameters`, children fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models.attention import attend, rotary_tables, rotate, within_documents
+from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
+from sixfold.models.layers import Embedding, FeedForward, Linear, RMSNorm
+from sixfold.models.moe import ExpertsConfig, MixtureOfExperts, Router, telling
 
-NORM_EPS = 1e-6
 LOSS_ROWS = 256
 """Rows of logits that are upcast together: they fit the cache, a whole batch of them does not."""
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Scores [rows, vocab_size] and targets [rows] to their summed loss."""
+TENSOR_RULES = {
+    "model.embed_tokens": "embedding_rowwise",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.gate_proj": "colwise",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+    "lm_head": "local_colwise",
+    "head": "scores",
+}
+"""How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
@@ -50,12 +62,22 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     tie_embeddings: bool = True
     dropout: float = 0.0
+    experts: ExpertsConfig | None = None
+    """In place of one feed-forward part several, each of `ffn_width`; see `models.moe`."""
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+
+    @property
+    def ffn_rows(self) -> int:
+        """Rows of `width` that a token is multiplied with in the feed-forward part of a block."""
+        experts = self.experts
+        if experts is None:
+            return 3 * self.ffn_width
+        return 3 * self.ffn_width * (experts.num_choices + experts.num_shared) + experts.num_experts
 
     @classmethod
     def derive(
@@ -76,41 +98,6 @@ class DecoderConfig:
             ffn_width=ffn_width or -(-8 * width // (3 * 64)) * 64,
             **others,
         )
-
-
-class Linear(nn.Linear):
-    """A projection without bias; at first its output has half the variance of its input.
-
-    Half rather than all: a little better after a few hundred updates, in a trial of three gains.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=(2 * self.in_features) ** -0.5)
-
-
-class Embedding(nn.Embedding):
-    """As a tied head it is a projection too, and is drawn like one: first logits have variance one."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dim; torch computes it in fp32 (fp64 for fp64)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
 
 
 class Attention(nn.Module):
@@ -140,18 +127,6 @@ class Attention(nn.Module):
         return out
 
 
-class FeedForward(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.width, config.ffn_width)
-        self.up_proj = Linear(config.width, config.ffn_width)
-        self.down_proj = Linear(config.ffn_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream."""
 
@@ -161,15 +136,20 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.width)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width)
-        self.mlp = FeedForward(config)
+        self.mlp = self.feed_forward(config)
         self.reset_parameters()
+
+    def feed_forward(self, config: DecoderConfig) -> FeedForward | MixtureOfExperts:
+        """What stands between the second norm and the residual stream."""
+        if config.experts is not None:
+            return MixtureOfExperts(config.width, config.ffn_width, config.experts)
+        return FeedForward(config.width, config.ffn_width)
 
     def reset_parameters(self) -> None:
         """Draw the two projections into the residual stream again, smaller: 2 * num_layers of them
         add up there, and the sum is to keep its scale."""
-        for projection in (self.self_attn.o_proj, self.mlp.down_proj):
-            variance = 1 / (2 * projection.in_features) / (2 * self.num_layers)
-            nn.init.normal_(projection.weight, std=variance**0.5)
+        self.self_attn.o_proj.draw(2 * self.num_layers)
+        self.mlp.draw_output(2 * self.num_layers)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
         branch = self.self_attn(self.input_layernorm(x), cos, sin, allowed)
@@ -212,8 +192,11 @@ class Decoder(nn.Module):
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
         self.loss: Loss = cross_entropy
+        self.loss_chunk: int | None = None
+        """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
         self.pipeline_parts = ("model.embed_tokens", "model.layers", "model.norm", head)
+        self.tensor_rules = TENSOR_RULES
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, width] to scores of the next token [batch, length, vocab_size]."""
@@ -235,13 +218,25 @@ class Decoder(nn.Module):
             documents: the number of each token's document, [batch, length + 1]. Attention then stays within
                 a document; the mark that opens the next one is its last target, the sign of its end.
         """
-        within = None if documents is None else documents[:, :-1]
-        logits, targets = self.logits(tokens[:, :-1], within).flatten(0, 1), tokens[:, 1:].flatten()
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        allowed = None if documents is None else within_documents(documents[:, :-1])
+        hidden, targets = self.model(tokens[:, :-1], allowed).flatten(0, 1), tokens[:, 1:].flatten()
+        loss = self._summed_loss(hidden, targets)
+        if self.config.experts is not None:
+            loss = telling(loss, [part for part in self.modules() if isinstance(part, Router)])
+        return loss, torch.tensor(targets.numel(), device=tokens.device)
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows = rows_at_once(len(targets), self.config.vocab_size, self.loss_chunk)
+        if rows < len(targets):
+            if self.loss is cross_entropy:
+                return in_chunks(self.head, summed_cross_entropy, hidden, targets, rows)
+            return in_chunks(
+                self.head, lambda rows, aims: self.loss(rows.to(wide), aims), hidden, targets, rows
+            )
         num_pieces = max(1, -(-len(targets) // LOSS_ROWS))
-        pieces = zip(logits.chunk(num_pieces), targets.chunk(num_pieces), strict=True)
-        sums = [self.loss(rows.to(wide), target) for rows, target in pieces]
-        return torch.stack(sums).sum(), torch.tensor(targets.numel(), device=tokens.device)
+        pieces = zip(self.head(hidden).chunk(num_pieces), targets.chunk(num_pieces), strict=True)
+        return torch.stack([self.loss(rows.to(wide), aims) for rows, aims in pieces]).sum()
 
 
 def num_flops(config: DecoderConfig, batch: int, length: int) -> int:
@@ -253,7 +248,7 @@ def num_flops(config: DecoderConfig, batch: int, length: int) -> int:
     """
     head_width = config.width // config.num_heads
     attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * head_width
-    block = attention + 3 * config.width * config.ffn_width
+    block = attention + config.width * config.ffn_rows
     weights = config.num_layers * block + config.vocab_size * config.width
     scores_and_mix = config.num_layers * 2 * length * config.width
     return 6 * batch * length * (weights + scores_and_mix)

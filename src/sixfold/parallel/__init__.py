@@ -3,8 +3,10 @@
 The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
-from sixfold.parallel.axes import AxisChange, decide_axes
+from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.change import AxisChange
+from sixfold.parallel.chunked_loss import chunk_loss
 from sixfold.parallel.costs import measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -20,6 +22,7 @@ from sixfold.parallel.facts import (
 )
 from sixfold.parallel.materialize import materialize, move_buffers
 from sixfold.parallel.pipe import ModelCut
+from sixfold.parallel.routing import Routing
 from sixfold.parallel.stage import Stage
 
 __all__ = [
@@ -30,11 +33,13 @@ __all__ = [
     "ModelCut",
     "ModuleFacts",
     "Product",
+    "Routing",
     "Stage",
     "block_names",
     "change_forwards",
     "check_backend",
     "check_blocks",
+    "chunk_loss",
     "decide_axes",
     "dtype_name",
     "materialize",

@@ -7,38 +7,18 @@ its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from torch import nn
 
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
+from sixfold.parallel.change import AxisChange, Decide, Remove
+from sixfold.parallel.expert import decide_expert
+from sixfold.parallel.tensor_axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
-Remove: TypeAlias = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class AxisChange:
-    """What an axis makes of a model on one rank.
-
-    Args:
-        places: of parameters, by first names, that the axis cuts, or of which it makes gradients partial.
-        apply: changes how modules run, and returns what undoes it; shapes of parameters are the state
-            engine's.
-    """
-
-    places: Mapping[str, Place] = field(default_factory=dict)
-    apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
-
-
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
-"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
-
-DECIDE: dict[str, Decide] = {}
+DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis, "expert": decide_expert}
 """By axis, in the order in which they are decided and applied."""
 
 

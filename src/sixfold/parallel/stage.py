@@ -249,6 +249,11 @@ class _View:
             vars(mirror)[key] = vars(module)[key].copy()
         for key, part in {**changed, **own}.items():
             setattr(mirror, key, part)
+        for key, method in vars(module).items():
+            if (
+                getattr(method, "__self__", None) is module
+            ):  # given to the instance, such as a changed forward
+                vars(mirror)[key] = MethodType(method.__func__, mirror)
         self.mirrors.append((mirror, module))
         return mirror
 

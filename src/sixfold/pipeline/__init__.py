@@ -4,7 +4,16 @@ Driven by the engine, for a whole step at once or one instruction at a time. It 
 and owns no state but the losses of the step under way.
 """
 
-from sixfold.pipeline.batch import Batch, checksum, fields_of, num_samples, split, tensors_of, to_device
+from sixfold.pipeline.batch import (
+    Batch,
+    checksum,
+    divide,
+    fields_of,
+    num_samples,
+    split,
+    tensors_of,
+    to_device,
+)
 from sixfold.pipeline.loss import Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
@@ -27,6 +36,7 @@ __all__ = [
     "Work",
     "WrittenOut",
     "checksum",
+    "divide",
     "fields_of",
     "num_samples",
     "split",

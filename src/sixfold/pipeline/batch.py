@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,6 +88,24 @@ def split(batch: Batch, micro: int | None) -> list[Batch]:
         )
 
     return [_rows(batch, start, start + micro, total) for start in range(0, total, micro)]
+
+
+def divide(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch into so many micro-batches as equal as can be, some of them empty where samples are few.
+
+    Raises:
+        ModelError: it has no tensors, so that nothing is known of an empty one.
+    """
+    total = num_samples(batch)
+    if parts and not lengths_of(batch):
+        raise ModelError(
+            f"a batch of {type(batch).__name__} without any tensor; others have {parts} micro-batches",
+            rule="under layout.expert every rank runs as many micro-batches as the others, empty ones where "
+            "it has no samples, because they send it tokens",
+            fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
+        )
+    borders = [total * part // parts for part in range(parts + 1)]
+    return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
 
 
 def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) -> Batch:

@@ -190,6 +190,13 @@ class LossForm:
                 fix="return (sum, weight) from the model or from loss_fn",
             )
         samples = float(lengths[0])
+        if not samples:
+            raise ModelError(
+                "a mean loss over a micro-batch of 0 samples, run because other ranks have more",
+                rule="a mean over nothing is no number",
+                fix="return (sum, weight) from the model or from loss_fn, or give every rank as many samples "
+                "as there are micro-batches",
+            )
         return Share(value * (samples / scale), samples, is_mean=True)
 
     def _items(self, counts: Counts) -> float:

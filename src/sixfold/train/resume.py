@@ -24,6 +24,8 @@ _SHAPES = (
     "model.num_kv_heads",
     "model.ffn_width",
     "model.tie_embeddings",
+    "model.num_experts",
+    "model.shared_experts",
     "model.hf",
     "model.lora_rank",
     "model.lora_targets",

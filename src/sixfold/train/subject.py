@@ -17,10 +17,13 @@ from torch import nn
 
 from sixfold.base.plugins import load_plugin
 from sixfold.config import Config
+from sixfold.config.tree import ModelConfig
 from sixfold.data.corpus import Corpus
 from sixfold.data.stream import document_numbers, document_positions
 from sixfold.models.attention import within_documents
-from sixfold.models.decoder import Decoder, DecoderConfig, Loss, num_flops
+from sixfold.models.chunks import Loss
+from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
+from sixfold.models.moe import ExpertsConfig
 from sixfold.train import adapters, hugging_face
 
 
@@ -62,8 +65,23 @@ def _decoder(config: Config, vocab_size: int) -> Decoder:
             rope_base=asked.rope_base,
             tie_embeddings=asked.tie_embeddings,
             dropout=asked.dropout,
+            experts=_experts(asked),
         )
     )
+
+
+def _experts(asked: ModelConfig) -> ExpertsConfig | None:
+    if asked.num_experts is None:
+        return None
+    given: dict[str, Any] = {
+        "num_choices": asked.expert_choices,
+        "num_shared": asked.shared_experts,
+        "capacity_factor": asked.expert_capacity,
+        "balance": asked.balance,
+        "balance_rate": asked.balance_rate,
+        "z_weight": asked.router_z,
+    }
+    return ExpertsConfig(asked.num_experts, **{key: each for key, each in given.items() if each is not None})
 
 
 def fields_of(config: Config, corpus: Corpus, samples: npt.NDArray[np.int64]) -> dict[str, Any]:

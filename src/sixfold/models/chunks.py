@@ -1,0 +1,86 @@
+"""Head and loss a few rows at a time, so that scores of a whole sequence never exist at once.
+
+Scores are as wide as the vocabulary: at long sequences they take more memory than all else. Here a chunk of
+hidden states becomes scores and a summed loss, the scores are forgotten, and backward makes them again, chunk
+by chunk. Plain functions of tensors, for any head and any loss; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+SCORES_BYTES = 2**28
+"""Scores up to this size in fp32 exist at once, unless it is asked otherwise: nothing is computed twice."""
+CHUNK_BYTES = 2**26
+"""Size in fp32 of those of a chunk beyond that: products are large enough to run at full speed."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Scores [rows, vocab_size] and targets [rows] to their summed loss."""
+
+
+def rows_at_once(num_rows: int, vocab_size: int, asked: int | None) -> int:
+    """Rows of a chunk; `num_rows` where all exist at once.
+
+    Args:
+        asked: rows, 0 for all, None for what the sizes above say.
+    """
+    row_bytes = 4 * vocab_size
+    if asked is None:
+        asked = max(1, CHUNK_BYTES // row_bytes) if num_rows * row_bytes > SCORES_BYTES else 0
+    return min(asked, num_rows) or num_rows
+
+
+def in_chunks(
+    head: Callable[[Tensor], Tensor], loss: Loss, hidden: Tensor, targets: Tensor, rows: int
+) -> Tensor:
+    """`loss(head(hidden), targets)`, with scores of `rows` rows at once.
+
+    Args:
+        head: hidden states [rows, width] to scores [rows, vocab_size].
+        loss: summed over rows; `summed_cross_entropy` keeps within twice the scores in fp32.
+        hidden: [n, width].
+        targets: [n].
+    """
+
+    def part(states: Tensor, aims: Tensor) -> Tensor:
+        return loss(head(states), aims)
+
+    sums = [
+        checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False)
+        for each in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    ]
+    return torch.stack(sums).sum()
+
+
+def summed_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """In nats, computed and returned in fp32 (fp64 for fp64); negative targets count for nothing."""
+    loss: Tensor = _CrossEntropy.apply(scores, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """log(sum(exp(scores))) - scores[target], with one wide copy of the scores forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        largest = scores.amax(1, keepdim=True).to(wide)
+        normaliser = torch.sub(scores, largest).exp_().sum(1, keepdim=True).log_().add_(largest)
+        counts = (targets >= 0).unsqueeze(1)
+        chosen = scores.gather(1, targets.clamp_min(0).unsqueeze(1)).to(wide)
+        ctx.save_for_backward(scores, targets, normaliser, counts)
+        return ((normaliser - chosen) * counts).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scores, targets, normaliser, counts = ctx.saved_tensors
+        of_scores = torch.sub(scores, normaliser).exp_()
+        of_scores.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -torch.ones_like(normaliser))
+        return of_scores.mul_(counts * gradient).to(scores.dtype), None

@@ -1,0 +1,36 @@
+"""What an axis makes of a model on one rank: the form in which each axis answers `axes.py`.
+
+Made by the modules of the axes, each in its own file; read by `initialize`. It holds no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import nn
+
+from sixfold.config import LayoutConfig
+from sixfold.mesh import Mesh
+from sixfold.plan import Geometry, Place
+
+Remove: TypeAlias = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class AxisChange:
+    """What an axis makes of a model on one rank.
+
+    Args:
+        places: of parameters, by first names, that the axis cuts, or of which it makes gradients partial.
+        apply: changes how modules run, and returns what undoes it; shapes of parameters are the state
+            engine's.
+    """
+
+    places: Mapping[str, Place] = field(default_factory=dict)
+    apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
+
+
+Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
+"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""

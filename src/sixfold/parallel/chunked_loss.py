@@ -1,0 +1,163 @@
+"""The head and loss of a model in chunks of tokens, so that no scores of a whole sequence exist at once.
+
+Called by `initialize`; the arithmetic is in `models.chunks`. The reference decoder has a setting for it. In a
+Hugging Face causal model the head hands its input on, and the loss function computes scores itself, chunk
+by chunk. Where a model does something to its scores in between, that cannot be, and its own way is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import ModelError
+from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
+from sixfold.models.decoder import Decoder
+from sixfold.parallel.change import Remove
+
+IGNORED = -100
+
+
+def chunk_loss(
+    model: nn.Module, asked: int | None, loss: Loss | None = None, *, takes_scores: bool = False
+) -> Remove:
+    """Have `model` compute its loss in chunks where scores are large; returns what undoes it.
+
+    Args:
+        asked: tokens of a chunk, 0 for all, None for `models.chunks` to decide by size.
+        loss: of scores [rows, entries] as the head gives them, and targets, in which negative ones count for
+            nothing; summed. None: cross-entropy in fp32.
+        takes_scores: whether a loss function of the user is given what the model returns.
+
+    Raises:
+        ModelError: chunks are asked for, and how this model computes its loss is not known.
+    """
+    if isinstance(model, Decoder):
+        before, model.loss_chunk = model.loss_chunk, asked
+        return functools.partial(setattr, model, "loss_chunk", before)
+    head = None if takes_scores else head_of(model)
+    if head is not None and asked != 0:
+        return _Chunks(model, head, asked, loss or _in_fp32).remove
+    if asked:
+        why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
+        raise _unknown(model, asked, why)
+    return lambda: None
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The head of a Hugging Face causal model that takes the library's own loss; None of any other."""
+    library = sys.modules.get("transformers.loss.loss_utils")
+    function = getattr(model, "loss_function", None)
+    if library is None or function is not library.ForCausalLMLoss:
+        return None
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head if isinstance(head, nn.Module) else None
+
+
+class _Changed(Exception):
+    """Scores were changed between head and loss."""
+
+
+class _Chunks:
+    """A model whose head and loss wait for each other."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, loss: Loss) -> None:
+        self._model, self._head, self._asked, self._loss = model, head, asked, loss
+        self._rows: int | None = None  # of a chunk, in a forward that is computed so
+        self._handed_on: Tensor | None = None
+        self._is_known = True
+        self._own_head = head.forward
+        self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
+        self._own = model.forward
+        self._were_set = [(part, "forward" in vars(part)) for part in (model, head)]
+        model.forward = _as(self._own, self._forward)
+        head.forward = _as(self._own_head, self._hand_on)
+        model.loss_function = self._loss_of_chunks  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Give the model its own way back."""
+        self._model.loss_function = self._own_loss  # type: ignore[assignment]
+        for (part, was_set), own in zip(self._were_set, (self._own, self._own_head), strict=True):
+            if was_set:
+                part.forward = own
+            else:
+                del part.forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if not self._is_known or not isinstance(labels, Tensor):
+            return self._own(*args, **kwargs)
+        entries = next(self._head.parameters()).shape[0]
+        rows = rows_at_once(labels.numel(), entries, self._asked)
+        self._rows = rows if rows < labels.numel() else None
+        try:
+            output = self._own(*args, **kwargs)
+        except _Changed:
+            self._is_known = False
+            if self._asked:
+                raise _unknown(self._model, self._asked, "it changes its scores behind the head") from None
+            return self._own(*args, **kwargs)
+        finally:
+            self._rows = self._handed_on = None
+        if rows < labels.numel() and hasattr(output, "logits"):
+            output.logits = None  # nobody shall take what was handed on for scores
+        return output
+
+    def _hand_on(self, hidden: Tensor) -> Tensor:
+        if self._rows is None:
+            return self._own_head(hidden)  # type: ignore[no-any-return]
+        self._handed_on = hidden
+        return hidden
+
+    def _loss_of_chunks(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the library's loss of causal models."""
+        if self._rows is None:
+            given = (num_items_in_batch, ignore_index, shift_labels)
+            return self._own_loss(logits, labels, vocab_size, *given, **kwargs)
+        if logits is not self._handed_on:
+            raise _Changed
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)
+        counting = targets != ignore_index
+        hidden, targets = logits.flatten(0, -2), targets.masked_fill(~counting, -1)
+        total = in_chunks(self._own_head, self._loss, hidden, targets, self._rows)
+        return total / (counting.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _as(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """`other` with the signature of `own`."""
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return other(*args, **kwargs)
+
+    return forward
+
+
+def _in_fp32(scores: Tensor, targets: Tensor) -> Tensor:
+    """In the type in which the library computes it, whatever that of the model."""
+    return summed_cross_entropy(scores.float() if scores.dtype == torch.float64 else scores, targets)
+
+
+def _unknown(model: nn.Module, asked: int, why: str) -> ModelError:
+    return ModelError(
+        f"layout.loss_chunk = {asked} with a {type(model).__name__}: {why}",
+        rule="chunks take a reference decoder, or a Hugging Face causal model whose scores go from its head "
+        "straight into its loss",
+        fix="leave layout.loss_chunk unset, or set it to 0",
+    )

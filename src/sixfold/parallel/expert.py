@@ -1,0 +1,232 @@
+"""The expert axis: stacked expert weights cut over ranks, and tokens sent to where their experts are.
+
+Decided and applied by `parallel.axes`. A module of experts is known by what its forward takes: tokens, the
+experts chosen for each, and their weights. Its forward is replaced by one that sends tokens out, runs the
+module's own forward on those that came, and brings the results back. Routers stay whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sixfold.base.errors import ModelError, PlanError
+from sixfold.config import LayoutConfig
+from sixfold.mesh import Group, Mesh, Pending
+from sixfold.models.grouped import Order
+from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.change import AxisChange
+from sixfold.plan import Geometry, Place
+
+TAKES = ("hidden_states", "top_k_index", "top_k_weights")
+"""Arguments by which the forward of experts is known; any others are optional."""
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of experts, by name: those whose parameters are all stacked, [experts, ...]."""
+    return {name: part for name, part in model.named_modules() if _num_experts(part) is not None}
+
+
+def decide_expert(
+    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+) -> AxisChange:
+    """Deal the experts of every layer out to `layout.expert` groups of ranks.
+
+    Raises:
+        ModelError: the model has no experts, or some that cannot be dealt out.
+        PlanError: their number cannot be divided so.
+    """
+    found = experts_of(model)
+    if not found:
+        raise ModelError(
+            f"layout.expert = {layout.expert} with a {type(model).__name__} without stacked experts",
+            rule=f"experts are modules whose forward takes {', '.join(TAKES)} and whose parameters are all "
+            "[experts, ...]",
+            fix="set layout.expert = 1, or stack the experts' weights as sixfold.models.moe.Experts does",
+        )
+    _refuse_cut_samples(model, layout)
+    degree, first_names = geometry.expert, {p: name for name, p in reversed([*model.named_parameters()])}
+    here = geometry.coordinate(rank, "expert")
+    made: dict[str, Place] = {}
+    for name, part in found.items():
+        num_experts = _num_experts(part) or 0
+        if num_experts % degree:
+            legal = [str(each) for each in range(1, num_experts + 1) if num_experts % each == 0]
+            raise PlanError(
+                f"layout.expert = {degree} with {num_experts} experts in {name}",
+                rule="every group of ranks has equally many experts of a layer",
+                fix=f"set layout.expert to one of {', '.join(legal)}",
+            )
+        share = num_experts // degree
+        span = ((here * share, (here + 1) * share),)
+        for parameter in part.parameters():
+            first = first_names[parameter]
+            before = places.get(first, Place(tuple(parameter.shape)))
+            others = before.spans[1:] or ((),) * (parameter.dim() - 1)
+            made[first] = Place(before.shape, (span, *others), (*before.axes, "expert"), before.partial)
+    return AxisChange(made, lambda mesh: _apply(found.values(), mesh))
+
+
+def _num_experts(part: nn.Module) -> int | None:
+    """Experts of a module of experts; None for any other module."""
+    takes = inspect.signature(type(part).forward).parameters
+    if not all(name in takes for name in TAKES):
+        return None
+    sizes = {parameter.shape[0] if parameter.dim() > 1 else 0 for parameter in part.parameters()}
+    number = getattr(part, "num_experts", None)
+    return number if isinstance(number, int) and sizes == {number} else None
+
+
+def _refuse_cut_samples(model: nn.Module, layout: LayoutConfig) -> None:
+    limits = [getattr(getattr(part, "config", None), "capacity_factor", None) for part in model.modules()]
+    if layout.context > 1 and any(limit is not None for limit in limits):
+        raise ModelError(
+            f"layout.context = {layout.context} with experts of limited capacity",
+            rule="capacity counts the tokens of one sample, and here no rank has all of them",
+            fix="set capacity_factor = None, or layout.context = 1",
+        )
+
+
+def _apply(found: Any, mesh: Mesh) -> Callable[[], None]:
+    group, parts = mesh.along("expert"), list(found)
+    before = [vars(part).get("forward") for part in parts]
+    for part in parts:
+        part.forward = MethodType(_dealing(own_forward(part), group, part.num_experts), part)
+
+    def undo() -> None:
+        for part, given in zip(parts, before, strict=True):
+            if given is None:
+                del part.forward
+            else:
+                part.forward = given
+
+    return undo
+
+
+def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Callable[..., Tensor]:
+    share = num_experts // group.num_ranks
+
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        if next(self.parameters()).shape[0] == num_experts:  # gathered: the whole model is here
+            given = () if beside is None else (beside,)
+            return own(self, hidden_states, top_k_index, top_k_weights, *given)
+        order = Order.by_expert(top_k_index, num_experts)
+        counts, wanted = _tell_counts(group, order.counts)
+        out = Exchange(group, [sum(each) for each in counts], [sum(each) for each in wanted])
+        sent = out.send(order.take(hidden_states))
+        extra = None if beside is None else beside()
+        came = out.receive(sent)
+        with _having(self, share):
+            mine = own(self, came, *_choices(wanted, came))
+        back = Exchange(group, out.arriving, out.leaving)
+        result = order.put_back(back.receive(back.send(mine)), top_k_weights)
+        return result if extra is None else result + extra
+
+    return forward
+
+
+def _tell_counts(group: Group, counts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """How many rows go to each expert of each member, and how many come from each for each expert here."""
+    leaving = torch.tensor(counts).view(group.num_ranks, -1)
+    arriving = torch.empty_like(leaving)
+    group.all_to_all(list(leaving), list(arriving)).wait()
+    return leaving.tolist(), arriving.tolist()
+
+
+def _choices(wanted: list[list[int]], came: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row that came the one expert here that it is for, [rows, 1], and its weight, 1."""
+    counts = torch.tensor(wanted, device=came.device)
+    experts = torch.arange(counts.shape[1], device=came.device).repeat(counts.shape[0])
+    return experts.repeat_interleave(counts.flatten())[:, None], came.new_ones(len(came), 1)
+
+
+@contextmanager
+def _having(part: nn.Module, num_experts: int) -> Iterator[None]:
+    """Inside, the module's own forward sees as many experts as are here."""
+    whole, part.num_experts = part.num_experts, num_experts  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        part.num_experts = whole
+
+
+@dataclass
+class Exchange:
+    """Rows on their way from each member to each other, and their gradients on the way back.
+
+    In backward gradients leave where rows arrived and are waited for where they left, so what is computed
+    between `send` and `receive` hides the exchange in both directions.
+
+    Args:
+        leaving: rows for each member.
+        arriving: rows from each.
+    """
+
+    group: Group
+    leaving: list[int]
+    arriving: list[int]
+    _under_way: tuple[Pending, Tensor, Tensor] | None = field(default=None, init=False)
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Start to send rows, those for one member together and in their order; returns a receipt."""
+        receipt: Tensor = _Send.apply(rows, self)  # type: ignore[no-untyped-call]
+        return receipt
+
+    def receive(self, receipt: Tensor) -> Tensor:
+        """The rows that came."""
+        rows: Tensor = _Receive.apply(receipt, self)  # type: ignore[no-untyped-call]
+        return rows
+
+    def start(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> None:
+        """Start one direction."""
+        rows = rows.contiguous()
+        came = rows.new_empty(sum(arriving), *rows.shape[1:])
+        parts = torch.split(rows, leaving), torch.split(came, arriving)
+        self._under_way = self.group.all_to_all(*parts), rows, came  # what is sent lives until it has left
+
+    def end(self) -> Tensor:
+        """Wait for it."""
+        assert self._under_way is not None, "started before"
+        (pending, _, came), self._under_way = self._under_way, None
+        pending.wait()
+        return came
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(rows, exchange.leaving, exchange.arriving)
+        return rows.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _receipt: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.end(), None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, receipt: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.end()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(gradient, ctx.exchange.arriving, ctx.exchange.leaving)
+        return gradient.new_empty(0), None

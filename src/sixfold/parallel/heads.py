@@ -1,0 +1,171 @@
+"""The head of a language model that is cut along the vocabulary, and the loss behind it.
+
+Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
+keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sixfold.models import decoder
+from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
+from sixfold.parallel.tensor import TensorCut
+from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
+
+
+@dataclass
+class Head:
+    """A head and how the model's loss is computed from its part of the scores.
+
+    Args:
+        name: of the module, or of the method of the model that is the head.
+    """
+
+    model: nn.Module
+    name: str
+    vocabulary: Vocabulary
+    is_parted: bool = field(default=False, init=False)
+
+    @classmethod
+    def find(cls, model: nn.Module, cut: TensorCut, axis: Axis) -> Head | None:
+        """The head that is cut; None where there is none."""
+        found = next((layer for layer in cut.layers if layer.style.role == "scores"), None)
+        if found is None:
+            return None
+        sizes = [
+            layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")
+        ]
+        return cls(model, found.name, Vocabulary(axis, sizes[-1]))
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it is no module of its own."""
+        return not isinstance(getattr(self.model, self.name, None), nn.Module) and "." not in self.name
+
+    def leave(self, scores: Tensor) -> Tensor:
+        """What the head returns."""
+        if self.is_parted or scores.shape[-1] == self.vocabulary.size:
+            return scores
+        return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
+
+    def attach(self) -> list[Callable[[], None]]:
+        """Put the loss over the cut vocabulary where the model calls its own; returns what undoes it."""
+        undo = [self._attach_method()] if self.is_method else []
+        if isinstance(self.model, decoder.Decoder):
+            if self.model.loss is decoder.cross_entropy:
+                undo += [self._attach_loss(self.model), self._attach_forward(lambda args, kwargs: True)]
+        elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
+            undo += [self._attach_causal_loss(), self._attach_forward(self._has_labels)]
+        return undo
+
+    def _attach_method(self) -> Callable[[], None]:
+        own = getattr(type(self.model), self.name)
+
+        def head(model: nn.Module, hidden: Tensor) -> Tensor:
+            return self.leave(own(model, cross(hidden, COPIED, self.vocabulary.axis)))
+
+        setattr(self.model, self.name, MethodType(head, self.model))
+        return lambda: delattr(self.model, self.name)
+
+    def _attach_loss(self, model: decoder.Decoder) -> Callable[[], None]:
+        own = model.loss
+
+        def loss(scores: Tensor, targets: Tensor) -> Tensor:
+            if scores.shape[-1] == self.vocabulary.size:
+                return own(scores, targets)
+            return losses_of(scores, targets, self.vocabulary).sum()
+
+        model.loss = loss
+        return lambda: setattr(model, "loss", own)
+
+    def _attach_causal_loss(self) -> Callable[[], None]:
+        model: Any = self.model
+        own, was_set = model.loss_function, "_loss_function" in vars(model)
+
+        def loss(
+            logits: Tensor,
+            labels: Tensor,
+            vocab_size: int,
+            num_items_in_batch: Tensor | float | None = None,
+            ignore_index: int = IGNORED,
+            shift_labels: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            if logits.shape[-1] == self.vocabulary.size:
+                return own(  # type: ignore[no-any-return]
+                    logits,
+                    labels,
+                    vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    ignore_index=ignore_index,
+                    shift_labels=shift_labels,
+                    **kwargs,
+                )
+            if shift_labels is None:
+                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            targets = shift_labels.reshape(-1).to(logits.device)
+            losses = losses_of(logits.float().flatten(0, -2), targets, self.vocabulary, ignore_index)
+            count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+            return losses.sum() / count
+
+        model.loss_function = loss
+
+        def undo() -> None:
+            if was_set:
+                model.loss_function = own
+            else:
+                del model._loss_function
+
+        return undo
+
+    def _attach_forward(self, is_inside: Callable[[Any, Any], bool]) -> Callable[[], None]:
+        model = self.model
+        given, own = vars(model).get("forward"), own_forward(model)
+
+        @functools.wraps(own)
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not is_inside(args, kwargs):
+                return own(model, *args, **kwargs)
+            with self._parted():
+                output = own(model, *args, **kwargs)
+            logits = getattr(output, "logits", None)
+            if logits is not None and logits.shape[-1] < self.vocabulary.size:
+                # No rank has them whole: better none than a part that looks like all.
+                return dataclasses.replace(output, logits=None)  # type: ignore[type-var]
+            return output
+
+        model.forward = MethodType(forward, model)
+
+        def undo() -> None:
+            if given is None:
+                del model.forward
+            else:
+                model.forward = given
+
+        return undo
+
+    def _has_labels(self, args: Any, kwargs: Any) -> bool:
+        if kwargs.get("labels") is not None:
+            return True
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        return "labels" in names[: len(args)] and args[names.index("labels")] is not None
+
+    @contextmanager
+    def _parted(self) -> Iterator[None]:
+        self.is_parted = True
+        try:
+            yield
+        finally:
+            self.is_parted = False

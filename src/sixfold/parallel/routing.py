@@ -1,0 +1,65 @@
+"""Routers of experts: what they have tallied in an update is summed over ranks, and given back to them.
+
+Made and called by the engine once after every update, so that balance follows the load of the whole global
+batch, however it was cut. It chooses no experts and sends no tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.mesh import Mesh
+from sixfold.models.moe import RoutingStatistics
+
+
+@runtime_checkable
+class Tallying(Protocol):
+    """A module that tallies what its tokens choose, as `sixfold.models.moe.Router` does.
+
+    Attributes:
+        tally: integers of this rank since the last update.
+        penalty_scale: gradient of what is minimised by the summed loss.
+        last: what the last update came to.
+    """
+
+    tally: Tensor
+    penalty_scale: Tensor | float
+    last: RoutingStatistics | None
+
+    def end_update(self, tally: Tensor) -> None:
+        """Take in the sum of all ranks' tallies, and begin anew."""
+
+
+class Routing:
+    """All routers of a model.
+
+    Args:
+        model: whose modules they are; others than routers are left alone.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self._routers = {name: part for name, part in model.named_modules() if isinstance(part, Tallying)}
+        self._mesh = mesh
+
+    def scale_penalties(self, scale: float) -> None:
+        """Tell stages of a pipeline without the loss what its gradient is."""
+        for router in self._routers.values():
+            router.penalty_scale = scale
+
+    def end_update(self) -> None:
+        """Sum the tallies, one exchange for all of them."""
+        if not self._routers:
+            return
+        tallies = [router.tally for router in self._routers.values()]
+        summed = torch.cat(tallies)
+        self._mesh.replicas.all.all_reduce(summed).wait()
+        parts = torch.split(summed, [len(tally) for tally in tallies])
+        for router, tally in zip(self._routers.values(), parts, strict=True):
+            router.end_update(tally)
+
+    def statistics(self) -> dict[str, RoutingStatistics]:
+        """By name of the router, how the tokens of the last update were shared out."""
+        return {name: router.last for name, router in self._routers.items() if router.last is not None}

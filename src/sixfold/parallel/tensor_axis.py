@@ -1,0 +1,34 @@
+"""The tensor axis: from a model and a layout to pieces and changed forwards.
+
+Called through `axes.py`. It joins its rooms in order: rules, pieces, forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sixfold.config import LayoutConfig
+from sixfold.mesh import Mesh
+from sixfold.parallel.change import AxisChange, Remove
+from sixfold.parallel.facts import block_names
+from sixfold.parallel.rules import find_rules
+from sixfold.parallel.tensor import AXIS, decide_tensor, in_sequence
+from sixfold.parallel.tensor_forwards import TensorForwards
+from sixfold.plan import Geometry, Place
+
+
+def decide_tensor_axis(
+    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+) -> AxisChange:
+    """See `Decide`."""
+    blocks = block_names(model, layout.blocks) if layout.sequence_parallel else []
+    rules = find_rules(model, layout)
+    cut = decide_tensor(model, rules, geometry.degree(AXIS), geometry.coordinate(rank, AXIS))
+    cut = in_sequence(cut, model, blocks)
+
+    def apply(mesh: Mesh) -> Remove:
+        return TensorForwards(model, cut, mesh.along(AXIS), blocks).remove
+
+    return AxisChange(cut.places, apply)

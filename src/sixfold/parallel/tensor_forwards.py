@@ -1,0 +1,280 @@
+"""The tensor axis, applied: forwards of layers that are cut, with their crossings around them.
+
+Called by `initialize` after `tensor.py` has decided, and by `verify.py` on a tiny copy. Instances get another
+`forward`; parameters stay the objects they are, and hold this rank's pieces by the time a forward runs.
+`remove` leaves the module as it was handed over.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import ModelError
+from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.crossing import CLOSED, COPIED, GATHERED, OPENED, PARTED, SUMMED, Axis, Crossing, cross
+from sixfold.parallel.heads import Head
+from sixfold.parallel.styles import dim_of
+from sixfold.parallel.tensor import Layer, TensorCut
+
+Own = Callable[..., Any]
+SEQUENCE = 1
+"""The dim of activations [batch, sequence, width] that sequence parallelism cuts."""
+
+
+class TensorForwards:
+    """The changed forwards of one model.
+
+    Args:
+        cut: what was decided for this rank.
+        axis: the ranks of the tensor axis.
+        blocks: names of repeated blocks between which each rank keeps its part of the sequence alone; none for
+            whole activations there.
+    """
+
+    def __init__(self, model: nn.Module, cut: TensorCut, axis: Axis, blocks: Sequence[str] = ()) -> None:
+        self._model = model
+        self._axis = axis
+        self._cut = cut
+        self._blocks = set(blocks)
+        self._crossed: list[dict[tuple[int, Crossing], tuple[Tensor, Tensor]]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._head = Head.find(model, cut, axis)
+        for layer in cut.layers:
+            self._change(layer)
+        if self._head is not None:
+            self._undo += self._head.attach()
+        for name in sorted(self._parents()):
+            self._wrap(name, self._parent(name))
+        if blocks:
+            self._wrap(blocks[0], self._first)
+            self._wrap(blocks[-1], self._last)
+
+    def remove(self) -> None:
+        """Give modules their own forwards again."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _wrap(self, name: str, make: Callable[[Own], Own]) -> None:
+        module, is_cut = self._model.get_submodule(name), self._probe(name)
+        given, own = vars(module).get("forward"), own_forward(module)
+        changed = make(own)
+
+        @functools.wraps(own)
+        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (changed if is_cut() else own)(self_, *args, **kwargs)
+
+        module.forward = MethodType(forward, module)
+
+        def undo() -> None:
+            if given is None:
+                del module.forward
+            else:
+                module.forward = given
+
+        self._undo.append(undo)
+
+    def _probe(self, name: str) -> Callable[[], bool]:
+        """Whether a module has pieces at the moment. It has whole parameters while somebody reads or edits the
+        whole model, and then runs as it did uncut."""
+        first = next(each for each in self._cut.layers if each.spans and _is_beside(each.name, name))
+        layer = self._model.get_submodule(first.name)
+        dim = dim_of(first.style.shares["weight"], "weight", layer)
+        size = sum(stop - start for start, stop in first.spans)
+        assert dim is not None, "a layer that has spans is cut"
+
+        def is_cut() -> bool:
+            return bool(layer.get_parameter("weight").shape[dim] == size)
+
+        return is_cut
+
+    # Layers.
+
+    def _change(self, layer: Layer) -> None:
+        role = layer.style.role
+        if role == "none" or (role == "scores" and self._head is not None and self._head.is_method):
+            return
+        self._wrap(layer.name, self._embedding(layer) if role == "vocabulary" else self._linear(layer))
+
+    def _linear(self, layer: Layer) -> Callable[[Own], Own]:
+        style, is_row = layer.style, layer.style.shares["weight"] == "in"
+        entering, leaving = style.entering, style.leaving
+        parent = layer.name.rpartition(".")[0]
+        if self._is_inside(layer.name):
+            if entering == COPIED:
+                entering = None if self._opens(parent) else OPENED
+            leaving = CLOSED if leaving == SUMMED else leaving
+
+        def make(own: Own) -> Own:
+            def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                x = self._enter(x, entering)
+                if is_row and module.bias is not None:
+                    with _without_bias(module) as bias:
+                        y = own(module, x, *args, **kwargs)
+                    return self._leave(y, leaving, layer.size) + bias
+                y = own(module, x, *args, **kwargs)
+                if layer.heads is not None:
+                    y = _heads_of(y, layer.heads, layer.head_width)
+                if style.role == "scores" and self._head is not None:
+                    return self._head.leave(y)
+                return self._leave(y, leaving, layer.size)
+
+            return forward
+
+        return make
+
+    def _embedding(self, layer: Layer) -> Callable[[Own], Own]:
+        ((start, stop),) = layer.spans
+
+        def make(own: Own) -> Own:
+            def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+                is_here = (ids >= start) & (ids < stop)
+                padding = module.padding_idx
+                is_ours = isinstance(padding, int) and start <= padding < stop
+                with _put(module, {"padding_idx": padding - start if is_ours else None}):  # type: ignore[operator]
+                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
+                return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
+
+            return forward
+
+        return make
+
+    def _enter(self, x: Tensor, crossing: Crossing | None) -> Tensor:
+        """`x` beyond the border of a layer; what several layers of a module are given crosses once."""
+        if crossing is None:
+            return x
+        dim = SEQUENCE if crossing == OPENED else -1
+        if not self._crossed:
+            return cross(x, crossing, self._axis, dim)
+        known, key = self._crossed[-1], (id(x), crossing)
+        # Kept with what it was made from, so that the number of no other tensor can be the same.
+        if key not in known:
+            known[key] = x, cross(x, crossing, self._axis, dim)
+        return known[key][1]
+
+    def _leave(self, y: Tensor, crossing: Crossing | None, total: int) -> Tensor:
+        if crossing is None:
+            return y
+        if crossing == CLOSED:
+            self._check_length(y.shape[SEQUENCE])
+            return cross(y, crossing, self._axis, SEQUENCE)
+        return cross(y, crossing, self._axis, -1, total or None)
+
+    # Around modules that hold layers, and around the blocks.
+
+    def _is_inside(self, name: str) -> bool:
+        return any(name.startswith(block + ".") for block in self._blocks)
+
+    def _opens(self, parent: str) -> bool:
+        """Whether a module gathers the sequence for all layers in it, which see its whole length."""
+        return parent not in self._blocks and self._is_inside(parent)
+
+    def _parents(self) -> set[str]:
+        entered = [
+            layer.name.rpartition(".")[0] for layer in self._cut.layers if layer.style.entering == COPIED
+        ]
+        return {name for name in (*entered, *(name for name, _, _ in self._cut.attributes)) if name}
+
+    def _parent(self, name: str) -> Callable[[Own], Own]:
+        opens = self._opens(name)
+        attributes = {attribute: value for of, attribute, value in self._cut.attributes if of == name}
+
+        def make(own: Own) -> Own:
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                self._crossed.append({})
+                try:
+                    if opens:
+                        args, kwargs = _with_first(args, kwargs, self._open)
+                    with _put(module, attributes):
+                        return own(module, *args, **kwargs)
+                finally:
+                    self._crossed.pop()
+
+            return forward
+
+        return make
+
+    def _open(self, x: Tensor) -> Tensor:
+        return cross(x, OPENED, self._axis, SEQUENCE)
+
+    def _first(self, own: Own) -> Own:
+        def part(x: Tensor) -> Tensor:
+            self._check_length(x.shape[SEQUENCE])
+            return cross(x, PARTED, self._axis, SEQUENCE)
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _with_first(args, kwargs, part)
+            return own(module, *args, **kwargs)
+
+        return forward
+
+    def _last(self, own: Own) -> Own:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = own(module, *args, **kwargs)
+            if isinstance(output, Tensor):
+                return cross(output, GATHERED, self._axis, SEQUENCE)
+            return (cross(output[0], GATHERED, self._axis, SEQUENCE), *output[1:])
+
+        return forward
+
+    def _check_length(self, length: int) -> None:
+        if length % self._axis.num_ranks:
+            raise ModelError(
+                f"sequences of {length} with layout.sequence_parallel on {self._axis.num_ranks} tensor ranks",
+                rule="each rank keeps an equal part of the sequence between blocks",
+                fix=f"pad sequences to a multiple of {self._axis.num_ranks}, or leave "
+                "layout.sequence_parallel unset",
+            )
+
+
+def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:
+    """Some heads of keys or values [..., all heads * width]."""
+    split = y.unflatten(-1, (-1, width))
+    return torch.stack([split[..., head, :] for head in heads], -2).flatten(-2)
+
+
+def _is_beside(layer: str, name: str) -> bool:
+    """Whether a layer is the module `name`, lies in it, or beside it."""
+    parent = name.rpartition(".")[0]
+    return layer == name or layer.startswith(name + ".") or layer.rpartition(".")[0] == parent
+
+
+@contextmanager
+def _put(module: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, attributes have the values that fit this rank's pieces."""
+    before = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+@contextmanager
+def _without_bias(module: nn.Module) -> Iterator[Tensor]:
+    """Inside, the layer adds no bias: it is added once, to the sum."""
+    bias = module._parameters["bias"]
+    assert bias is not None, "asked for only where there is one"
+    module._parameters["bias"] = None
+    try:
+        yield bias
+    finally:
+        module._parameters["bias"] = bias
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the first tensor, which is the stream of activations, changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: change(kwargs[name])}

@@ -1,0 +1,86 @@
+"""Cross-entropy over a vocabulary of which each rank has a part: whole rows of scores never exist.
+
+Called in place of a model's own loss where its head is cut along the vocabulary. Ranks exchange three numbers
+a row: their largest score, the sum of their exponentials, and the target's score where it is theirs.
+It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sixfold.parallel.crossing import Axis, bounds
+
+IGNORED = -100
+"""Target that counts nothing, as in torch."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The part of a vocabulary that this rank has.
+
+    Args:
+        size: entries of the whole.
+    """
+
+    axis: Axis
+    size: int
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(start, stop) of this rank's entries."""
+        return bounds(self.size, self.axis.num_ranks, self.axis.place)
+
+
+@torch.compiler.disable
+def losses_of(scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int = IGNORED) -> Tensor:
+    """Cross-entropy of each row, in nats, the same on every rank.
+
+    Args:
+        scores: of this rank's entries, floating [rows, stop - start].
+        targets: numbers in the whole vocabulary, [rows]; rows with `ignored` get 0.
+
+    Returns:
+        [rows], in the type of `scores`.
+
+    Source: Shoeybi et al. 2019, "Megatron-LM", section 3; the sum of exponentials is rescaled to a common
+    maximum as in Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
+    losses: Tensor = _Losses.apply(scores, targets, vocabulary, ignored)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int) -> Tensor:
+        (start, stop), axis = vocabulary.span, vocabulary.axis
+        counts = targets != ignored
+        is_mine = counts & (targets >= start) & (targets < stop)
+        columns = torch.where(is_mine, targets - start, 0)
+        largest = scores.amax(-1)
+        parts = torch.exp(scores - largest[:, None])
+        hit = torch.where(is_mine, scores.gather(1, columns[:, None])[:, 0], 0)
+        told = scores.new_empty(axis.num_ranks, 3, len(scores))
+        told[axis.place] = torch.stack((largest, parts.sum(-1), hit))
+        axis.all_gather(told.view(-1)).wait()
+        maxima, sums, hits = told.unbind(1)
+        top = maxima.amax(0)
+        norm = (sums * torch.exp(maxima - top)).sum(0)
+        # From here on: this rank's probabilities, all that the gradient needs.
+        parts *= (torch.exp(largest - top) / norm)[:, None]
+        ctx.save_for_backward(parts, columns, is_mine, counts)
+        return torch.where(counts, top + norm.log() - hits.sum(0), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts, columns, is_mine, counts = ctx.saved_tensors
+        weight = torch.where(counts, gradient, 0)
+        scores = parts * weight[:, None]
+        scores.scatter_add_(1, columns[:, None], torch.where(is_mine, -weight, 0)[:, None])
+        return scores, None, None, None

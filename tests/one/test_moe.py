@@ -1,0 +1,230 @@
+"""Experts: products of groups, choice, capacity, balance; what no cut of a batch may change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sixfold.models import grouped, moe
+from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
+from sixfold.models.grouped import Order, grouped_product, is_groupable
+from sixfold.models.moe import Experts, ExpertsConfig, MixtureOfExperts, Router, within_capacity
+from sixfold.parallel import change_forwards
+
+
+def decoder(seed: int = 0, **changes: object) -> Decoder:
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 31,
+        "context_length": 8,
+        "width": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_width": 8,
+    }
+    experts = ExpertsConfig(**({"num_experts": 4} | changes))
+    return Decoder(DecoderConfig.derive(**sizes, experts=experts)).double()
+
+
+def tokens(batch: int, seed: int = 1) -> Tensor:
+    return torch.randint(31, (batch, 9), generator=torch.Generator().manual_seed(seed))
+
+
+def routers(model: torch.nn.Module) -> list[Router]:
+    return [part for part in model.modules() if isinstance(part, Router)]
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [0, 0, 0, 0]])
+def test_a_product_of_groups_is_one_for_each(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(sum(counts), 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
+    found = grouped_product(rows, weight, counts)
+    expected = torch.cat([piece @ weight[group].T for group, piece in enumerate(rows.split(counts))])
+    assert torch.equal(found, expected)
+    gradient = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (rows, weight), gradient)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, (rows, weight), gradient))
+
+
+@pytest.mark.parametrize("dtype", grouped.GROUPED_DTYPES)
+def test_the_product_of_torch_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(24, 16).to(dtype).requires_grad_()
+    weight = torch.randn(4, 8, 16).to(dtype).requires_grad_()
+    results = []
+    for is_chosen in (False, True):
+        monkeypatch.setattr(grouped, "is_groupable", lambda rows, weight, chosen=is_chosen: chosen)
+        product = grouped.grouped_product(rows, weight, [7, 0, 16, 1])
+        results.append(
+            (product, *torch.autograd.grad(product, (rows, weight), torch.ones(24, 8).to(dtype) / 8))
+        )
+    bounds = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(results[0], results[1], **bounds)
+    monkeypatch.undo()
+    assert not is_groupable(rows, weight), "on a CPU it is no faster"
+    assert not is_groupable(rows.double().to("meta"), weight.double().to("meta"))
+    assert is_groupable(rows.to("meta"), weight.to("meta"))
+
+
+def test_rows_come_back_to_their_tokens() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    experts = torch.tensor([[1, 0], [4, 4], [3, 4], [1, 3], [0, 1], [3, 0]])
+    order = Order.by_expert(experts, 4)
+    assert order.counts == [3, 3, 0, 3]
+    assert torch.equal(order.take(x)[:3], x[[0, 4, 5]])
+    back = order.put_back(order.take(x), torch.ones(6, 2, dtype=torch.float64))
+    assert torch.equal(back, x * (experts < 4).sum(1, keepdim=True))
+
+
+def test_a_layer_is_the_weighted_sum_of_its_experts() -> None:
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(16, 8, ExpertsConfig(5, num_choices=3, num_shared=2)).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    scores = (x @ layer.gate.weight.T).softmax(-1)
+    top = scores.topk(3, -1)
+    for place in [(b, t) for b in range(2) for t in range(7)]:
+        for weight, expert in zip(top.values[place], top.indices[place], strict=True):
+            gate, up = (layer.experts.gate_up_proj[expert] @ x[place]).chunk(2)
+            made = layer.experts.down_proj[expert] @ (F.silu(gate) * up)
+            expected[place] += weight / top.values[place].sum() * made
+    assert layer.shared_experts is not None
+    torch.testing.assert_close(layer(x), expected + layer.shared_experts(x), rtol=1e-12, atol=1e-12)
+
+
+def test_capacity_counts_within_a_sample_and_earlier_tokens_first() -> None:
+    config = ExpertsConfig(3, num_choices=1, capacity_factor=1.0)
+    experts = torch.tensor([0, 0, 0, 2, 1, 0, 1, 2, 2, 2, 2, 2])[:, None]
+    kept = within_capacity(experts, 2, config).flatten()
+    assert kept.tolist() == [True, True, False, True, True, False, True, True, True, False, False, False]
+    x = torch.randn(4, 6, 16, dtype=torch.float64)
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(16, 8, ExpertsConfig(3, capacity_factor=0.5)).double()
+    whole = layer(x)
+    torch.testing.assert_close(whole[1:2], layer(x[1:2]), rtol=1e-13, atol=1e-13)
+    changed = x.clone()
+    changed[:, 4] += 1
+    torch.testing.assert_close(layer(changed)[:, :4], whole[:, :4], rtol=1e-13, atol=1e-13)
+    layer.gate.end_update(layer.gate.tally)
+    assert layer.gate.last is not None
+    assert 0 < layer.gate.last.dropped < 1
+
+
+def test_penalties_add_their_gradient_to_that_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the loss is scaled, and where blocks are recomputed."""
+    model = decoder(balance="loss", balance_rate=0.3, z_weight=0.2)
+    for router in routers(model):
+        router.load.copy_(torch.tensor([5, 1, 0, 2]))
+    parameters = list(model.parameters())
+    ours = [torch.autograd.grad(model(tokens(3))[0] * 0.7, parameters)]
+    forget = change_forwards(model, ["model.layers.0", "model.layers.1"], "full", None)
+    ours.append(torch.autograd.grad(model(tokens(3))[0] * 0.7, parameters))
+    forget()
+
+    given: list[Tensor] = []
+    monkeypatch.setattr(
+        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+    )
+    written_out = model(tokens(3))[0] + sum(given)
+    expected = torch.autograd.grad(written_out * 0.7, parameters)
+    assert len(given) == 2
+    for gradients in ours:
+        torch.testing.assert_close(gradients, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_penalties_are_sums_over_tokens_of_the_load_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+    monkeypatch.setattr(
+        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+    )
+    torch.manual_seed(0)
+    router = Router(16, ExpertsConfig(4, balance="loss", balance_rate=0.3, z_weight=0.2)).double()
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    router(x)
+    router.end_update(torch.tensor([5, 1, 0, 2, 0, 4, 0]))
+    router(x)
+    scores = x.flatten(0, 1) @ router.weight.T
+    z = 0.2 * sum(row.exp().sum().log() ** 2 for row in scores)
+    uneven = 0.3 * 4 * sum(row.softmax(0) @ torch.tensor([5, 1, 0, 2]).double() / 8 for row in scores)
+    torch.testing.assert_close(given, [z, z + uneven])
+
+
+def test_a_bias_moves_towards_equal_shares() -> None:
+    model = decoder(balance="bias", balance_rate=0.05)
+    imbalance = []
+    for _ in range(60):
+        model(tokens(8))
+        for router in routers(model):
+            router.end_update(router.tally)
+        imbalance.append(max(router.last.imbalance for router in routers(model) if router.last))
+    assert imbalance[-1] < 1.3 < imbalance[0]
+    assert all(int(router.tally.sum()) == 0 for router in routers(model))
+    assert all(len(set(router.bias_steps.tolist())) > 1 for router in routers(model))
+
+
+def test_a_cut_batch_tallies_and_learns_the_same() -> None:
+    settings = {
+        "balance": "loss",
+        "balance_rate": 0.3,
+        "z_weight": 0.2,
+        "capacity_factor": 1.0,
+        "num_shared": 1,
+    }
+    found = []
+    for sizes in ([6], [2, 1, 3]):
+        model = decoder(**settings)
+        for seed in (1, 2):
+            model.zero_grad()
+            for part in tokens(6, seed).split(sizes):
+                loss, _ = model(part)
+                (loss / 48).backward()
+            for router in routers(model):
+                router.end_update(router.tally)
+        found.append(([p.grad for p in model.parameters()], [router.last for router in routers(model)]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-11, atol=1e-13)
+    assert found[0][1] == found[1][1]
+
+
+def test_nothing_is_tallied_outside_of_training() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model(tokens(2))
+    model.eval()
+    model(tokens(2))
+    assert all(int(router.tally.sum()) == 0 for router in routers(model))
+
+
+def test_operations_are_counted() -> None:
+    model = decoder(num_shared=1).float()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = model(tokens(4))
+        loss.backward()
+    config = model.config
+    attention = 6 * 4 * 8 * config.num_layers * 2 * 8 * config.width
+    counted = counter.get_total_flops()
+    assert abs(counted - num_flops(config, 4, 8)) <= attention
+
+
+def test_experts_start_like_plain_feed_forward_parts() -> None:
+    torch.manual_seed(0)
+    experts = Experts(64, 128, 4)
+    assert abs(float(experts.gate_up_proj.detach().std()) * 128**0.5 - 1) < 0.02
+    assert abs(float(experts.down_proj.detach().std()) * 256**0.5 - 1) < 0.02
+    with torch.device("meta"):
+        meta = MixtureOfExperts(64, 128, ExpertsConfig(4))
+    made = meta.to_empty(device="cpu")
+    for part in made.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert int(made.gate.load.sum() + made.gate.bias_steps.sum() + made.gate.tally.sum()) == 0
+
+
+@pytest.mark.parametrize("choices", [0, 5])
+def test_more_choices_than_experts_are_refused(choices: int) -> None:
+    with pytest.raises(ValueError, match="num_choices"):
+        ExpertsConfig(4, num_choices=choices)

@@ -1,0 +1,188 @@
+"""The tensor axis follows one process: alone and with residencies, pipelines, data ranks and sequences cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sixfold
+from sixfold.engine import Engine
+from sixfold.models.decoder import Decoder, DecoderConfig
+from sixfold.models.lora import add_adapters
+from sixfold.testing import Pool
+from tests.covering import Case, all_cases, covering, label
+from tests.ranks import plain
+
+LENGTH, VOCABULARY = 8, 25
+"""A vocabulary that no degree divides."""
+
+SIZES = {"width": 16, "num_layers": 2, "ffn_width": 20, "context_length": LENGTH, "vocab_size": VOCABULARY}
+
+
+def _decoder(num_kv_heads: int, tie: bool) -> Decoder:
+    return Decoder(DecoderConfig(num_heads=4, num_kv_heads=num_kv_heads, tie_embeddings=tie, **SIZES))
+
+
+def _adapted() -> Decoder:
+    model = _decoder(2, tie=True)
+    add_adapters(model, ("q_proj", "k_proj", "o_proj", "down_proj"), rank=2, alpha=4.0, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def _llama(tie: bool) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            attention_bias=True,
+            tie_word_embeddings=tie,
+        )
+    )
+    return model
+
+
+def _tokens(step: int, length: int) -> Tensor:
+    return torch.randint(0, 6, (plain.NUM_SAMPLES, length), generator=torch.Generator().manual_seed(step))
+
+
+def _labelled(step: int) -> plain.Batch:
+    tokens = _tokens(step, LENGTH)
+    place = torch.arange(LENGTH)[None]
+    return {"input_ids": tokens, "labels": tokens.masked_fill(place < torch.arange(12)[:, None] % 4, -100)}
+
+
+def _causal(tie: bool) -> plain.Task:
+    return replace(plain._causal(lambda: _llama(tie)), batch=_labelled)
+
+
+def _own(build: Any) -> plain.Task:
+    return replace(plain._decoder_task(build), batch=lambda step: {"tokens": _tokens(step, LENGTH + 1)})
+
+
+TASKS = {
+    "decoder": _own(lambda: _decoder(4, tie=False)),
+    "tied": _own(lambda: _decoder(1, tie=True)),
+    "adapted": _own(_adapted),
+    "llama": _causal(tie=False),
+    "tied-llama": _causal(tie=True),
+}
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "model": tuple(TASKS),
+    "tensor": (2, 4),
+    "zero": (0, 1, 2, 3),
+    "pipe": (1, 2),
+    "data": (1, 2),
+    "sequence": (False, True),
+    "recompute": (None, "full", "selective"),
+    "clip_norm": (None, 0.3),
+    "transport": ("host", "network"),
+}
+
+
+def ranks_of(case: Case) -> int:
+    return int(case["tensor"] * case["pipe"] * case["data"])
+
+
+def legal(case: Case, most: int = 4) -> bool:
+    return ranks_of(case) <= most
+
+
+CASES = covering(FACTORS, legal)
+
+
+@dataclass
+class Reference:
+    """What one process came to."""
+
+    whole: dict[str, Tensor]
+    losses: list[float]
+    norms: list[float]
+
+
+@cache
+def reference(name: str, dtype: torch.dtype, steps: int, clip_norm: float | None) -> Reference:
+    task = TASKS[name]
+    model = task.build().to(dtype)
+    optimizer = torch.optim.SGD(
+        [each for each in model.parameters() if each.requires_grad], lr=0.1, momentum=0.9
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = task.loss(model, task.batch(step))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))))
+        optimizer.step()
+        losses.append(loss.item())
+    return Reference({name: each.detach() for name, each in model.named_parameters()}, losses, norms)
+
+
+def engine_of(case: Case, dtype: torch.dtype = torch.float64) -> Engine:
+    config: dict[str, Any] = {
+        "layout": {key: case[key] for key in ("tensor", "zero", "pipe", "data", "recompute", "transport")},
+        "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+        "batch": {"micro": 3},
+    }
+    config["layout"]["sequence_parallel"] = case["sequence"]
+    if case["clip_norm"] is not None:
+        config["optimizer"]["clip_norm"] = case["clip_norm"]
+    with plain.small_units():
+        return sixfold.initialize(TASKS[case["model"]].build().to(dtype), config=config)
+
+
+def train(engine: Engine, case: Case, steps: int) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in range(engine.num_steps, steps):
+        batch = TASKS[case["model"]].batch(step)
+        share = plain.cuts(plain.NUM_SAMPLES, engine.data_ranks, "uneven", step)[engine.data_rank]
+        losses.append(engine.train_step(plain.rows(batch, share)))
+        assert engine.last is not None
+        norms.append(engine.last.grad_norm or 0.0)
+    return losses, norms
+
+
+def follow(case: Case, expected: Reference) -> None:
+    engine = engine_of(case)
+    losses, norms = train(engine, case, 5)
+    # Hugging Face models compute norms and losses in fp32 whatever their type.
+    is_fp32_inside = TASKS[case["model"]].fp32_inside
+    bound = 1e-5 if is_fp32_inside else 1e-10
+    whole = engine.full_state_dict()
+    assert max(float((whole[name] - each).abs().max()) for name, each in expected.whole.items()) < bound
+    assert losses == pytest.approx(expected.losses, rel=3e-6 if is_fp32_inside else 1e-12, abs=0)
+    assert norms == pytest.approx(expected.norms, rel=1e-5 if is_fp32_inside else 1e-10, abs=0)
+    assert losses[-1] < losses[0]
+    engine.close()
+
+
+def expected_of(case: Case) -> Reference:
+    return reference(case["model"], torch.float64, 5, case["clip_norm"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
+    rank_pool.run(follow, case, expected_of(case), ranks=ranks_of(case), timeout_s=60)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model", TASKS)
+def test_follows_one_process_in_every_combination(model: str, rank_pool: Pool) -> None:
+    for case in all_cases({**FACTORS, "model": (model,)}, lambda case: legal(case, most=8)):
+        rank_pool.run(follow, case, expected_of(case), ranks=ranks_of(case), timeout_s=120)
