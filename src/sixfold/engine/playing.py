@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -45,8 +46,8 @@ from sixfold.pipeline import (
     without_targets,
 )
 from sixfold.plan import Plan
-from sixfold.program import Instruction, Program, check, evaluation, post_ahead, training
-from sixfold.simulate import Event, Timeline, lane_of
+from sixfold.program import Program, check, evaluation, post_ahead, training
+from sixfold.simulate import Timeline
 from sixfold.state import ModelState
 
 Purpose = Literal["training", "rehearsal", "evaluation"]
@@ -147,20 +148,13 @@ class Playing:
         zero, self.player.record = time.monotonic(), []
         try:
             yield found
-            mine = [(str(each), start - zero, stop - zero) for each, start, stop in self.player.record]
+            rank = self._mesh.pipe_rank
+            mine = [(rank, str(each), start - zero, stop - zero) for each, start, stop in self.player.record]
         finally:
             self.player.record = None
-        rows = self._mesh.texts(json.dumps(mine))
-        found.append(
-            Timeline(
-                tuple(
-                    Event(rank, lane_of(instruction.op), instruction, start, stop)
-                    for rank in range(self._mesh.pipe_ranks)
-                    for text, start, stop in json.loads(rows[self._mesh.rank_at(rank)])
-                    for instruction in [Instruction.parse(text)]
-                )
-            )
-        )
+        texts = self._mesh.texts(json.dumps(mine))
+        own = [json.loads(texts[self._mesh.rank_at(rank)]) for rank in range(self._mesh.pipe_ranks)]
+        found.append(Timeline.of_rows(chain.from_iterable(own)))
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
