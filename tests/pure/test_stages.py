@@ -80,7 +80,7 @@ def test_too_few_blocks_are_refused() -> None:
         ({"pipe": 2, "schedule": "zero-bubble-v", "virtual_stages": 3}, "2 stage"),
         ({"pipe": 2, "balance": [1, 2, 3]}, "give 2 numbers"),
         ({"pipe": 2, "balance": [1, 2], "cost": "measured"}, "only one of them"),
-        ({"cost": "measured"}, "layout.cost is about a pipeline"),
+        ({"cost": "measured"}, "layout.cost is about several ranks along the pipe axis"),
         ({"pipe": 2, "schedule": "zero-bubble-h1", "compile": "inductor"}, "1f1b"),
     ],
 )
