@@ -34,6 +34,7 @@ from sixfold.pipeline import (
     StepResult,
     Work,
     checksum,
+    different_batches,
     divide,
     fields_of,
     num_samples,
@@ -199,6 +200,11 @@ class Playing:
         return (*shapes, torch.is_grad_enabled(), self._module.training)
 
     def _settle(self, batch: Batch) -> None:
+        if self._sequences.is_cut:
+            if num_samples(batch):
+                self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
+            if self._mesh.total(self._difference(batch))[0]:
+                raise different_batches(self._mesh)
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
