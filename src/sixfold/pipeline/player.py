@@ -227,8 +227,8 @@ def different_batches(mesh: Mesh) -> ModelError:
     """What is told where `Work.difference` is not 0 in sum."""
     return ModelError(
         f"{mesh.num_fed} ranks that work on the same samples were given different batches",
-        rule="ranks that differ in pipe, tensor or context see the same batch; which part of the global one it "
-        "is says engine.data_rank of engine.data_ranks, not the rank",
+        rule="ranks that differ in pipe, tensor or context see the same batch; which part of the global "
+        "one it is says engine.data_rank of engine.data_ranks, not the rank",
         fix="draw it by engine.data_rank, for example DistributedSampler(data, "
         "num_replicas=engine.data_ranks, rank=engine.data_rank)",
     )

@@ -37,7 +37,9 @@ class ContextAttention:
 
     def __init__(self, group: Group | None = None, *, is_compiled: bool = False) -> None:
         self.met = group
-        self._call: Attend = torch.compiler.disable(self.__call__) if is_compiled else self
+        self._call: Attend = self
+        if is_compiled:
+            self._call = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
         self.sequences: Sequences | None = None
         self._checked: tuple[Sequences, Tensor, bool] | None = None
 
