@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
+from sixfold.simulate import simulated_again
 from sixfold.testing import Pool
 from tests.ranks import pipes, plain
 
@@ -203,6 +205,62 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
 
     for alone, cut in zip(trained(), trained(pipe=2), strict=True):
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
+
+
+class Dawdling(nn.Linear):
+    """Takes its time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_stages_are_cut_by_what_rank_0_has_measured_and_learn_the_same(on_meta: bool) -> None:
+    def trained(layout: dict[str, Any], is_slow: bool) -> tuple[sixfold.Engine, dict[str, torch.Tensor]]:
+        torch.manual_seed(3 + torch.distributed.get_rank())
+        first = Dawdling if is_slow else nn.Linear
+        with torch.device("meta" if on_meta else "cpu"):
+            model = nn.Sequential(first(4, 4), nn.Tanh(), *(nn.Linear(4, 4) for _ in range(4))).double()
+        batch = torch.arange(16, dtype=torch.float64).view(4, 4).sin()
+        engine = sixfold.initialize(
+            model,
+            config={"layout": layout, "batch": {"micro": 2}, "optimizer": {"lr": 0.1}},
+            loss_fn=lambda output, given: output.square().mean(),
+            example=batch,
+        )
+        for _ in range(2):
+            engine.train_step(batch)
+        return engine, engine.full_state_dict()
+
+    torch.manual_seed(3)
+    engine, cut = trained({"pipe": 2, "cost": "measured"}, is_slow=True)
+    other, whole = trained({"data": 2}, is_slow=False)
+    assert engine.plan.stages is not None
+    assert [len(blocks) for blocks in engine.plan.stages.blocks] == [1, 5]
+    assert engine.plan.stages.costs[0] > 0.5
+    assert all(torch.allclose(cut[name], whole[name], rtol=0, atol=1e-10) for name in whole)
+    engine.close()
+    other.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 0), ("breadth-first", 3), ("zero-bubble-v", 1)])
+def test_a_recorded_update_is_an_update_that_can_be_simulated(schedule: str, zero: int) -> None:
+    case = pipes.Case(schedule=schedule, zero=zero)
+    engine, same = pipes.engine_of(case), pipes.engine_of(case)
+    timeline = engine.timed_step(pipes.batch_of(case, 0)).aligned()
+    assert engine.last is not None
+    assert engine.last.loss == same.train_step(pipes.batch_of(case, 0))
+    assert timeline.num_ranks == 2
+    assert simulated_again(timeline).makespan > 0
+    for rank in range(2):
+        starts = [each.start for each in timeline.passes(rank)]
+        assert starts == sorted(starts)
+        assert 0 < timeline.busy(rank) <= timeline.makespan
+    engine.close()
+    same.close()
 
 
 @pytest.mark.ranks(2)

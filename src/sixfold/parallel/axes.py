@@ -27,8 +27,13 @@ DECIDE: dict[str, Decide] = {
 """By axis, in the order in which they are decided and applied."""
 
 
-def decide_axes(model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int) -> AxisChange:
+def decide_axes(
+    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, *, owns_loss: bool
+) -> AxisChange:
     """What all axes with more than one rank make of `model`, as one change.
+
+    Args:
+        owns_loss: whether it computes its loss by itself.
 
     Raises:
         ModelError, PlanError: an axis cannot be applied to this model.
@@ -37,7 +42,7 @@ def decide_axes(model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank
     changes: list[AxisChange] = []
     for axis, decide in DECIDE.items():
         if geometry.degree(axis) > 1:
-            changes.append(decide(model, layout, geometry, rank, places))
+            changes.append(decide(model, layout, geometry, rank, places, owns_loss))
             places |= changes[-1].places
 
     def apply(mesh: Mesh) -> Remove:

@@ -35,5 +35,6 @@ class AxisChange:
     attention: ContextAttention | None = None
 
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
-"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
+Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]
+"""(model, layout, geometry, rank, places so far, whether the model computes its loss by itself) -> change.
+The places it returns replace those so far."""

@@ -8,6 +8,7 @@ by chunk. Where a model does something to its scores in between, that cannot be,
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,10 @@ from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
 
 IGNORED = -100
+OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+"""Head, hidden states [rows, width] and targets [rows] to their summed loss."""
+OF_ROWS = "of_rows"
+"""Attribute of a loss function that an axis has put into a model: such a function, for heads that are cut."""
 
 
 def chunk_loss(
@@ -45,7 +50,8 @@ def chunk_loss(
         return functools.partial(setattr, model, "loss_chunk", before)
     head = None if takes_scores else head_of(model)
     if head is not None and asked != 0:
-        return _Chunks(model, head, asked, loss or _in_fp32).remove
+        of_rows = getattr(model.loss_function, OF_ROWS, None)
+        return _Chunks(model, head, asked, of_rows or partial(_of_rows, loss or _in_fp32)).remove
     if asked:
         why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
         raise _unknown(model, asked, why)
@@ -55,8 +61,8 @@ def chunk_loss(
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head of a Hugging Face causal model that takes the library's own loss; None of any other."""
     library = sys.modules.get("transformers.loss.loss_utils")
-    function = getattr(model, "loss_function", None)
-    if library is None or function is not library.ForCausalLMLoss:
+    function: Any = getattr(model, "loss_function", None)
+    if library is None or function is None or inspect.unwrap(function) is not library.ForCausalLMLoss:
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head if isinstance(head, nn.Module) else None
@@ -69,16 +75,15 @@ class _Changed(Exception):
 class _Chunks:
     """A model whose head and loss wait for each other."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, loss: Loss) -> None:
-        self._model, self._head, self._asked, self._loss = model, head, asked, loss
+    def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, of_rows: OfRows) -> None:
+        self._model, self._head, self._asked, self._of_rows = model, head, asked, of_rows
         self._rows: int | None = None  # of a chunk, in a forward that is computed so
-        self._handed_on: Tensor | None = None
+        self._handed_on: tuple[nn.Module, Tensor] | None = None
         self._is_known = True
-        self._own_head = own_forward(head)
+        self._own, self._own_head = own_forward(model), own_forward(head)
         self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
-        self._own = own_forward(model)
         self._before = [(part, vars(part).get("forward")) for part in (model, head)]
-        # Bound methods, because copies of the modules (stages of a pipeline) bind them to themselves.
+        # Methods, so that a stage of the model, which is a copy of some of it, runs its own.
         model.forward = MethodType(_as(self._own, self._forward), model)
         head.forward = MethodType(_as(self._own_head, self._hand_on), head)
         model.loss_function = self._loss_of_chunks  # type: ignore[assignment]
@@ -86,11 +91,11 @@ class _Chunks:
     def remove(self) -> None:
         """Give the model its own way back."""
         self._model.loss_function = self._own_loss  # type: ignore[assignment]
-        for part, given in self._before:
-            if given is None:
-                del part.forward
+        for part, forward in self._before:
+            if forward is not None:
+                part.forward = forward
             else:
-                part.forward = given
+                del part.forward
 
     def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
@@ -115,7 +120,7 @@ class _Chunks:
     def _hand_on(self, head: nn.Module, hidden: Tensor) -> Tensor:
         if self._rows is None:
             return self._own_head(head, hidden)  # type: ignore[no-any-return]
-        self._head, self._handed_on = head, hidden
+        self._handed_on = head, hidden
         return hidden
 
     def _loss_of_chunks(
@@ -132,14 +137,16 @@ class _Chunks:
         if self._rows is None:
             given = (num_items_in_batch, ignore_index, shift_labels)
             return self._own_loss(logits, labels, vocab_size, *given, **kwargs)
-        if logits is not self._handed_on:
+        head, handed_on = self._handed_on or (self._head, None)
+        if logits is not handed_on:
             raise _Changed
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
         counting = targets != ignore_index
         hidden, targets = logits.flatten(0, -2), targets.masked_fill(~counting, -1)
-        total = in_chunks(partial(self._own_head, self._head), self._loss, hidden, targets, self._rows)
+        of_rows, own_head = self._of_rows, partial(self._own_head, head)
+        total = in_chunks(lambda states: states, partial(of_rows, own_head), hidden, targets, self._rows)
         return total / (counting.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -151,6 +158,10 @@ def _as(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any
         return other(*args, **kwargs)
 
     return forward
+
+
+def _of_rows(loss: Loss, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    return loss(head(hidden), targets)
 
 
 def _in_fp32(scores: Tensor, targets: Tensor) -> Tensor:

@@ -28,7 +28,12 @@ _CALLS = "sdpa"
 
 
 def decide_context_axis(
-    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+    model: nn.Module,
+    layout: LayoutConfig,
+    geometry: Geometry,
+    rank: int,
+    places: Mapping[str, Place],
+    owns_loss: bool,
 ) -> AxisChange:
     """See `parallel.axes`.
 
