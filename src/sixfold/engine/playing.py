@@ -36,6 +36,7 @@ from sixfold.pipeline import (
     StepResult,
     Work,
     checksum,
+    different_batches,
     divide,
     fields_of,
     lengths_of,
@@ -222,6 +223,11 @@ class Playing:
         ]
 
     def _settle(self, batch: Batch) -> None:
+        if self._sequences.is_cut:
+            if num_samples(batch):
+                self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
+            if self._mesh.total(self._difference(batch))[0]:
+                raise different_batches(self._mesh)
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 

@@ -209,13 +209,7 @@ class Player:
         def result() -> StepResult:
             loss, weight, has_means, difference, *numbers = sums()
             if difference:
-                raise ModelError(
-                    f"{self._mesh.num_fed} ranks that work on the same samples were given different batches",
-                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
-                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
-                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
-                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
-                )
+                raise different_batches(self._mesh)
             counts = Counts(*numbers)
             if has_means:
                 counts.refuse_ragged()
@@ -227,3 +221,14 @@ class Player:
 
 def _unasked(stage: int, micro: int, received: Any) -> Any:
     raise AssertionError("forwards of a written-out step are the caller's")
+
+
+def different_batches(mesh: Mesh) -> ModelError:
+    """What is told where `Work.difference` is not 0 in sum."""
+    return ModelError(
+        f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+        rule="ranks that differ in pipe, tensor or context see the same batch; which part of the global "
+        "one it is says engine.data_rank of engine.data_ranks, not the rank",
+        fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+        "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+    )
