@@ -48,7 +48,7 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     geometry = decide_geometry(config.layout, world_size)
 
     def plan_of(pipe_rank: int) -> Plan:
-        axes = decide_axes(model, config.layout, geometry, geometry.first_rank(pipe_rank))
+        axes = decide_axes(model, config.layout, geometry, geometry.first_rank(pipe_rank), owns_loss=True)
         pieces = placed(facts.parameters, axes.places)
         return decide(config, cut.facts_of(pieces, pipe_rank), world_size, cut.plan)
 

@@ -163,11 +163,12 @@ class LayoutConfig(Section):
     tensor: Positive = 1
     """Ranks along the tensor axis: layers, heads and the vocabulary are cut."""
     tensor_rules: tuple[str, ...] | None = None
-    """How modules are cut over it, in place of what is found: "pattern = style" ("layers.*.fc1 = colwise"; * stands
-    for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or else what its
-    structure allows."""
+    """How modules are cut over it, in place of what is found: "pattern = style" ("layers.*.fc1 = colwise"; *
+    stands for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or
+    else what its structure allows."""
     sequence_parallel: bool = False
-    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence alone."""
+    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence
+    alone."""
     pipe: Positive = 1
     """Ranks along the pipe axis: the model is cut into stages, in order."""
     schedule: Schedule | None = None

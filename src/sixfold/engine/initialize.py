@@ -46,7 +46,7 @@ from sixfold.parallel import (
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import LossForm, LossScaler, Passes, Player, Transfers
+from sixfold.pipeline import LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
 from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
@@ -111,7 +111,7 @@ def initialize(
     cut = ModelCut.decide(model, asked.layout)
     rank, address = _rank(placement), _address(placement)
     geometry = decide_geometry(asked.layout, _world_size(placement))
-    axes = decide_axes(model, asked.layout, geometry, rank)
+    axes = decide_axes(model, asked.layout, geometry, rank, owns_loss=loss_fn is None)
 
     def plan_of(facts: ModuleFacts) -> Plan:
         pieces = placed(facts.parameters, axes.places)
@@ -199,6 +199,7 @@ def initialize(
             scaler=scaler,
             loss_form=LossForm(model, loss_fn),
             routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
+            sequences=SequenceCut(model, axes.attention, place),
         ),
         persistence=Persistence(
             model,

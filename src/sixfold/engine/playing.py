@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -27,7 +28,9 @@ from sixfold.pipeline import (
     Kind,
     LossForm,
     LossScaler,
+    Piece,
     Player,
+    SequenceCut,
     Share,
     StepResult,
     Work,
@@ -70,6 +73,7 @@ class Playing:
         player: Player,
         scaler: LossScaler,
         loss_form: LossForm,
+        sequences: SequenceCut,
         routing: Routing,
     ) -> None:
         self.player = player
@@ -86,6 +90,7 @@ class Playing:
         self._streams = streams
         self._state = state
         self._loss_form = loss_form
+        self._sequences = sequences
         compute = asked.precision.compute
         self.cast = DTYPES[compute] if compute is not None else None
         """Type of the module's floating inputs; None: as they are given."""
@@ -118,12 +123,20 @@ class Playing:
         num_reduces = max(1, most) if self._residency.reduces_each else 1
         programs = self._programs(purpose, len(micros), num_served, num_reduces)
 
-        def run(stage: int, micro: int, received: Any) -> Any:
-            return self._run(self._stages[stage], step, micro, micros[micro], received, scale)
+        cut, shift = self._sequences, self._loss_form.shift
+        pieces = [cut.piece(micro, shift=shift) for micro in micros]
 
-        kinds = [self._kind(micro) for micro in micros]
-        work = Work(run, scale, counts, self._difference(batch), kinds)
-        return self.player.play(programs[self._mesh.pipe_rank], work)
+        def run(stage: int, micro: int, received: Any) -> Any:
+            return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
+
+        kinds = [self._kind(piece.batch) for piece in pieces]
+        work = Work(
+            run, scale, counts, self._difference(batch), kinds, lambda micro: cut.enter(pieces[micro])
+        )
+        try:
+            return self.player.play(programs[self._mesh.pipe_rank], work)
+        finally:
+            cut.enter(None)
 
     @contextmanager
     def recording(self) -> Iterator[list[Timeline]]:
@@ -151,20 +164,28 @@ class Playing:
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
-        return self._streams.keyed("step", step, self._mesh.data_rank, micro, forward, stage)
+        replica = self._mesh.geometry.replica(self._mesh.rank)
+        return self._streams.keyed("step", step, replica, micro, forward, stage)
 
     def _run(
-        self, stage: Stage, step: int, micro: int, batch: Batch, received: Any, scale: float
+        self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
     ) -> Share | Any:
-        part = to_device(batch, self._mesh.device, None)
+        piece = replace(piece, batch=to_device(piece.batch, self._mesh.device, None))
+        args, kwargs = self._arguments(piece, scale)
+        with self.stream(step, micro, stage=stage.number):
+            output = stage(received, args, kwargs)
+            return self._read(output, piece, scale) if stage.is_last else output
+
+    def _arguments(self, piece: Piece, scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The loss function sees targets and weights as they were given; only the module's inputs are cast.
-        inputs = to_device(part, self._mesh.device, self.cast)
+        inputs = to_device(piece.batch, self._mesh.device, self.cast)
         args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self._loss_form.loss_fn is None)
         if self._loss_form.counts_items:
             kwargs["num_items_in_batch"] = scale
-        with self.stream(step, micro, stage=stage.number):
-            output = stage(received, args, kwargs)
-            return self._loss_form.read(output, part, scale) if stage.is_last else output
+        return args, kwargs
+
+    def _read(self, output: Any, piece: Piece, scale: float) -> Share:
+        return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
     def _difference(self, batch: Batch) -> float:
         # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
@@ -207,39 +228,73 @@ class Playing:
         ]
 
     def _settle(self, batch: Batch) -> None:
-        found_on = to_device(batch, self._mesh.device, self.cast)
+        short = self._sequences.short(batch)
+        found_on = to_device(short, self._mesh.device, self.cast)
+
+        def run(kwargs: Mapping[str, Any]) -> Any:
+            return self._output_of((), kwargs)
+
+        with self._trying("settle", self._loss_form.num_trials(found_on), found_on) as arrive:
+            self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive, has_loss=self._has_loss)
+        if self._sequences.is_cut:
+            self._try_cut(short)
+
+    @contextmanager
+    def _trying(self, what: str, num_trials: int, batch: Batch) -> Iterator[Callable[[], object]]:
+        """Inside, this rank runs the model `num_trials` times, and ranks that run it less often serve the
+        others; gives what it calls when it has."""
         if self._layout.pipe == 1:
-            run: Callable[[Mapping[str, Any]], Any] = lambda kwargs: self._module(**kwargs)  # noqa: E731
-            arrive = lambda: self._state.arrive("settle")  # noqa: E731
-            self._join_trials(found_on)
-            self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive)
+            if self._layout.expert > 1:  # ranks wait for each other's tokens
+                with torch.no_grad():
+                    for _ in range(num_trials, self._mesh.largest(num_trials)):
+                        self._module(**without_targets(batch, IGNORED))
+            yield lambda: self._state.arrive(what)
             return
-        num_trials = self._loss_form.num_trials(found_on)
-        most = self._state.largest("settle", num_trials)
+        most = self._state.largest(what, num_trials)
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):
                     self._pass_through(self._programs("evaluation", 0, 1), Work(_nothing))
-        self._loss_form.settle(
-            found_on, self._output_of, self._streams, self._mesh, lambda: None, has_loss=self._has_loss
-        )
+        yield lambda: None
 
-    def _join_trials(self, batch: Batch) -> None:
-        """Where ranks wait for each other's tokens, run the model as often as those that try it."""
-        num_trials = self._loss_form.num_trials(batch)
-        if self._layout.expert > 1:
-            with torch.no_grad():
-                for _ in range(num_trials, self._mesh.largest(num_trials)):
-                    self._module(**without_targets(batch, IGNORED))
+    def _try_cut(self, short: Batch) -> None:
+        """Raise ModelError, on every rank, unless the model gives the same for sequences that are cut."""
+        has_samples, error = num_samples(short) > 0, 0.0
+        was_training = self._module.training
+        self._module.eval()
+        trying = self._trying("cut", 2 * has_samples, short)
+        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"):
+            if has_samples:
+                error = self._difference_of_cut(short)
+            arrive()
+        self._module.train(was_training)
+        is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
+        self._sequences.judge(error, is_narrow=is_narrow, is_bad=self._mesh.any)
 
-    def _output_of(self, kwargs: Mapping[str, Any]) -> Any:
-        """The model's output for keyword arguments, None on ranks that have not the last stage."""
+    def _difference_of_cut(self, short: Batch) -> float:
+        """How far outputs and loss for pieces are from those for whole sequences, relative to these."""
+        whole, piece = Piece(short), self._sequences.piece(short, shift=self._loss_form.shift)
+        found = []
+        for each in (whole, piece):
+            each = replace(each, batch=to_device(each.batch, self._mesh.device, None))
+            with self._sequences.running(each):
+                output = self._output_of(*self._arguments(each, 1.0))
+            found.append((output, self._read(output, each, 1.0).value if self._has_loss else torch.zeros(())))
+        (expected, loss), (output, part) = found
+        total = part.detach().double().reshape(1)
+        self._mesh.along("context").all_reduce(total).wait()
+        return self._sequences.difference(expected, output, piece, float(loss), float(total))
+
+    def _output_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The model's output, None on ranks that have not the last stage."""
+        if self._layout.pipe == 1:
+            return self._module(*args, **kwargs)
         outputs: list[Any] = []
 
         def run(number: int, micro: int, received: Any) -> Any:
             stage = self._stages[number]
             try:
-                output = stage(received, (), kwargs)
+                output = stage(received, args, kwargs)
             except TypeError as error:  # the other stages wait, so it cannot be tried another way
                 raise ModelError(
                     f"{type(self._module).__name__} with num_items_in_batch: {error}",
@@ -251,7 +306,7 @@ class Playing:
             outputs.append(output)
             return Share(torch.zeros(()), None)
 
-        self._pass_through(self._programs("evaluation", 1), Work(run, kinds=[self._kind(kwargs)]))
+        self._pass_through(self._programs("evaluation", 1), Work(run, kinds=[self._kind((args, kwargs))]))
         return outputs[0] if outputs else None
 
     def _programs(

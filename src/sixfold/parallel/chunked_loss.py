@@ -8,8 +8,11 @@ by chunk. Where a model does something to its scores in between, that cannot be,
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,9 +21,12 @@ from torch import Tensor, nn
 from sixfold.base.errors import ModelError
 from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
 from sixfold.models.decoder import Decoder
+from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
 
 IGNORED = -100
+OF_SCORES = "of_scores"
+"""Attribute of a loss function that an axis has put into a model: the summed loss of this rank's scores."""
 
 
 def chunk_loss(
@@ -42,7 +48,8 @@ def chunk_loss(
         return functools.partial(setattr, model, "loss_chunk", before)
     head = None if takes_scores else head_of(model)
     if head is not None and asked != 0:
-        return _Chunks(model, head, asked, loss or _in_fp32).remove
+        cut = getattr(model.loss_function, OF_SCORES, None)
+        return _Chunks(model, head, asked, loss or cut or _in_fp32).remove
     if asked:
         why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
         raise _unknown(model, asked, why)
@@ -52,8 +59,8 @@ def chunk_loss(
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head of a Hugging Face causal model that takes the library's own loss; None of any other."""
     library = sys.modules.get("transformers.loss.loss_utils")
-    function = getattr(model, "loss_function", None)
-    if library is None or function is not library.ForCausalLMLoss:
+    function: Any = getattr(model, "loss_function", None)
+    if library is None or function is None or inspect.unwrap(function) is not library.ForCausalLMLoss:
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head if isinstance(head, nn.Module) else None
@@ -71,47 +78,48 @@ class _Chunks:
         self._rows: int | None = None  # of a chunk, in a forward that is computed so
         self._handed_on: Tensor | None = None
         self._is_known = True
-        self._own_head = head.forward
+        self._own_head = own_forward(head)
         self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
-        self._own = model.forward
-        self._were_set = [(part, "forward" in vars(part)) for part in (model, head)]
-        model.forward = _as(self._own, self._forward)
-        head.forward = _as(self._own_head, self._hand_on)
+        self._own = own_forward(model)
+        self._before = [(part, vars(part).get("forward")) for part in (model, head)]
+        # Bound methods, because copies of the modules (stages of a pipeline) bind them to themselves.
+        model.forward = MethodType(_as(self._own, self._forward), model)
+        head.forward = MethodType(_as(self._own_head, self._hand_on), head)
         model.loss_function = self._loss_of_chunks  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Give the model its own way back."""
         self._model.loss_function = self._own_loss  # type: ignore[assignment]
-        for (part, was_set), own in zip(self._were_set, (self._own, self._own_head), strict=True):
-            if was_set:
-                part.forward = own
-            else:
+        for part, given in self._before:
+            if given is None:
                 del part.forward
+            else:
+                part.forward = given
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         if not self._is_known or not isinstance(labels, Tensor):
-            return self._own(*args, **kwargs)
+            return self._own(model, *args, **kwargs)
         entries = next(self._head.parameters()).shape[0]
         rows = rows_at_once(labels.numel(), entries, self._asked)
         self._rows = rows if rows < labels.numel() else None
         try:
-            output = self._own(*args, **kwargs)
+            output = self._own(model, *args, **kwargs)
         except _Changed:
             self._is_known = False
             if self._asked:
                 raise _unknown(self._model, self._asked, "it changes its scores behind the head") from None
-            return self._own(*args, **kwargs)
+            return self._own(model, *args, **kwargs)
         finally:
             self._rows = self._handed_on = None
         if rows < labels.numel() and hasattr(output, "logits"):
             output.logits = None  # nobody shall take what was handed on for scores
         return output
 
-    def _hand_on(self, hidden: Tensor) -> Tensor:
+    def _hand_on(self, head: nn.Module, hidden: Tensor) -> Tensor:
         if self._rows is None:
-            return self._own_head(hidden)  # type: ignore[no-any-return]
-        self._handed_on = hidden
+            return self._own_head(head, hidden)  # type: ignore[no-any-return]
+        self._head, self._handed_on = head, hidden
         return hidden
 
     def _loss_of_chunks(
@@ -135,7 +143,7 @@ class _Chunks:
         targets = shift_labels.reshape(-1).to(logits.device)
         counting = targets != ignore_index
         hidden, targets = logits.flatten(0, -2), targets.masked_fill(~counting, -1)
-        total = in_chunks(self._own_head, self._loss, hidden, targets, self._rows)
+        total = in_chunks(partial(self._own_head, self._head), self._loss, hidden, targets, self._rows)
         return total / (counting.sum() if num_items_in_batch is None else num_items_in_batch)
 
 

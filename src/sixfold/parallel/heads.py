@@ -1,7 +1,8 @@
 """The head of a language model that is cut along the vocabulary, and the loss behind it.
 
 Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
-keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are gathered.
+keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are
+gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models import decoder
+from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.chunked_loss import OF_SCORES
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor import TensorCut
 from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
@@ -60,11 +63,13 @@ class Head:
             return scores
         return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
 
-    def attach(self) -> list[Callable[[], None]]:
+    def attach(self, owns_loss: bool) -> list[Callable[[], None]]:
         """Put the loss over the cut vocabulary where the model calls its own; returns what undoes it."""
         undo = [self._attach_method()] if self.is_method else []
+        if not owns_loss:
+            return undo
         if isinstance(self.model, decoder.Decoder):
-            if self.model.loss is decoder.cross_entropy:
+            if self.model.loss is summed_cross_entropy:
                 undo += [self._attach_loss(self.model), self._attach_forward(lambda args, kwargs: True)]
         elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
             undo += [self._attach_causal_loss(), self._attach_forward(self._has_labels)]
@@ -94,6 +99,10 @@ class Head:
         model: Any = self.model
         own, was_set = model.loss_function, "_loss_function" in vars(model)
 
+        def of_scores(scores: Tensor, targets: Tensor) -> Tensor:
+            return losses_of(scores.float(), targets, self.vocabulary).sum()
+
+        @functools.wraps(own)
         def loss(
             logits: Tensor,
             labels: Tensor,
@@ -120,6 +129,7 @@ class Head:
             count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
             return losses.sum() / count
 
+        setattr(loss, OF_SCORES, of_scores)
         model.loss_function = loss
 
         def undo() -> None:
@@ -143,7 +153,7 @@ class Head:
             logits = getattr(output, "logits", None)
             if logits is not None and logits.shape[-1] < self.vocabulary.size:
                 # No rank has them whole: better none than a part that looks like all.
-                return dataclasses.replace(output, logits=None)  # type: ignore[type-var]
+                return dataclasses.replace(output, logits=None)
             return output
 
         model.forward = MethodType(forward, model)

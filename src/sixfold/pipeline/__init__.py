@@ -20,6 +20,7 @@ from sixfold.pipeline.loss import IGNORED, Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
+from sixfold.pipeline.sequence import Piece, SequenceCut
 from sixfold.pipeline.step import StepResult, Work
 from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
@@ -32,7 +33,9 @@ __all__ = [
     "LossForm",
     "LossScaler",
     "Passes",
+    "Piece",
     "Player",
+    "SequenceCut",
     "Share",
     "StepResult",
     "Transfers",

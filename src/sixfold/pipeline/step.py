@@ -58,6 +58,7 @@ class Work:
         counts: samples and targets that this rank answers for.
         difference: a number that all ranks' sum up to 0 exactly where those of a pipeline have one batch.
         kinds: of each micro-batch, what the shapes in it depend on.
+        enter: called before a pass of a micro-batch, forward or backward.
     """
 
     run: Callable[[int, int, Any], Any]
@@ -65,6 +66,7 @@ class Work:
     counts: Counts = field(default_factory=Counts)
     difference: float = 0.0
     kinds: Sequence[Kind] = ()
+    enter: Callable[[int], None] = lambda micro: None
 
 
 @dataclass
