@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -101,6 +101,9 @@ class Playing:
             self._settle(batch)
         micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
+        agreed = self._agree(batch)
+        if self._mesh.num_fed > self._mesh.pipe_ranks:
+            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
         if self._layout.expert > 1:
             # Ranks wait for each other's tokens in every pass, so all have equally many.
             most = self._mesh.largest(most)
@@ -120,7 +123,7 @@ class Playing:
             return self._run(self._stages[stage], step, micro, micros[micro], received, scale)
 
         kinds = [self._kind(micro) for micro in micros]
-        work = Work(run, scale, counts, self._difference(batch), kinds)
+        work = Work(run, scale, counts, agreed, kinds)
         return self.player.play(programs[self._mesh.pipe_rank], work)
 
     @contextmanager
@@ -157,14 +160,34 @@ class Playing:
             output = stage(received, args, kwargs)
             return self._loss_form.read(output, part, scale) if stage.is_last else output
 
-    def _difference(self, batch: Batch) -> float:
-        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
+    def _agree(self, batch: Batch) -> Callable[[], None]:
+        """Start to compare the batches of ranks that are to have the same; the function returned waits, and
+        judges. A collective.
+
+        Raises:
+            ModelError: they differ; on every rank.
+        """
         mesh = self._mesh
         if mesh.num_fed == 1:
-            return 0.0
+            return lambda: None
+        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
         weight = mesh.num_fed - 1 if is_first else -1
-        return float(weight * (mesh.data_rank + 1) * checksum(batch))
+        sums = mesh.start_total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
+
+        @cache
+        def agreed() -> None:
+            (difference,) = sums()
+            if difference:
+                raise ModelError(
+                    f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
+                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+                )
+
+        return agreed
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
@@ -180,6 +203,7 @@ class Playing:
             return
         num_trials = self._loss_form.num_trials(found_on)
         most = self._state.largest("settle", num_trials)
+        self._agree(batch)()
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):
