@@ -52,6 +52,72 @@ def test_different_batches_within_a_pipeline_are_refused() -> None:
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("transport", ["host", "network"])
+@pytest.mark.parametrize("given", ["longer", "more", "none"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_batches_of_different_shapes_are_refused_before_anything_is_sent(
+    transport: str, given: str, is_new: bool
+) -> None:
+    """Whichever of the shapes ranks have seen before: else one of them waits for ever, or reads garbage."""
+    case = pipes.Case(model="decoder")
+    engine = pipes.engine_of(case, transport=transport)
+    batch = pipes.batch_of(case, 0)
+    if not is_new:
+        engine.train_step({name: field[:, :8] for name, field in batch.items()})
+    wrong = {
+        "longer": batch,
+        "more": {name: torch.cat([field[:, :8]] * 2) for name, field in batch.items()},
+        "none": None,
+    }
+    own = wrong[given] if engine.mesh.pipe_rank else {name: field[:, :8] for name, field in batch.items()}
+    sent = transfers_of(engine)
+    with pytest.raises(ModelError, match="different batches"):
+        engine.train_step(own)
+    assert sent == []
+    engine.close()
+
+
+def transfers_of(engine: sixfold.Engine) -> list[tuple[str, int]]:
+    """A list that fills with direction and number of elements of whatever goes between stages from now on."""
+    found: list[tuple[str, int]] = []
+    start = engine.mesh.dispatcher.start
+
+    def noting(op: str, group: str, tensor: torch.Tensor, *rest: Any) -> Any:
+        if op == "transfer":
+            found.append((group.partition(":")[2], tensor.numel()))
+        return start(op, group, tensor, *rest)
+
+    engine.mesh.dispatcher.start = noting  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.ranks(2)
+def test_shapes_are_told_when_they_are_new_and_never_again() -> None:
+    case = pipes.Case(model="decoder", num_micro=3)
+    engine = pipes.engine_of(case)
+    sent = transfers_of(engine)
+
+    def messages(length: int, num_samples: int = 2 * pipes.MICRO) -> int:
+        batch = {name: field[:num_samples, :length] for name, field in pipes.batch_of(case, 0).items()}
+        before = len(sent)
+        engine.train_step(batch)
+        return len(sent) - before
+
+    # Two micro-batches: an activation and its gradient each. A new shape: its length and its words.
+    assert messages(8) == 4 + 2
+    assert messages(8) == 4
+    assert messages(10) == 4 + 2
+    assert messages(8) == messages(10) == 4
+    # A second micro-batch that is smaller than the first one is of a shape of its own.
+    assert messages(8, num_samples=3) == 4 + 2
+    assert messages(8, num_samples=3) == 4
+    told = [each for each in sent if each[1] == 1]
+    assert len(told) == 3
+    assert {way for way, _ in told} == {"0>1"}
+    engine.close()
+
+
+@pytest.mark.ranks(2)
 def test_rank_0_has_the_first_weights_whatever_the_others_drew() -> None:
     rank = torch.distributed.get_rank()
     case = pipes.Case(model="tied-decoder")
@@ -300,3 +366,5 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
     if engine.mesh.pipe_rank == 0:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
+    else:  # no more than what comes before transfers: nothing would come
+        engine._playing._agree(-torch.ones(2, 2))()
