@@ -61,7 +61,7 @@ def test_a_missing_data_folder(sixfold: Terminal, more: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-@pytest.mark.parametrize("axis", ["tensor", "context", "expert"])
+@pytest.mark.parametrize("axis", ["tensor", "context"])
 def test_an_axis_that_is_not_there_is_infeasible(sixfold: Terminal, axis: str, more: tuple[str, ...]) -> None:
     lab.write_corpus(sixfold.folder / "text", num_files=8)
     config = sixfold.config(**{f"layout__{axis}": 2})

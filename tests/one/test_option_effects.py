@@ -38,7 +38,7 @@ from sixfold.launch import current_session
 from sixfold.mesh import Host, Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
-from sixfold.parallel import ModelCut
+from sixfold.parallel import ModelCut, decide_axes
 from sixfold.pipeline import LossForm
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
@@ -312,6 +312,13 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
     ),
     "layout.cost": ({"layout.pipe": 2}, "measured", lambda bench, changes: stage_costs(bench, changes)),
     "layout.balance": ({"layout.pipe": 2}, [1, 5], lambda bench, changes: stages_text(bench, changes)),
+    "layout.tensor": ({}, 2, lambda bench, changes: pieces(bench, changes)),
+    "layout.tensor_rules": (
+        {"layout.tensor": 2},
+        ["model.layers.*.mlp.up_proj = colwise", "model.layers.*.mlp.gate_proj = colwise"],
+        lambda bench, changes: pieces(bench, changes),
+    ),
+    "layout.sequence_parallel": ({"layout.tensor": 2}, True, lambda bench, changes: pieces(bench, changes)),
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
     "layout.expert": (
         EXPERTS,
@@ -427,6 +434,16 @@ def stage_costs(bench: Lab, changes: dict[str, Any]) -> tuple[float, ...]:
     return cut.plan.costs
 
 
+def pieces(bench: Lab, changes: dict[str, Any]) -> str:
+    """What the first rank has of a model."""
+    config = DecoderConfig.derive(vocab_size=8, context_length=4, width=8, num_layers=2, num_heads=2)
+    with torch.device("meta"):
+        model = Decoder(config)
+    layout = bench.resolved(changes).config.layout
+    geometry = decide_geometry(layout, layout.tensor)
+    return str(decide_axes(model, layout, geometry, 0, owns_loss=True).places)
+
+
 def programs(bench: Lab, changes: dict[str, Any]) -> str:
     """What the first rank plays."""
     return str(programs_for(bench.resolved(changes).config.layout, "training", 4)[0])
@@ -497,7 +514,6 @@ def test_differs(path: str, bench: Lab) -> None:
 
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
-    "layout.tensor": (2, {"layout.tensor": 2}),
     "layout.context": (2, {"layout.context": 2}),
 }
 

@@ -67,8 +67,6 @@ def test_data_takes_all_ranks_that_are_left(world_size: int) -> None:
 @pytest.mark.parametrize(
     ("layout", "said", "fix"),
     [
-        ({"tensor": 2}, "layout.tensor = 2", "layout.tensor = 1"),
-        ({"context": 2}, "layout.context = 2", "layout.context = 1"),
         ({"expert": 3}, "layout.expert = 3 with 4 data ranks", "layout.expert = 1"),
         ({"data": 3}, "= 3 ranks, but 4 are running", "layout.data = 4"),
         ({"data": 8}, "= 8 ranks, but 4 are running", "layout.data = 4"),

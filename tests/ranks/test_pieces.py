@@ -47,7 +47,12 @@ def spans_of(rank: int) -> tuple[tuple[int, int], ...]:
 
 
 def decide(
-    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+    model: nn.Module,
+    layout: LayoutConfig,
+    geometry: Geometry,
+    rank: int,
+    places: Mapping[str, Place],
+    owns_loss: bool,
 ) -> AxisChange:
     spans, axes = spans_of(geometry.coordinate(rank, "tensor")), ("tensor",)
     return AxisChange(

@@ -1,4 +1,4 @@
-"""The tensor axis follows one process: alone and with residencies, pipelines, data ranks and sequences cut."""
+"""The tensor axis follows one process: alone and with residencies, pipelines, data and cut sequences."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _adapted() -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(3))
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
     return model
 
 
@@ -92,6 +92,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sequence": (False, True),
     "recompute": (None, "full", "selective"),
     "clip_norm": (None, 0.3),
+    "loss_chunk": (None, 5),
     "transport": ("host", "network"),
 }
 
@@ -136,7 +137,10 @@ def reference(name: str, dtype: torch.dtype, steps: int, clip_norm: float | None
 
 def engine_of(case: Case, dtype: torch.dtype = torch.float64) -> Engine:
     config: dict[str, Any] = {
-        "layout": {key: case[key] for key in ("tensor", "zero", "pipe", "data", "recompute", "transport")},
+        "layout": {
+            key: case[key]
+            for key in ("tensor", "zero", "pipe", "data", "recompute", "loss_chunk", "transport")
+        },
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
         "batch": {"micro": 3},
     }

@@ -61,6 +61,14 @@ CARDS: dict[str, AxisCard] = {
             page="axes/pipe.md",
         ),
         AxisCard(
+            name="context",
+            divides="the tokens of each sequence",
+            collectives=("all-to-all",),
+            changes_module=True,
+            checkpoint="nothing of the state is cut by it: its ranks are data ranks there",
+            page="axes/context.md",
+        ),
+        AxisCard(
             name="tensor",
             divides="matrices of layers, attention heads and the vocabulary",
             collectives=("all-reduce", "all-gather", "reduce-scatter"),

@@ -19,8 +19,8 @@ from sixfold.config import Config
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
 from sixfold.monitor.hardware import peak_flops
-from sixfold.parallel import DTYPES, ModelCut, block_names, module_facts
-from sixfold.plan import Memory, decide, decide_batch, persistent_memory
+from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
+from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
 from sixfold.train.job import Request, resolve
@@ -46,10 +46,14 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
     facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
-    plans = [
-        decide(config, cut.facts_of(facts.parameters, rank), world_size, cut.plan)
-        for rank in range(config.layout.pipe)
-    ]
+    geometry = decide_geometry(config.layout, world_size)
+
+    def plan_of(pipe_rank: int) -> Plan:
+        axes = decide_axes(model, config.layout, geometry, geometry.first_rank(pipe_rank), owns_loss=True)
+        pieces = placed(facts.parameters, axes.places)
+        return decide(config, cut.facts_of(pieces, pipe_rank), world_size, cut.plan)
+
+    plans = [plan_of(rank) for rank in range(config.layout.pipe)]
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:

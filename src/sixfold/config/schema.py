@@ -181,11 +181,9 @@ def nearest(path: str) -> list[str]:
     section, _, key = wanted.rpartition(".")
     last = {known: known.rpartition(".")[2] for known in LEAVES}
     here = difflib.get_close_matches(key, keys_of(section), n=1, cutoff=0.7)
-    if here:
-        return [f"{section}.{here[0]}".lstrip(".")]
     same = [known for known, name in last.items() if name == key]
-    if same:
-        return same[:3]
+    if here or same:
+        return [*(f"{section}.{name}".lstrip(".") for name in here), *same][:3]
     close = difflib.get_close_matches(wanted, [*LEAVES, *SECTIONS], n=1, cutoff=0.75)
     if close:
         return close

@@ -167,7 +167,8 @@ class LayoutConfig(Section):
     stands for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or
     else what its structure allows."""
     sequence_parallel: bool = False
-    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence."""
+    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence
+    alone."""
     pipe: Positive = 1
     """Ranks along the pipe axis: the model is cut into stages, in order."""
     schedule: Schedule | None = None

@@ -81,7 +81,7 @@ class Engine:
         self._playing = playing
         self._scaler = playing.scaler
         self._written_out = WrittenOut(playing.player)
-        self._order = Order(playing.player, self._written_out, bound.average, mesh.pipe_ranks)
+        self._order = Order(playing.player, self._written_out, bound.average, mesh.geometry)
 
     # What this rank is and has.
 

@@ -26,7 +26,7 @@ from sixfold.engine.admission import (
     check_model,
     tell_idle_settings,
 )
-from sixfold.engine.costs import check_example, cut_by_measure
+from sixfold.engine.costs import check_example, crossing_memory, cut_by_measure
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.playing import Playing
@@ -47,7 +47,7 @@ from sixfold.parallel import (
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import Batch, LossForm, LossScaler, Passes, Player, Transfers
+from sixfold.pipeline import Batch, LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
 from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
@@ -89,8 +89,8 @@ def initialize(
             such as a Hugging Face one, one such file, or a checkpoint, of which the model part counts. With
             the model on meta each rank reads the elements that it owns, and nothing else is made.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
-        example: a batch as `train_step` will get it, needed where `layout.cost` is "measured" and read there
-            alone.
+        example: a batch as `train_step` will get it, read under `layout.pipe` alone: needed where
+            `layout.cost` is "measured"; and what stages hand to each other in shared memory is priced by it.
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
@@ -116,7 +116,7 @@ def initialize(
     cut = ModelCut.decide(model, asked.layout)
     rank, address = _rank(placement), _address(placement)
     geometry = decide_geometry(asked.layout, _world_size(placement))
-    axes = decide_axes(model, asked.layout, geometry, rank)
+    axes = decide_axes(model, asked.layout, geometry, rank, owns_loss=loss_fn is None)
 
     def plan_of(facts: ModuleFacts) -> Plan:
         pieces = placed(facts.parameters, axes.places)
@@ -144,7 +144,8 @@ def initialize(
     # What ranks have told each other so far is little, and how much memory they share depends on the cut.
     mesh = mesh.sharing(
         asked.layout.transport,
-        exchange_bytes=exchange_memory(plan_of(facts)),
+        exchange_bytes=exchange_memory(plan_of(facts))
+        + crossing_memory(cut, model, asked, mesh, loss_form, example),
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))
@@ -208,7 +209,8 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=loss_form,
-            routing=Routing(model, mesh),
+            sequences=SequenceCut(model, axes.attention, place),
+            routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(
             model,

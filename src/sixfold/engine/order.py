@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from sixfold.base.errors import StateError
 from sixfold.pipeline import Player, WrittenOut
+from sixfold.plan import Geometry
 from sixfold.state import Average
 
 
@@ -21,16 +22,16 @@ class Order:
         player: knows whether an update was begun.
         written_out: knows by how many backwards.
         average: the one that is kept, if any.
-        pipe_ranks: ranks that the model's layers are cut over.
+        geometry: over which axes a model or its sequences are cut.
     """
 
     def __init__(
-        self, player: Player, written_out: WrittenOut, average: Average | None, pipe_ranks: int
+        self, player: Player, written_out: WrittenOut, average: Average | None, geometry: Geometry
     ) -> None:
         self._player = player
         self._written_out = written_out
         self._average = average
-        self._pipe_ranks = pipe_ranks
+        self._geometry = geometry
         self._is_averaged = False
         self.is_closed = False
 
@@ -73,12 +74,14 @@ class Order:
             )
 
     def check_whole(self, what: str) -> None:
-        """Raise StateError where no rank has the whole model."""
-        if self._pipe_ranks > 1:
+        """Raise StateError where no rank has the whole model, or whole sequences."""
+        for axis in ("pipe", "context"):
+            if self._geometry.degree(axis) == 1:
+                continue
             raise StateError(
-                f"{what} with layout.pipe = {self._pipe_ranks}",
-                rule="in a pipeline a schedule decides which rank runs which stage when, so a whole batch is "
-                "handed over at once",
+                f"{what} with layout.{axis} = {self._geometry.degree(axis)}",
+                rule="in a pipeline a schedule decides which rank runs which stage when, and sequences are "
+                "cut between batch and model, so a whole batch is handed over at once",
                 fix="call engine.train_step(batch), and engine.eval_step(batch) to evaluate; set batch.micro "
                 "for the micro-batches",
             )

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, Literal
@@ -22,21 +23,27 @@ from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.parallel import DTYPES, Routing, Stage
 from sixfold.pipeline import (
+    IGNORED,
     Batch,
     Counts,
     Kind,
     LossForm,
     LossScaler,
+    Piece,
     Player,
+    SequenceCut,
     Share,
     StepResult,
     Work,
     checksum,
     divide,
     fields_of,
+    lengths_of,
+    num_samples,
     split,
     tensors_of,
     to_device,
+    without_targets,
 )
 from sixfold.plan import Plan
 from sixfold.program import Program, check, evaluation, post_ahead, training
@@ -67,6 +74,7 @@ class Playing:
         player: Player,
         scaler: LossScaler,
         loss_form: LossForm,
+        sequences: SequenceCut,
         routing: Routing,
     ) -> None:
         self.player = player
@@ -83,6 +91,7 @@ class Playing:
         self._streams = streams
         self._state = state
         self._loss_form = loss_form
+        self._sequences = sequences
         compute = asked.precision.compute
         self.cast = DTYPES[compute] if compute is not None else None
         """Type of the module's floating inputs; None: as they are given."""
@@ -97,17 +106,16 @@ class Playing:
             step: updates done.
             last_weight: global weight of the update before; None for the first.
         """
+        micros = split(batch, self._micro)
+        common = self._in_common(batch, len(micros)) if self._layout.expert > 1 else 0
         if not self._loss_form.is_settled:
             self._settle(batch)
-        micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
         agreed = self._agree(batch)
         if self._mesh.num_fed > self._mesh.pipe_ranks:
             agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
-        if self._layout.expert > 1:
-            # Ranks wait for each other's tokens in every pass, so all have equally many.
-            most = self._mesh.largest(most)
-            micros = divide(batch, most) if len(micros) < most else micros
+        if len(micros) < common:
+            micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
@@ -119,12 +127,18 @@ class Playing:
         num_reduces = max(1, most) if self._residency.reduces_each else 1
         programs = self._programs(purpose, len(micros), num_served, num_reduces)
 
-        def run(stage: int, micro: int, received: Any) -> Any:
-            return self._run(self._stages[stage], step, micro, micros[micro], received, scale)
+        cut, shift = self._sequences, self._loss_form.shift
+        pieces = [cut.piece(micro, shift=shift) for micro in micros]
 
-        kinds = [self._kind(micro) for micro in micros]
-        work = Work(run, scale, counts, agreed, kinds)
-        return self.player.play(programs[self._mesh.pipe_rank], work)
+        def run(stage: int, micro: int, received: Any) -> Any:
+            return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
+
+        kinds = [self._kind(piece.batch) for piece in pieces]
+        work = Work(run, scale, counts, agreed, kinds, lambda micro: cut.enter(pieces[micro]))
+        try:
+            return self.player.play(programs[self._mesh.pipe_rank], work)
+        finally:
+            cut.enter(None)
 
     @contextmanager
     def recording(self) -> Iterator[list[Timeline]]:
@@ -145,20 +159,28 @@ class Playing:
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
-        return self._streams.keyed("step", step, self._mesh.data_rank, micro, forward, stage)
+        replica = self._mesh.geometry.replica(self._mesh.rank)
+        return self._streams.keyed("step", step, replica, micro, forward, stage)
 
     def _run(
-        self, stage: Stage, step: int, micro: int, batch: Batch, received: Any, scale: float
+        self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
     ) -> Share | Any:
-        part = to_device(batch, self._mesh.device, None)
+        piece = replace(piece, batch=to_device(piece.batch, self._mesh.device, None))
+        args, kwargs = self._arguments(piece, scale)
+        with self.stream(step, micro, stage=stage.number):
+            output = stage(received, args, kwargs)
+            return self._read(output, piece, scale) if stage.is_last else output
+
+    def _arguments(self, piece: Piece, scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The loss function sees targets and weights as they were given; only the module's inputs are cast.
-        inputs = to_device(part, self._mesh.device, self.cast)
+        inputs = to_device(piece.batch, self._mesh.device, self.cast)
         args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self._loss_form.loss_fn is None)
         if self._loss_form.counts_items:
             kwargs["num_items_in_batch"] = scale
-        with self.stream(step, micro, stage=stage.number):
-            output = stage(received, args, kwargs)
-            return self._loss_form.read(output, part, scale) if stage.is_last else output
+        return args, kwargs
+
+    def _read(self, output: Any, piece: Piece, scale: float) -> Share:
+        return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
     def _agree(self, batch: Batch) -> Callable[[], None]:
         """Start to compare the batches of ranks that are to have the same; the function returned waits, and
@@ -193,41 +215,102 @@ class Playing:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
         return (*shapes, torch.is_grad_enabled(), self._module.training)
 
+    def _in_common(self, batch: Batch, num_micro: int) -> int:
+        """Micro-batches of the rank that has most: as many as all run, who wait for each other's tokens.
+
+        Raises:
+            ModelError: a rank has fewer, and nothing from which to make others; on every rank.
+        """
+        rows = self._mesh.everyones(num_micro, float(bool(lengths_of(batch))))
+        most = round(max(row[0] for row in rows))
+        bare = [str(place) for place, row in enumerate(rows) if row[0] < most and not row[1]]
+        if bare:
+            raise ModelError(
+                f"no tensors in the batch of replica {', '.join(bare)}; others have {most} micro-batches",
+                rule="under layout.expert every rank runs as many micro-batches as the others, empty ones "
+                "where it has no samples, because they send it tokens",
+                fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
+            )
+        return most
+
+    def _cut_into(self, batch: Batch, parts: int) -> list[Batch]:
+        # Models that count their targets need not be able to run without any sample.
+        return [
+            without_targets(micro, IGNORED)
+            if self._loss_form.counts_items and not num_samples(micro)
+            else micro
+            for micro in divide(batch, parts)
+        ]
+
     def _settle(self, batch: Batch) -> None:
-        found_on = to_device(batch, self._mesh.device, self.cast)
+        short = self._sequences.short(batch)
+        found_on = to_device(short, self._mesh.device, self.cast)
+
+        def run(kwargs: Mapping[str, Any]) -> Any:
+            return self._output_of((), kwargs)
+
+        with self._trying("settle", self._loss_form.num_trials(found_on), found_on) as arrive:
+            self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive, has_loss=self._has_loss)
+        if self._sequences.is_cut:
+            self._try_cut(short)
+
+    @contextmanager
+    def _trying(self, what: str, num_trials: int, batch: Batch) -> Iterator[Callable[[], object]]:
+        """Inside, this rank runs the model `num_trials` times, and ranks that run it less often serve the
+        others; gives what it calls when it has."""
         if self._layout.pipe == 1:
-            run: Callable[[Mapping[str, Any]], Any] = lambda kwargs: self._module(**kwargs)  # noqa: E731
-            arrive = lambda: self._state.arrive("settle")  # noqa: E731
-            self._join_trials(found_on)
-            self._loss_form.settle(found_on, run, self._streams, self._mesh, arrive)
+            if self._layout.expert > 1:  # ranks wait for each other's tokens
+                with torch.no_grad():
+                    for _ in range(num_trials, self._mesh.largest(num_trials)):
+                        self._module(**without_targets(batch, IGNORED))
+            yield lambda: self._state.arrive(what)
             return
-        num_trials = self._loss_form.num_trials(found_on)
-        most = self._state.largest("settle", num_trials)
+        most = self._state.largest(what, num_trials)
         self._agree(batch)()
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):
                     self._pass_through(self._programs("evaluation", 0, 1), Work(_nothing))
-        self._loss_form.settle(
-            found_on, self._output_of, self._streams, self._mesh, lambda: None, has_loss=self._has_loss
-        )
+        yield lambda: None
 
-    def _join_trials(self, batch: Batch) -> None:
-        """Where ranks wait for each other's tokens, run the model as often as those that try it."""
-        num_trials = self._loss_form.num_trials(batch)
-        if self._layout.expert > 1:
-            with torch.no_grad():
-                for _ in range(num_trials, self._mesh.largest(num_trials)):
-                    self._module(**batch)
+    def _try_cut(self, short: Batch) -> None:
+        """Raise ModelError, on every rank, unless the model gives the same for sequences that are cut."""
+        has_samples, error = num_samples(short) > 0, 0.0
+        was_training = self._module.training
+        self._module.eval()
+        trying = self._trying("cut", 2 * has_samples, short)
+        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"):
+            if has_samples:
+                error = self._difference_of_cut(short)
+            arrive()
+        self._module.train(was_training)
+        is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
+        self._sequences.judge(error, is_narrow=is_narrow, is_bad=self._mesh.any)
 
-    def _output_of(self, kwargs: Mapping[str, Any]) -> Any:
-        """The model's output for keyword arguments, None on ranks that have not the last stage."""
+    def _difference_of_cut(self, short: Batch) -> float:
+        """How far outputs and loss for pieces are from those for whole sequences, relative to these."""
+        whole, piece = Piece(short), self._sequences.piece(short, shift=self._loss_form.shift)
+        found = []
+        for each in (whole, piece):
+            each = replace(each, batch=to_device(each.batch, self._mesh.device, None))
+            with self._sequences.running(each):
+                output = self._output_of(*self._arguments(each, 1.0))
+            found.append((output, self._read(output, each, 1.0).value if self._has_loss else torch.zeros(())))
+        (expected, loss), (output, part) = found
+        total = part.detach().double().reshape(1)
+        self._mesh.along("context").all_reduce(total).wait()
+        return self._sequences.difference(expected, output, piece, float(loss), float(total))
+
+    def _output_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The model's output, None on ranks that have not the last stage."""
+        if self._layout.pipe == 1:
+            return self._module(*args, **kwargs)
         outputs: list[Any] = []
 
         def run(number: int, micro: int, received: Any) -> Any:
             stage = self._stages[number]
             try:
-                output = stage(received, (), kwargs)
+                output = stage(received, args, kwargs)
             except TypeError as error:  # the other stages wait, so it cannot be tried another way
                 raise ModelError(
                     f"{type(self._module).__name__} with num_items_in_batch: {error}",
@@ -239,7 +322,7 @@ class Playing:
             outputs.append(output)
             return Share(torch.zeros(()), None)
 
-        self._pass_through(self._programs("evaluation", 1), Work(run, kinds=[self._kind(kwargs)]))
+        self._pass_through(self._programs("evaluation", 1), Work(run, kinds=[self._kind((args, kwargs))]))
         return outputs[0] if outputs else None
 
     def _programs(

@@ -6,6 +6,8 @@ fused kernel, and products written out where that kernel is slow. No parameters,
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +24,16 @@ def rotary_tables(length: int, head_width: int, base: float, like: Tensor) -> tu
     Computed anew in each forward pass: a few thousand numbers, and no buffer that could be left
     uninitialised. The sign of the rotation is folded into the first half of `sin`.
     """
+    return rotary_tables_at(torch.arange(length, device=like.device), head_width, base, like)
+
+
+def rotary_tables_at(positions: Tensor, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary_tables` of given positions [..., length], each [..., length, 1, head_width]."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     powers = torch.arange(0, head_width, 2, dtype=dtype, device=like.device) / head_width
-    angles = torch.outer(torch.arange(length, dtype=dtype, device=like.device), base**-powers)
+    angles = positions.to(dtype)[..., None] * base**-powers
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+    return torch.cat((cos, cos), -1)[..., None, :], torch.cat((-sin, sin), -1)[..., None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,7 +49,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
         allowed: which keys each query may see, bool [batch, 1, queries, keys]; None for all up to its own
             position.
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= WRITTEN_OUT_LENGTH:
+    is_narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    # Where another function stands in for torch's own, it has its reasons and is asked.
+    fused = F.scaled_dot_product_attention
+    if is_narrow and query.shape[2] <= WRITTEN_OUT_LENGTH and inspect.isbuiltin(fused):
         return attend_written_out(query, key, value, allowed)
     return F.scaled_dot_product_attention(
         query,

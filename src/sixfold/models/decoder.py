@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.attention import attend, rotary_tables, rotate, within_documents
+from sixfold.models.attention import attend, rotary_tables_at, rotate, within_documents
 from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
 from sixfold.models.layers import Embedding, FeedForward, Linear, RMSNorm
 from sixfold.models.moe import ExpertsConfig, MixtureOfExperts, Router, telling
@@ -37,11 +37,6 @@ TENSOR_RULES = {
     "head": "scores",
 }
 """How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
-
-
-def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """In nats, summed."""
-    return F.cross_entropy(scores, targets, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -168,10 +163,14 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width)
 
-    def forward(self, inputs: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, allowed: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         config = self.config
         x = self.embed_tokens(inputs)
-        cos, sin = rotary_tables(inputs.shape[1], config.width // config.num_heads, config.rope_base, x)
+        if positions is None:
+            positions = torch.arange(inputs.shape[1], device=inputs.device)
+        cos, sin = rotary_tables_at(positions, config.width // config.num_heads, config.rope_base, x)
         x = F.dropout(x, config.dropout, self.training)
         for layer in self.layers:
             x = layer(x, cos, sin, allowed)
@@ -191,7 +190,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
-        self.loss: Loss = cross_entropy
+        self.loss: Loss = summed_cross_entropy
         self.loss_chunk: int | None = None
         """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
@@ -203,12 +202,28 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
 
-    def logits(self, inputs: Tensor, documents: Tensor | None = None) -> Tensor:
+    def logits(
+        self, inputs: Tensor, documents: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Tokens [batch, length] to the scores of the next token [batch, length, vocab_size]."""
         allowed = None if documents is None else within_documents(documents)
-        return self.head(self.model(inputs, allowed))
+        return self.head(self.model(inputs, allowed, positions))
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def per_token(self, tokens: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
+        """What `forward` takes, with one entry a token in each field, [batch, length]: whoever cuts
+        sequences cuts these."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+        fields = {"tokens": inputs, "targets": targets, "positions": positions}
+        return fields if documents is None else {**fields, "documents": documents[:, :-1]}
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Tokens [batch, length + 1] to (summed loss, number of targets).
 
         The loss of a target is `self.loss`, cross-entropy in nats unless another one was put there. The sum
@@ -217,9 +232,13 @@ class Decoder(nn.Module):
         Args:
             documents: the number of each token's document, [batch, length + 1]. Attention then stays within
                 a document; the mark that opens the next one is its last target, the sign of its end.
+            targets, positions: with them, all fields are [batch, length]; see `per_token`.
         """
-        allowed = None if documents is None else within_documents(documents[:, :-1])
-        hidden, targets = self.model(tokens[:, :-1], allowed).flatten(0, 1), tokens[:, 1:].flatten()
+        if targets is None:
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+            documents = None if documents is None else documents[:, :-1]
+        allowed = None if documents is None else within_documents(documents)
+        hidden, targets = self.model(tokens, allowed, positions).flatten(0, 1), targets.flatten()
         loss = self._summed_loss(hidden, targets)
         if self.config.experts is not None:
             loss = telling(loss, [part for part in self.modules() if isinstance(part, Router)])
@@ -228,9 +247,11 @@ class Decoder(nn.Module):
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = rows_at_once(len(targets), self.config.vocab_size, self.loss_chunk)
+        if self.loss is summed_cross_entropy:
+            if rows < len(targets):
+                return in_chunks(self.head, self.loss, hidden, targets, rows)
+            return self.loss(self.head(hidden), targets)
         if rows < len(targets):
-            if self.loss is cross_entropy:
-                return in_chunks(self.head, summed_cross_entropy, hidden, targets, rows)
             return in_chunks(
                 self.head, lambda rows, aims: self.loss(rows.to(wide), aims), hidden, targets, rows
             )

@@ -7,7 +7,8 @@ from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.costs import measured_costs
+from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
@@ -29,23 +30,28 @@ __all__ = [
     "BATCH_NORMS",
     "DTYPES",
     "AxisChange",
+    "ContextAttention",
     "Deferral",
     "ModelCut",
     "ModuleFacts",
     "Product",
     "Routing",
+    "Sequences",
     "Stage",
     "block_names",
     "change_forwards",
     "check_backend",
     "check_blocks",
     "chunk_loss",
+    "cut_rows",
     "decide_axes",
     "dtype_name",
+    "handed_bytes",
     "materialize",
     "measured_costs",
     "module_facts",
     "move_buffers",
+    "num_rows",
     "persistent_buffers",
     "torch_name",
     "torch_type",

@@ -14,16 +14,26 @@ from torch import nn
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Decide, Remove
+from sixfold.parallel.context.axis import decide_context_axis
 from sixfold.parallel.expert import decide_expert
 from sixfold.parallel.tensor_axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
-DECIDE: dict[str, Decide] = {"tensor": decide_tensor_axis, "expert": decide_expert}
+DECIDE: dict[str, Decide] = {
+    "tensor": decide_tensor_axis,
+    "context": decide_context_axis,
+    "expert": decide_expert,
+}
 """By axis, in the order in which they are decided and applied."""
 
 
-def decide_axes(model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int) -> AxisChange:
+def decide_axes(
+    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, *, owns_loss: bool
+) -> AxisChange:
     """What all axes with more than one rank make of `model`, as one change.
+
+    Args:
+        owns_loss: whether it computes its loss by itself.
 
     Raises:
         ModelError, PlanError: an axis cannot be applied to this model.
@@ -32,7 +42,7 @@ def decide_axes(model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank
     changes: list[AxisChange] = []
     for axis, decide in DECIDE.items():
         if geometry.degree(axis) > 1:
-            changes.append(decide(model, layout, geometry, rank, places))
+            changes.append(decide(model, layout, geometry, rank, places, owns_loss))
             places |= changes[-1].places
 
     def apply(mesh: Mesh) -> Remove:
@@ -41,4 +51,5 @@ def decide_axes(model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank
             undo.callback(change.apply(mesh))
         return undo.close
 
-    return AxisChange(places, apply)
+    attention = next((change.attention for change in changes if change.attention is not None), None)
+    return AxisChange(places, apply, attention)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
+from sixfold.parallel.context.attention import ContextAttention
 from sixfold.plan import Geometry, Place
 
 Remove: TypeAlias = Callable[[], object]
@@ -26,11 +27,14 @@ class AxisChange:
         places: of parameters, by first names, that the axis cuts, or of which it makes gradients partial.
         apply: changes how modules run, and returns what undoes it; shapes of parameters are the state
             engine's.
+        attention: what is to be told of the sequences that run; None where ranks have whole ones.
     """
 
     places: Mapping[str, Place] = field(default_factory=dict)
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
+    attention: ContextAttention | None = None
 
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place]], AxisChange]
-"""(model, layout, geometry, rank, places so far) -> change. The places it returns replace those so far."""
+Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]
+"""(model, layout, geometry, rank, places so far, whether the model computes its loss by itself) -> change.
+The places it returns replace those so far."""

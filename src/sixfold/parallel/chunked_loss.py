@@ -8,8 +8,11 @@ by chunk. Where a model does something to its scores in between, that cannot be,
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,9 +21,14 @@ from torch import Tensor, nn
 from sixfold.base.errors import ModelError
 from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
 from sixfold.models.decoder import Decoder
+from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
 
 IGNORED = -100
+OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+"""Head, hidden states [rows, width] and targets [rows] to their summed loss."""
+OF_ROWS = "of_rows"
+"""Attribute of a loss function that an axis has put into a model: such a function, for heads that are cut."""
 
 
 def chunk_loss(
@@ -42,7 +50,8 @@ def chunk_loss(
         return functools.partial(setattr, model, "loss_chunk", before)
     head = None if takes_scores else head_of(model)
     if head is not None and asked != 0:
-        return _Chunks(model, head, asked, loss or _in_fp32).remove
+        of_rows = getattr(model.loss_function, OF_ROWS, None)
+        return _Chunks(model, head, asked, of_rows or partial(_of_rows, loss or _in_fp32)).remove
     if asked:
         why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
         raise _unknown(model, asked, why)
@@ -52,8 +61,8 @@ def chunk_loss(
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head of a Hugging Face causal model that takes the library's own loss; None of any other."""
     library = sys.modules.get("transformers.loss.loss_utils")
-    function = getattr(model, "loss_function", None)
-    if library is None or function is not library.ForCausalLMLoss:
+    function: Any = getattr(model, "loss_function", None)
+    if library is None or function is None or inspect.unwrap(function) is not library.ForCausalLMLoss:
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head if isinstance(head, nn.Module) else None
@@ -66,52 +75,52 @@ class _Changed(Exception):
 class _Chunks:
     """A model whose head and loss wait for each other."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, loss: Loss) -> None:
-        self._model, self._head, self._asked, self._loss = model, head, asked, loss
+    def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, of_rows: OfRows) -> None:
+        self._model, self._head, self._asked, self._of_rows = model, head, asked, of_rows
         self._rows: int | None = None  # of a chunk, in a forward that is computed so
-        self._handed_on: Tensor | None = None
+        self._handed_on: tuple[nn.Module, Tensor] | None = None
         self._is_known = True
-        self._own_head = head.forward
+        self._own, self._own_head = own_forward(model), own_forward(head)
         self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
-        self._own = model.forward
-        self._were_set = [(part, "forward" in vars(part)) for part in (model, head)]
-        model.forward = _as(self._own, self._forward)
-        head.forward = _as(self._own_head, self._hand_on)
+        self._before = [(part, vars(part).get("forward")) for part in (model, head)]
+        # Methods, so that a stage of the model, which is a copy of some of it, runs its own.
+        model.forward = MethodType(_as(self._own, self._forward), model)
+        head.forward = MethodType(_as(self._own_head, self._hand_on), head)
         model.loss_function = self._loss_of_chunks  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Give the model its own way back."""
         self._model.loss_function = self._own_loss  # type: ignore[assignment]
-        for (part, was_set), own in zip(self._were_set, (self._own, self._own_head), strict=True):
-            if was_set:
-                part.forward = own
+        for part, forward in self._before:
+            if forward is not None:
+                part.forward = forward
             else:
                 del part.forward
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         if not self._is_known or not isinstance(labels, Tensor):
-            return self._own(*args, **kwargs)
+            return self._own(model, *args, **kwargs)
         entries = next(self._head.parameters()).shape[0]
         rows = rows_at_once(labels.numel(), entries, self._asked)
         self._rows = rows if rows < labels.numel() else None
         try:
-            output = self._own(*args, **kwargs)
+            output = self._own(model, *args, **kwargs)
         except _Changed:
             self._is_known = False
             if self._asked:
                 raise _unknown(self._model, self._asked, "it changes its scores behind the head") from None
-            return self._own(*args, **kwargs)
+            return self._own(model, *args, **kwargs)
         finally:
             self._rows = self._handed_on = None
         if rows < labels.numel() and hasattr(output, "logits"):
             output.logits = None  # nobody shall take what was handed on for scores
         return output
 
-    def _hand_on(self, hidden: Tensor) -> Tensor:
+    def _hand_on(self, head: nn.Module, hidden: Tensor) -> Tensor:
         if self._rows is None:
-            return self._own_head(hidden)  # type: ignore[no-any-return]
-        self._handed_on = hidden
+            return self._own_head(head, hidden)  # type: ignore[no-any-return]
+        self._handed_on = head, hidden
         return hidden
 
     def _loss_of_chunks(
@@ -128,14 +137,16 @@ class _Chunks:
         if self._rows is None:
             given = (num_items_in_batch, ignore_index, shift_labels)
             return self._own_loss(logits, labels, vocab_size, *given, **kwargs)
-        if logits is not self._handed_on:
+        head, handed_on = self._handed_on or (self._head, None)
+        if logits is not handed_on:
             raise _Changed
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
         counting = targets != ignore_index
         hidden, targets = logits.flatten(0, -2), targets.masked_fill(~counting, -1)
-        total = in_chunks(self._own_head, self._loss, hidden, targets, self._rows)
+        of_rows, own_head = self._of_rows, partial(self._own_head, head)
+        total = in_chunks(lambda states: states, partial(of_rows, own_head), hidden, targets, self._rows)
         return total / (counting.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -147,6 +158,10 @@ def _as(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any
         return other(*args, **kwargs)
 
     return forward
+
+
+def _of_rows(loss: Loss, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    return loss(head(hidden), targets)
 
 
 def _in_fp32(scores: Tensor, targets: Tensor) -> Tensor:

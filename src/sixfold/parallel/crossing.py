@@ -1,4 +1,5 @@
-"""Crossings: what happens to activations, and to their gradients on the way back, where an axis begins or ends.
+"""Crossings: what happens to activations, and to their gradients on the way back, where an axis begins or
+ends.
 
 The modules that change a model for the tensor axis put them around layers. A crossing is a pair of
 operations over the ranks of the axis, one for each direction, as data; the way back of one is the way there
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -51,8 +53,9 @@ class Crossing:
     """What is done to an activation and to its gradient.
 
     Args:
-        there: to the activation. "same": nothing; "sum": over the ranks; "gather": their parts of one dim, one
-            behind the other; "part": this rank's part is kept; "scatter": summed, and this rank's part kept.
+        there: to the activation. "same": nothing; "sum": over the ranks; "gather": their parts of one dim,
+            one behind the other; "part": this rank's part is kept; "scatter": summed, and this rank's part
+            kept.
         back: to its gradient.
     """
 
@@ -79,7 +82,6 @@ def bounds(total: int, num_ranks: int, place: int) -> tuple[int, int]:
     return place * total // num_ranks, (place + 1) * total // num_ranks
 
 
-@torch.compiler.disable
 def cross(x: Tensor, crossing: Crossing, axis: Axis, dim: int = -1, total: int | None = None) -> Tensor:
     """`x` beyond a crossing.
 
@@ -89,7 +91,15 @@ def cross(x: Tensor, crossing: Crossing, axis: Axis, dim: int = -1, total: int |
     """
     if axis.num_ranks == 1:
         return x
-    crossed: Tensor = _Cross.apply(x, crossing.there, crossing.back, axis, dim, total)  # type: ignore[no-untyped-call]
+    crossed: Tensor = _crossed(x, crossing, axis, dim, total)
+    return crossed
+
+
+# A compiled block is cut in two here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _crossed(x: Tensor, crossing: Crossing, axis: Axis, dim: int, total: int | None) -> Tensor:
+    way = crossing.there, crossing.back, axis, dim, total
+    crossed: Tensor = _Cross.apply(x, *way)  # type: ignore[no-untyped-call]
     return crossed
 
 
@@ -103,7 +113,7 @@ class _Cross(torch.autograd.Function):
         elif there == "gather" and total is None:
             total = x.shape[dim] * axis.num_ranks
         ctx.way_back = back, there, axis, dim, total
-        return _DO[there](x, axis, dim, total or 0)
+        return exchange(x, there, axis, dim, total or 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,8 +121,27 @@ class _Cross(torch.autograd.Function):
         return crossed, None, None, None, None, None
 
 
-def _same(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
-    return x
+def exchange(x: Tensor, operation: Operation, axis: Axis, dim: int, total: int) -> Tensor:
+    """One operation over the ranks, without a way back.
+
+    Args:
+        total: the size of `dim` in the whole.
+    """
+    if operation == "same":
+        return x
+    _AXES[id(axis)] = axis
+    exchanged: Tensor = _exchange(x, operation, id(axis), dim, total)
+    return exchanged
+
+
+_AXES: WeakValueDictionary[int, Axis] = WeakValueDictionary()
+
+
+# One operation for torch too: what recompute compares between a forward and its second run are then the
+# operations of the model, not those that happen to be needed to carry an exchange.
+@torch.library.custom_op("sixfold::exchange", mutates_args=())
+def _exchange(x: Tensor, operation: str, axis: int, dim: int, total: int) -> Tensor:
+    return _DO[operation](x, _AXES[axis], dim, total)
 
 
 def _sum(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
@@ -123,7 +152,7 @@ def _sum(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
 
 def _part(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
     start, stop = bounds(total, axis.num_ranks, axis.place)
-    return x.narrow(dim, start, stop - start).contiguous()
+    return x.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
 
 
 def _gather(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
@@ -154,8 +183,7 @@ def _scatter(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
     return rows[axis.place, : stop - start].movedim(0, dim).contiguous()
 
 
-_DO: dict[Operation, Callable[[Tensor, Axis, int, int], Tensor]] = {
-    "same": _same,
+_DO: dict[str, Callable[[Tensor, Axis, int, int], Tensor]] = {
     "sum": _sum,
     "gather": _gather,
     "part": _part,

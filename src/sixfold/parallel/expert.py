@@ -36,7 +36,12 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def decide_expert(
-    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+    model: nn.Module,
+    layout: LayoutConfig,
+    geometry: Geometry,
+    rank: int,
+    places: Mapping[str, Place],
+    owns_loss: bool,
 ) -> AxisChange:
     """Deal the experts of every layer out to `layout.expert` groups of ranks.
 

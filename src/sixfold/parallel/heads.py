@@ -1,7 +1,8 @@
 """The head of a language model that is cut along the vocabulary, and the loss behind it.
 
 Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
-keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are gathered.
+keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are
+gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models import decoder
+from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.chunked_loss import OF_ROWS
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor import TensorCut
 from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
@@ -60,14 +63,16 @@ class Head:
             return scores
         return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
 
-    def attach(self) -> list[Callable[[], None]]:
+    def attach(self, owns_loss: bool) -> list[Callable[[], None]]:
         """Put the loss over the cut vocabulary where the model calls its own; returns what undoes it."""
         undo = [self._attach_method()] if self.is_method else []
+        if not owns_loss:
+            return undo
         if isinstance(self.model, decoder.Decoder):
-            if self.model.loss is decoder.cross_entropy:
-                undo += [self._attach_loss(self.model), self._attach_forward(lambda args, kwargs: True)]
+            if self.model.loss is summed_cross_entropy:
+                undo += [self._attach_loss(self.model), self._attach_scores()]
         elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
-            undo += [self._attach_causal_loss(), self._attach_forward(self._has_labels)]
+            undo += [self._attach_causal_loss(), self._attach_forward()]
         return undo
 
     def _attach_method(self) -> Callable[[], None]:
@@ -94,6 +99,12 @@ class Head:
         model: Any = self.model
         own, was_set = model.loss_function, "_loss_function" in vars(model)
 
+        def of_rows(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+            with self._parted():  # backward comes here again, outside of the model's forward
+                scores = head(hidden)
+            return losses_of(scores.float(), targets, self.vocabulary).sum()
+
+        @functools.wraps(own)
         def loss(
             logits: Tensor,
             labels: Tensor,
@@ -120,6 +131,7 @@ class Head:
             count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
             return losses.sum() / count
 
+        setattr(loss, OF_ROWS, of_rows)
         model.loss_function = loss
 
         def undo() -> None:
@@ -130,20 +142,32 @@ class Head:
 
         return undo
 
-    def _attach_forward(self, is_inside: Callable[[Any, Any], bool]) -> Callable[[], None]:
+    def _attach_scores(self) -> Callable[[], None]:
+        """A decoder's head is asked by its loss, also in recomputed chunks, and by `logits` for all."""
+        model: Any = self.model
+        self.is_parted = True
+
+        def logits(model: decoder.Decoder, *args: Any, **kwargs: Any) -> Tensor:
+            with self._parted(False):
+                return decoder.Decoder.logits(model, *args, **kwargs)
+
+        model.logits = MethodType(logits, model)
+        return lambda: delattr(model, "logits")
+
+    def _attach_forward(self) -> Callable[[], None]:
         model = self.model
         given, own = vars(model).get("forward"), own_forward(model)
 
         @functools.wraps(own)
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not is_inside(args, kwargs):
+            if not self._has_labels(args, kwargs):
                 return own(model, *args, **kwargs)
             with self._parted():
                 output = own(model, *args, **kwargs)
             logits = getattr(output, "logits", None)
             if logits is not None and logits.shape[-1] < self.vocabulary.size:
                 # No rank has them whole: better none than a part that looks like all.
-                return dataclasses.replace(output, logits=None)  # type: ignore[type-var]
+                return dataclasses.replace(output, logits=None)
             return output
 
         model.forward = MethodType(forward, model)
@@ -163,9 +187,9 @@ class Head:
         return "labels" in names[: len(args)] and args[names.index("labels")] is not None
 
     @contextmanager
-    def _parted(self) -> Iterator[None]:
-        self.is_parted = True
+    def _parted(self, flag: bool = True) -> Iterator[None]:
+        before, self.is_parted = self.is_parted, flag
         try:
             yield
         finally:
-            self.is_parted = False
+            self.is_parted = before

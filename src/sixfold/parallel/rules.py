@@ -55,7 +55,8 @@ def _parsed(rule: str) -> tuple[str, str]:
 
 
 def _with_head(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """The plan of a Hugging Face model, with its head known for one: scores stay cut where the loss allows it."""
+    """The plan of a Hugging Face model, with its head known for one: scores stay cut where the loss allows
+    it."""
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     names = {name for name, module in model.named_modules() if module is head}

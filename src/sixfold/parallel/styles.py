@@ -1,8 +1,8 @@
 """Styles: the ways in which a layer is cut over the tensor axis, as data.
 
 A rule gives a module one of these by name; the names are those that Hugging Face models use in their own
-plans. `tensor.py` decides pieces from them and puts their crossings around forwards. A new kind of layer or way
-to cut it is a row here.
+plans. `tensor.py` decides pieces from them and puts their crossings around forwards. A new kind of layer or
+way to cut it is a row here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from sixfold.parallel.crossing import COPIED, GATHERED, PARTED, SUMMED, Crossing
 
 Share = Literal["out", "in", "whole", "partial"]
-"""What a rank has of a parameter: rows of outputs or of inputs; or all of it, with the whole gradient or with a
-summand."""
+"""What a rank has of a parameter: rows of outputs or of inputs; or all of it, with the whole gradient or
+with a summand."""
 
 OUT: Mapping[str, Share] = {
     "weight": "out",
@@ -72,7 +72,8 @@ LEFT_WHOLE = frozenset({"grouped_gemm", "ep_dispatch_experts", "moe_tp_experts",
 
 
 def dims_of(module: nn.Module) -> Mapping[Share, int] | None:
-    """The dims of a layer's matrices that count its outputs and its inputs; None for another kind of module."""
+    """The dims of a layer's matrices that count its outputs and its inputs; None for another kind of
+    module."""
     if isinstance(module, nn.Linear | nn.Embedding):
         return {"out": 0, "in": 1}
     # Of Hugging Face: a linear layer with its weight the other way round.

@@ -1,7 +1,8 @@
 """The tensor axis, decided: which piece of each parameter a rank has, and which layers cross the axis how.
 
-Called by `initialize` between facts and plan, on a model with or without weights, and by `verify.py` for a tiny
-copy. It reads shapes and attributes only and changes nothing; forwards are changed by `tensor_forwards.py`.
+Called by `initialize` between facts and plan, on a model with or without weights, and by `verify.py` for a
+tiny copy. It reads shapes and attributes only and changes nothing; forwards are changed by
+`tensor_forwards.py`.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def decide_tensor(model: nn.Module, rules: Rules, num_ranks: int, place: int) ->
 
 
 def in_sequence(cut: TensorCut, model: nn.Module, blocks: Sequence[str]) -> TensorCut:
-    """The cut where each rank keeps its part of the sequence alone between `blocks`: what is whole in them works
-    on a part, so its gradient is a summand."""
+    """The cut where each rank keeps its part of the sequence alone between `blocks`: what is whole in them
+    works on a part, so its gradient is a summand."""
     places = dict(cut.places)
     for name, parameter in model.named_parameters():
         if any(name.startswith(block + ".") for block in blocks):
@@ -163,7 +164,7 @@ class _Cutting:
             raise self._refused(
                 f"{name} has max_norm", "an embedding that is cut leaves its rows as they are"
             )
-        size = int(module.weight.shape[dims[share]])  # type: ignore[union-attr,index,arg-type]
+        size = _weight(module).shape[dims[share]]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
         is_projection = style.role == "linear" and width > 1 and most > 0
@@ -207,7 +208,7 @@ class _Cutting:
             style, dims = styles.get(f"{parent_name}.{child_name}"), dims_of(child)
             if style is None or dims is None or style.entering is None or style.shares["weight"] != "out":
                 continue
-            run = int(child.weight.shape[dims["out"]]) // style.parts  # type: ignore[union-attr,index,arg-type]
+            run = _weight(child).shape[dims["out"]] // style.parts
             width = self._head_width(f"{parent_name}.{child_name}", run)
             counts += [run // width] if width > 1 else []
         return max(counts, default=0)
@@ -261,23 +262,31 @@ class _Cutting:
                     heads = groups * layer.size // layer.head_width // self.num_ranks
                     yield parent_name, attribute, heads // len(layer.heads)
 
+    @property
+    def _kind(self) -> str:
+        return type(self.model).__name__
+
     def _uneven(self, heads: int) -> PlanError:
         counts = [self._most_heads(name, self.styles()) for name in self.styles() if "." in name]
         shared = gcd(*(count for count in counts if count))
         legal = [degree for degree in range(1, shared + 1) if shared % degree == 0]
         return PlanError(
-            f"layout.tensor = {self.num_ranks} with {type(self.model).__name__}, whose attention has {heads} heads",
+            f"layout.tensor = {self.num_ranks} with {self._kind}, whose attention has {heads} heads",
             rule="heads are divided over the tensor axis, each on one rank",
             fix=f"set layout.tensor to one of {', '.join(map(str, legal))}",
         )
 
     def _refused(self, given: str, rule: str) -> ModelError:
         return ModelError(
-            f"layout.tensor = {self.num_ranks} with {type(self.model).__name__}: {given} ({self.rules.source})",
+            f"layout.tensor = {self.num_ranks} with {self._kind}: {given} ({self.rules.source})",
             rule=rule,
-            fix='name what is cut in layout.tensor_rules, such as {"layers.*.fc1" = "colwise", '
-            '"layers.*.fc2" = "rowwise"}, or set layout.tensor = 1',
+            fix='name what is cut, for example layout.tensor_rules = ["layers.*.fc1 = colwise", '
+            '"layers.*.fc2 = rowwise"], or set layout.tensor = 1',
         )
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    return module.get_parameter("weight")
 
 
 _KNOWN = "weight and bias of linear layers are known, and low-rank adapters beside them"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Remove
@@ -20,15 +21,32 @@ from sixfold.plan import Geometry, Place
 
 
 def decide_tensor_axis(
-    model: nn.Module, layout: LayoutConfig, geometry: Geometry, rank: int, places: Mapping[str, Place]
+    model: nn.Module,
+    layout: LayoutConfig,
+    geometry: Geometry,
+    rank: int,
+    places: Mapping[str, Place],
+    owns_loss: bool,
 ) -> AxisChange:
     """See `Decide`."""
-    blocks = block_names(model, layout.blocks) if layout.sequence_parallel else []
+    blocks = _blocks(model, layout) if layout.sequence_parallel else []
     rules = find_rules(model, layout)
     cut = decide_tensor(model, rules, geometry.degree(AXIS), geometry.coordinate(rank, AXIS))
     cut = in_sequence(cut, model, blocks)
 
     def apply(mesh: Mesh) -> Remove:
-        return TensorForwards(model, cut, mesh.along(AXIS), blocks).remove
+        return TensorForwards(model, cut, mesh.along(AXIS), blocks, owns_loss=owns_loss).remove
 
     return AxisChange(cut.places, apply)
+
+
+def _blocks(model: nn.Module, layout: LayoutConfig) -> list[str]:
+    blocks = block_names(model, layout.blocks)
+    if not blocks:
+        raise ModelError(
+            f"layout.sequence_parallel with a {type(model).__name__} that has no repeated blocks",
+            rule="the sequence is cut from the first block of a model to its last",
+            fix='name them, for example layout.blocks = ["encoder.layer.*"], or leave '
+            "layout.sequence_parallel unset",
+        )
+    return blocks

@@ -34,11 +34,20 @@ class TensorForwards:
     Args:
         cut: what was decided for this rank.
         axis: the ranks of the tensor axis.
-        blocks: names of repeated blocks between which each rank keeps its part of the sequence alone; none for
-            whole activations there.
+        blocks: names of repeated blocks between which each rank keeps its part of the sequence alone; none:
+            all have the whole there.
+        owns_loss: whether the model computes its loss by itself, so that nobody else reads its scores.
     """
 
-    def __init__(self, model: nn.Module, cut: TensorCut, axis: Axis, blocks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cut: TensorCut,
+        axis: Axis,
+        blocks: Sequence[str] = (),
+        *,
+        owns_loss: bool = True,
+    ) -> None:
         self._model = model
         self._axis = axis
         self._cut = cut
@@ -49,7 +58,7 @@ class TensorForwards:
         for layer in cut.layers:
             self._change(layer)
         if self._head is not None:
-            self._undo += self._head.attach()
+            self._undo += self._head.attach(owns_loss)
         for name in sorted(self._parents()):
             self._wrap(name, self._parent(name))
         if blocks:
@@ -81,8 +90,8 @@ class TensorForwards:
         self._undo.append(undo)
 
     def _probe(self, name: str) -> Callable[[], bool]:
-        """Whether a module has pieces at the moment. It has whole parameters while somebody reads or edits the
-        whole model, and then runs as it did uncut."""
+        """Whether a module has pieces at the moment. While somebody reads or edits the whole model it has
+        whole parameters, and runs as it did uncut."""
         first = next(each for each in self._cut.layers if each.spans and _is_beside(each.name, name))
         layer = self._model.get_submodule(first.name)
         dim = dim_of(first.style.shares["weight"], "weight", layer)
@@ -135,9 +144,9 @@ class TensorForwards:
         def make(own: Own) -> Own:
             def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
                 is_here = (ids >= start) & (ids < stop)
-                padding = module.padding_idx
-                is_ours = isinstance(padding, int) and start <= padding < stop
-                with _put(module, {"padding_idx": padding - start if is_ours else None}):  # type: ignore[operator]
+                padding: Any = module.padding_idx
+                local = padding - start if padding is not None and start <= padding < stop else None
+                with _put(module, {"padding_idx": local}):
                     rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
                 return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
 
@@ -235,7 +244,7 @@ class TensorForwards:
 
 def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:
     """Some heads of keys or values [..., all heads * width]."""
-    split = y.unflatten(-1, (-1, width))
+    split = y.view(*y.shape[:-1], -1, width)
     return torch.stack([split[..., head, :] for head in heads], -2).flatten(-2)
 
 

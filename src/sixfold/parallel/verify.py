@@ -188,7 +188,7 @@ def _pass(model: nn.Module, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
     found = loss[None] if isinstance(loss, Tensor) else _first_tensor(output)
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(found.shape, generator=draw, dtype=found.dtype)
-    (found * weight).sum().backward()
+    torch.autograd.backward((found * weight).sum())
     return found.detach(), {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()

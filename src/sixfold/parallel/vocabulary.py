@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sixfold.parallel.crossing import Axis, bounds
+from sixfold.parallel.crossing import Axis, bounds, exchange
 
 IGNORED = -100
 """Target that counts nothing, as in torch."""
@@ -37,13 +37,12 @@ class Vocabulary:
         return bounds(self.size, self.axis.num_ranks, self.axis.place)
 
 
-@torch.compiler.disable
 def losses_of(scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int = IGNORED) -> Tensor:
     """Cross-entropy of each row, in nats, the same on every rank.
 
     Args:
         scores: of this rank's entries, floating [rows, stop - start].
-        targets: numbers in the whole vocabulary, [rows]; rows with `ignored` get 0.
+        targets: numbers in the whole vocabulary, [rows]; rows with `ignored`, or below 0, get 0.
 
     Returns:
         [rows], in the type of `scores`.
@@ -59,16 +58,14 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int) -> Tensor:
         (start, stop), axis = vocabulary.span, vocabulary.axis
-        counts = targets != ignored
+        counts = (targets != ignored) & (targets >= 0)
         is_mine = counts & (targets >= start) & (targets < stop)
         columns = torch.where(is_mine, targets - start, 0)
         largest = scores.amax(-1)
         parts = torch.exp(scores - largest[:, None])
         hit = torch.where(is_mine, scores.gather(1, columns[:, None])[:, 0], 0)
-        told = scores.new_empty(axis.num_ranks, 3, len(scores))
-        told[axis.place] = torch.stack((largest, parts.sum(-1), hit))
-        axis.all_gather(told.view(-1)).wait()
-        maxima, sums, hits = told.unbind(1)
+        told = torch.stack((largest, parts.sum(-1), hit))[None]
+        maxima, sums, hits = exchange(told, "gather", axis, 0, axis.num_ranks).unbind(1)
         top = maxima.amax(0)
         norm = (sums * torch.exp(maxima - top)).sum(0)
         # From here on: this rank's probabilities, all that the gradient needs.

@@ -92,21 +92,27 @@ def split(batch: Batch, micro: int | None) -> list[Batch]:
 
 
 def divide(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch into so many micro-batches as equal as can be, some of them empty where samples are few.
-
-    Raises:
-        ModelError: it has no tensors, so that nothing is known of an empty one.
-    """
+    """Cut a batch into so many micro-batches as equal as can be, some of them empty where samples are few."""
     total = num_samples(batch)
-    if parts and not lengths_of(batch):
-        raise ModelError(
-            f"a batch of {type(batch).__name__} without any tensor; others have {parts} micro-batches",
-            rule="under layout.expert every rank runs as many micro-batches as the others, empty ones where "
-            "it has no samples, because they send it tokens",
-            fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
-        )
     borders = [total * part // parts for part in range(parts + 1)]
     return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
+
+
+def without_targets(batch: Mapping[str, Any], ignored: int) -> dict[str, Any]:
+    """One sample shaped as those of `batch`, of which no label counts.
+
+    Args:
+        ignored: the label that does not.
+    """
+
+    def one(name: str, field: Any) -> Any:
+        if not isinstance(field, torch.Tensor) or not field.dim():
+            return field
+        is_mask = name == "attention_mask" and not field.is_floating_point()
+        fill = ignored if name in ("labels", "shift_labels") else int(is_mask)
+        return field.new_full((1, *field.shape[1:]), fill)
+
+    return {name: one(name, field) for name, field in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) -> Batch:
@@ -159,6 +165,11 @@ def _rows(batch: Batch, start: int, stop: int, total: int) -> Batch:
         parts = [_rows(field, start, stop, total) for field in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
+
+
+def change_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """A batch with all its tensors changed."""
+    return _map(batch, lambda field: change(field) if isinstance(field, torch.Tensor) else field)
 
 
 def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:

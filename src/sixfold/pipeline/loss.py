@@ -161,6 +161,11 @@ class LossForm:
         """Whether the model divides its summed loss by `num_items_in_batch`."""
         return self._shift is not None
 
+    @property
+    def shift(self) -> int | None:
+        """Labels that the model leaves out at the beginning of each sequence; None: not known."""
+        return self._shift
+
     def scale(self, counts: Counts, last_weight: float | None, mesh: Mesh) -> float:
         """P of an update: its targets where the model divides by them, else the last update's weight.
 
@@ -173,14 +178,22 @@ class LossForm:
         update = Counts(*mesh.total(*counts.numbers()))
         return self._items(update) if self.counts_items else update.samples
 
-    def read(self, output: Any, batch: Batch, scale: float) -> Share:
-        """A micro-batch's share of the loss, divided by P = `scale`."""
+    def read(
+        self, output: Any, batch: Batch, scale: float, *, part: float = 1.0, items: float | None = None
+    ) -> Share:
+        """A micro-batch's share of the loss, divided by P = `scale`.
+
+        Args:
+            batch: what the output came from.
+            part: how much of its samples' targets it holds, where sequences are cut.
+            items: how many labels it holds; None: they are counted.
+        """
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
         if isinstance(result, tuple | list) and len(result) == 2:
             return Share(number_of(result[0], "the first of a tuple of 2") / scale, weight_of(result[1]))
         value = number_of(result, "the loss")
         if self.counts_items:
-            return Share(value, self._items(Counts.of(batch)))
+            return Share(value, self._items(Counts.of(batch)) if items is None else items)
         lengths = lengths_of(batch)
         if len(lengths) > 1:
             raise ModelError(
@@ -189,13 +202,14 @@ class LossForm:
                 rule="a bare scalar counts as the mean over samples, so their number must be plain",
                 fix="return (sum, weight) from the model or from loss_fn",
             )
-        samples = float(lengths[0])
+        samples = lengths[0] * part
         if not samples:
             raise ModelError(
-                "a mean loss over a micro-batch of 0 samples, run because other ranks have more",
+                f"a mean loss over {lengths[0]} samples with {part:.0%} of their targets, run because other "
+                "ranks have more",
                 rule="a mean over nothing is no number",
                 fix="return (sum, weight) from the model or from loss_fn, or give every rank as many samples "
-                "as there are micro-batches",
+                "as there are micro-batches, with targets in every part of a sequence",
             )
         return Share(value * (samples / scale), samples, is_mean=True)
 

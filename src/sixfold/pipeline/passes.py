@@ -82,6 +82,7 @@ class Passes:
         if message := step.messages.pop((Op.RECEIVE_ACTIVATION, *place), None):
             taken = self._between.take_activation(stage, message)
             step.ready = time.monotonic()
+        step.work.enter(micro)
         result = step.work.run(stage, micro, taken.value)
         if torch.is_grad_enabled():
             step.inputs[place] = taken
@@ -156,6 +157,7 @@ class Passes:
                 gradients = self._between.take_gradient(stage, micro, message)
                 step.ready = time.monotonic()
             roots = _learning(step.outputs.pop(place))
+        step.work.enter(micro)  # parts of the forward may run again
         if roots:
             torch.autograd.backward(roots, gradients, retain_graph=retain_graph)
         if stage > 0 and self._between.is_local(stage, stage - 1):

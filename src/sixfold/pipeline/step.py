@@ -59,6 +59,7 @@ class Work:
         agreed: returns when it is known that all ranks which are to have this batch do, or raises; called
             before anything is sent whose shape follows from it.
         kinds: of each micro-batch, what the shapes in it depend on.
+        enter: called before a pass of a micro-batch, forward or backward.
     """
 
     run: Callable[[int, int, Any], Any]
@@ -66,6 +67,7 @@ class Work:
     counts: Counts = field(default_factory=Counts)
     agreed: Callable[[], None] = lambda: None
     kinds: Sequence[Kind] = ()
+    enter: Callable[[int], None] = lambda micro: None
 
 
 @dataclass

@@ -7,13 +7,13 @@ allocates, starts or plays anything.
 from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
-from sixfold.plan.memory import Memory, exchange_memory, persistent_memory
+from sixfold.plan.memory import Memory, exchange_memory, persistent_memory, transfer_memory
 from sixfold.plan.places import Place
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.stages import BlockCosts, StagePlan, decide_stages
-from sixfold.plan.traffic import Traffic, update_traffic
+from sixfold.plan.traffic import Traffic, dispatch_traffic, update_traffic
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units, placed
 
 __all__ = [
@@ -43,8 +43,10 @@ __all__ = [
     "decide_precision",
     "decide_residency",
     "decide_stages",
+    "dispatch_traffic",
     "exchange_memory",
     "persistent_memory",
     "placed",
+    "transfer_memory",
     "update_traffic",
 ]

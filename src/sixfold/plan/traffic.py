@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in an update: gradients on their way to their sums, weights on their way back.
+"""Bytes that one rank sends: gradients to their sums, weights on their way back, tokens to experts.
 
 Asked by whoever chooses a layout, and held by tests against what is really sent. Gathers of cut parameters
 during forward and backward, and messages of a few numbers, are not counted here.
@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sixfold.base.units import bytes_text
+from sixfold.plan.geometry import Geometry
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import ALL
+
+COUNT_BYTES = 8
+"""Of the number of tokens that come to one expert."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,31 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
             publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
             part //= sizes[axis]
     return Traffic(reduce, publish)
+
+
+def dispatch_traffic(
+    geometry: Geometry,
+    *,
+    choices: int,
+    num_experts: int,
+    width: int,
+    dtype: str,
+    num_forwards: int = 1,
+    num_backwards: int = 1,
+) -> int:
+    """What each rank sends to experts of others in one layer for one micro-batch, where load is even.
+
+    Every choice that falls on another rank goes there and back, forward and backward; how many come is told
+    before each forward.
+
+    Args:
+        choices: of experts, by all tokens of the micro-batch together, that find room.
+        width: numbers of a token, of type `dtype`.
+        num_forwards: 2 where the layer is recomputed.
+    """
+    ranks = geometry.degree("expert")
+    rows = 2 * _others(choices, ranks) * width * ITEM_BYTES[dtype]
+    return num_forwards * (rows + COUNT_BYTES * _others(num_experts, ranks)) + num_backwards * rows
 
 
 def _others(numel: int, ranks: int) -> int:

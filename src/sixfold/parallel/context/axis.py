@@ -1,0 +1,80 @@
+"""The context axis as `parallel/axes.py` knows it: what it refuses of a model, and what it changes.
+
+Parameters stay as they are. While the engine lives, calls of attention inside the model go to
+`ContextAttention`, and Hugging Face models take the implementation that makes such calls. Whether nothing
+else in the model mixes tokens is seen on the first batch (`pipeline/sequence.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sixfold.base.errors import ModelError
+from sixfold.config import LayoutConfig
+from sixfold.mesh import Mesh
+from sixfold.parallel.change import AxisChange, Remove
+from sixfold.parallel.context.attention import OFF, ContextAttention
+from sixfold.parallel.context.calls import answer_calls
+from sixfold.parallel.facts import BATCH_NORMS
+from sixfold.plan import Geometry, Place
+
+_CALLS = "sdpa"
+"""What Hugging Face calls attention by torch's own function."""
+
+
+def decide_context_axis(
+    model: nn.Module,
+    layout: LayoutConfig,
+    geometry: Geometry,
+    rank: int,
+    places: Mapping[str, Place],
+    owns_loss: bool,
+) -> AxisChange:
+    """See `parallel.axes`.
+
+    Raises:
+        ModelError: the model takes batch statistics, or its attention cannot be had by torch's function.
+    """
+    norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    if norms:
+        raise ModelError(
+            f"layout.context = {layout.context} with {len(norms)} BatchNorm layer(s), first {norms[0]}",
+            rule="statistics over tokens would be those of each rank's part",
+            fix=f"use LayerNorm or GroupNorm, or {OFF}",
+        )
+    attention = ContextAttention()
+    return AxisChange(apply=partial(_apply, model, attention), attention=attention)
+
+
+def _apply(model: nn.Module, attention: ContextAttention, mesh: Mesh) -> Remove:
+    attention.met = mesh.along("context")
+    undo = ExitStack()
+    undo.callback(take_implementation(model))
+    undo.callback(answer_calls(model, attention.answer))
+    return undo.close
+
+
+def take_implementation(model: nn.Module) -> Callable[[], None]:
+    """Have a Hugging Face model call torch's function for attention; returns what puts its own way back.
+
+    Raises:
+        ModelError: it has no such way.
+    """
+    choose: Any = getattr(model, "set_attn_implementation", None)
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if choose is None or own is None or own == _CALLS:
+        return lambda: None
+    try:
+        choose(_CALLS)
+    except ValueError as error:
+        raise ModelError(
+            f"layout.context with {type(model).__name__} and its attention {own!r}: {error}"[:400],
+            rule="attention across ranks stands in for torch's scaled_dot_product_attention",
+            fix=OFF,
+        ) from error
+    return partial(choose, own)

@@ -1,0 +1,246 @@
+"""Batches cut along their sequences: what each rank of the context axis runs of a micro-batch.
+
+Used by the engine between a batch and the module. Labels are shifted and positions counted before anything is
+cut, so a token knows its place and its target wherever it lies. Where ranks have whole sequences the same
+lines run and nothing is cut.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sixfold.base.errors import ModelError
+from sixfold.parallel import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
+from sixfold.pipeline.loss import IGNORED
+
+PER_TOKEN = "per_token"
+"""Method by which a model may say what it takes with one entry a token in each field."""
+_TRIED = 8
+"""Tokens for each rank on which it is tried whether a model can be cut."""
+_BOUND, _NARROW_BOUND = 1e-4, 3e-2
+"""How far numbers may be off by rounding, in fp32 and in 16 bits."""
+OFF = "set layout.context = 1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank runs of a micro-batch.
+
+    Args:
+        batch: its fields, cut.
+        sequences: which sequences it was cut from; None where they are whole.
+        share: the part of the micro-batch's targets that is in it.
+        targets: how many these are; None where there are no labels, or nothing is cut.
+    """
+
+    batch: Batch
+    sequences: Sequences | None = None
+    share: float = 1.0
+    targets: float | None = None
+
+
+class SequenceCut:
+    """Cuts micro-batches, and tells attention which one runs.
+
+    Args:
+        module: the model; asked what it takes.
+        attention: what is told; None where ranks have whole sequences.
+        device: where it computes.
+    """
+
+    def __init__(self, module: nn.Module, attention: ContextAttention | None, device: torch.device) -> None:
+        self._module = module
+        self._attention = attention
+        self._device = device
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks have parts of sequences."""
+        return self._attention is not None
+
+    def enter(self, piece: Piece | None) -> None:
+        """From now on modules run on this piece; None: on whole sequences."""
+        if self._attention is not None:
+            self._attention.sequences = None if piece is None else piece.sequences
+
+    @contextmanager
+    def running(self, piece: Piece) -> Iterator[None]:
+        """Inside, they do."""
+        self.enter(piece)
+        try:
+            yield
+        finally:
+            self.enter(None)
+
+    def piece(self, batch: Batch, *, shift: int | None) -> Piece:
+        """This rank's part of a micro-batch.
+
+        Args:
+            shift: labels that the model itself leaves out at the beginning of each sequence; None: unknown.
+
+        Raises:
+            ModelError: there are no sequences in it, or too short ones, or a field that cannot be cut.
+        """
+        if self._attention is None:
+            return Piece(batch)
+        fields, documents, keys = self._fields(batch, shift)
+        length = _length(fields)
+        num_ranks = self._attention.group.num_ranks
+        if length < 2 * num_ranks:
+            raise ModelError(
+                f"sequences of {length} tokens over layout.context = {num_ranks}",
+                rule="each rank has two pieces of every sequence, of one token at least",
+                fix=f"give sequences of {2 * num_ranks} tokens or more, or set layout.context = "
+                f"{max(1, length // 2)}",
+            )
+        spans = self._attention.spans_in(length)
+
+        def cut(tensor: Tensor) -> Tensor:
+            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
+            return cut_rows(tensor, spans, 1) if is_sequence else tensor
+
+        part = change_tensors(fields, cut)
+        labels = fields.get("labels") if isinstance(fields, Mapping) else None
+        documents, keys = (None if each is None else each.to(self._device) for each in (documents, keys))
+        sequences = Sequences(length, documents, keys)
+        if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
+            return Piece(part, sequences, num_rows(spans) / length)
+        valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
+        return Piece(part, sequences, own / max(1.0, valid), own)
+
+    def short(self, batch: Batch) -> Batch:
+        """The beginning of a batch's first sample, to try the model on, with a target everywhere; all of the
+        batch where nothing is cut or there is nothing."""
+        if self._attention is None or not num_samples(batch):
+            return batch
+        length, kept = _length(batch), _TRIED * self._attention.group.num_ranks + 3
+
+        def begin(tensor: Tensor) -> Tensor:
+            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
+            return tensor[:1, :kept] if is_sequence else tensor[:1] if tensor.dim() else tensor
+
+        short = change_tensors(batch, begin)
+        if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
+            labels = short["labels"]
+            short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
+        return short
+
+    def difference(self, expected: Any, output: Any, piece: Piece, loss: float, total: float) -> float:
+        """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
+        relative to these.
+
+        Args:
+            expected: the output for whole sequences, of which tensors with one entry a token are compared.
+            output: for this rank's piece.
+            loss, total: of the whole, and of all parts together.
+        """
+        assert self._attention is not None, "asked where something is cut"
+        assert piece.sequences is not None, "as above"
+        length, worst = piece.sequences.length, abs(total - loss) / max(abs(loss), 1e-30)
+        spans = self._attention.spans_in(length)
+        wholes, parts = list(tensors_of(expected)), list(tensors_of(output))
+        # Scores may be missing in one of them: there are fewer in a part, and only many are left out.
+        for whole, part in zip(wholes, parts, strict=True) if len(wholes) == len(parts) else ():
+            if whole.dim() > 1 and whole.shape[1] == length and whole.is_floating_point():
+                rows = cut_rows(whole, spans, 1).double()
+                is_alike = rows.shape == part.shape
+                far = float((rows - part.double()).abs().max()) if is_alike else float("inf")
+                worst = max(worst, far / max(float(whole.abs().max()), 1e-30))
+        return worst
+
+    def judge(self, error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]) -> None:
+        """Raise ModelError where some rank's `difference` is more than rounding.
+
+        Args:
+            is_narrow: whether the model computes in a type of 16 bits.
+            is_bad: whether any rank says so.
+        """
+        assert self._attention is not None, "asked where something is cut"
+        bound = _NARROW_BOUND if is_narrow else _BOUND
+        if is_bad(not error <= bound):
+            raise ModelError(
+                f"{type(self._module).__name__} over layout.context = {self._attention.group.num_ranks}: its "
+                f"outputs for a sequence that is cut differ by {error:.1e} from those for the whole one",
+                rule="attention by scaled_dot_product_attention alone may mix tokens, positions are told by "
+                f"position_ids or by the model's {PER_TOKEN}, and the loss is a sum or mean over tokens, "
+                "whose labels are not shifted by a loss_fn",
+                fix=f"shift labels in the batch, give the model {PER_TOKEN}(...) -> fields [batch, length], "
+                f"or {OFF}",
+            )
+
+    def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, Tensor | None, Tensor | None]:
+        """Fields with one entry a token, the documents, and which tokens may be seen."""
+        told: Callable[..., Mapping[str, Any]] | None = getattr(self._module, PER_TOKEN, None)
+        if told is not None:
+            named = isinstance(batch, Mapping)
+            fields = (
+                told(**batch) if named else told(*(batch if isinstance(batch, tuple | list) else (batch,)))
+            )
+            return fields, fields.get("documents"), None
+        if not isinstance(batch, Mapping):
+            return batch, None, None
+        return self._named_fields(dict(batch), shift)
+
+    def _named_fields(
+        self, fields: dict[str, Any], shift: int | None
+    ) -> tuple[Batch, Tensor | None, Tensor | None]:
+        length, like = _length(fields), next(each for each in tensors_of(fields) if each.dim() > 1)
+        documents, keys = fields.get("documents"), None
+        takes = inspect.signature(self._module.forward).parameters
+        mask, positions = fields.get("attention_mask"), fields.get("position_ids")
+        if isinstance(mask, Tensor):
+            if mask.shape != (len(like), length):
+                raise ModelError(
+                    f"an attention_mask {tuple(mask.shape)} with sequences of {length} tokens cut by "
+                    "layout.context",
+                    rule="attention across ranks takes padding and documents by token, not by pairs of them",
+                    fix="give attention_mask as [batch, length], or documents by position_ids that begin "
+                    f"anew; or {OFF}",
+                )
+            keys = None if bool((mask != 0).all()) else mask != 0
+        elif isinstance(positions, Tensor) and not _keeps_cache(self._module, fields):
+            documents = _documents(positions.expand(len(like), -1))
+        if "position_ids" in takes:
+            if positions is None:
+                positions = torch.arange(length, device=like.device)[None]
+            fields["position_ids"] = positions.expand(len(like), -1)
+        if "attention_mask" in takes and (mask is not None or "position_ids" in takes):
+            # Parts of a sequence are no documents, and what is padding is known already.
+            kind = mask.dtype if mask is not None else torch.long
+            fields["attention_mask"] = torch.ones(len(like), length, dtype=kind, device=like.device)
+        labels = fields.get("labels")
+        if shift == 1 and isinstance(labels, Tensor) and labels.shape == (len(like), length):
+            fields["labels"] = fields["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return fields, documents, keys
+
+
+def _keeps_cache(module: nn.Module, fields: Mapping[str, Any]) -> bool:
+    """Whether a Hugging Face model makes a cache: only without one it takes new positions for documents."""
+    own = getattr(getattr(module, "config", None), "use_cache", False)
+    return bool(fields.get("use_cache", own))
+
+
+def _documents(positions: Tensor) -> Tensor | None:
+    """The number of each token's document; None where each sequence is one."""
+    begins = positions[:, 1:] - positions[:, :-1] != 1
+    return F.pad(begins.cumsum(1), (1, 0)) if bool(begins.any()) else None
+
+
+def _length(batch: Batch) -> int:
+    for tensor in tensors_of(batch):
+        if tensor.dim() > 1:
+            return tensor.shape[1]
+    raise ModelError(
+        f"layout.context with a batch of {type(batch).__name__} that has no tensor of two dims",
+        rule="sequences lie along dim 1 of the batch's tensors",
+        fix=f"hand over [batch, length] tensors, or {OFF}",
+    )
