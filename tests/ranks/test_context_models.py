@@ -4,7 +4,7 @@ nothing of it stays behind."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +143,12 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
     if name == "sliding window":
         batch = test_context._padded(0)
 
-    def try_it() -> None:
-        with ExitStack() as ending:
-            engine = start(build(), loss_fn)
-            ending.callback(engine.close)
+    def train() -> None:
+        with closing(start(build(), loss_fn)) as engine:
             engine.train_step(batch)
 
     with pytest.raises(ModelError, match=said) as caught:
-        try_it()
+        train()
     assert "layout.context = 1" in caught.value.fix
 
 
