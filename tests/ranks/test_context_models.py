@@ -282,11 +282,3 @@ def test_compiled_blocks_attend_across_ranks() -> None:
     for step in range(2):
         assert engine.train_step(share_of(engine, "plain", step)) == pytest.approx(losses[step], rel=1e-10)
     engine.close()
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("model", TASKS)
-def test_six_ranks_take_what_two_heads_leave(model: str, rank_pool: Pool) -> None:
-    case = {"context": 6, "model": model, "zero": 3, "data": 1, "pipe": 1, "tensor": 1}
-    case |= {"recompute": None, "micro": 2, "transport": "host"}
-    rank_pool.run(test_context.follow, case, ranks=6, timeout_s=120)
