@@ -4,7 +4,7 @@ nothing of it stays behind."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +142,13 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
     batch: Any = vectors(0)
     if name == "sliding window":
         batch = test_context._padded(0)
-    with pytest.raises(ModelError, match=said) as caught, ExitStack() as ending:
-        engine = start(build(), loss_fn)
-        ending.callback(engine.close)
-        engine.train_step(batch)
+
+    def train() -> None:
+        with closing(start(build(), loss_fn)) as engine:
+            engine.train_step(batch)
+
+    with pytest.raises(ModelError, match=said) as caught:
+        train()
     assert "layout.context = 1" in caught.value.fix
 
 

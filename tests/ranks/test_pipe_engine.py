@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,6 +49,72 @@ def test_different_batches_within_a_pipeline_are_refused() -> None:
     with pytest.raises(ModelError, match="different batches") as caught:
         engine.train_step(pipes.batch_of(case, engine.mesh.rank))
     assert "rank=engine.data_rank" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("transport", ["host", "network"])
+@pytest.mark.parametrize("given", ["longer", "more", "none"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_batches_of_different_shapes_are_refused_before_anything_is_sent(
+    transport: str, given: str, is_new: bool
+) -> None:
+    """Whichever of the shapes ranks have seen before: else one of them waits for ever, or reads garbage."""
+    case = pipes.Case(model="decoder")
+    engine = pipes.engine_of(case, transport=transport)
+    batch = pipes.batch_of(case, 0)
+    if not is_new:
+        engine.train_step({name: field[:, :8] for name, field in batch.items()})
+    wrong = {
+        "longer": batch,
+        "more": {name: torch.cat([field[:, :8]] * 2) for name, field in batch.items()},
+        "none": None,
+    }
+    own = wrong[given] if engine.mesh.pipe_rank else {name: field[:, :8] for name, field in batch.items()}
+    sent = transfers_of(engine)
+    with pytest.raises(ModelError, match="different batches"):
+        engine.train_step(own)
+    assert sent == []
+    engine.close()
+
+
+def transfers_of(engine: sixfold.Engine) -> list[tuple[str, int]]:
+    """A list that fills with direction and number of elements of whatever goes between stages from now on."""
+    found: list[tuple[str, int]] = []
+    start = engine.mesh.dispatcher.start
+
+    def noting(op: str, group: str, tensor: torch.Tensor, *rest: Any) -> Any:
+        if op == "transfer":
+            found.append((group.partition(":")[2], tensor.numel()))
+        return start(op, group, tensor, *rest)
+
+    engine.mesh.dispatcher.start = noting  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.ranks(2)
+def test_shapes_are_told_when_they_are_new_and_never_again() -> None:
+    case = pipes.Case(model="decoder", num_micro=3)
+    engine = pipes.engine_of(case)
+    sent = transfers_of(engine)
+
+    def messages(length: int, num_samples: int = 2 * pipes.MICRO) -> int:
+        batch = {name: field[:num_samples, :length] for name, field in pipes.batch_of(case, 0).items()}
+        before = len(sent)
+        engine.train_step(batch)
+        return len(sent) - before
+
+    # Two micro-batches: an activation and its gradient each. A new shape: its length and its words.
+    assert messages(8) == 4 + 2
+    assert messages(8) == 4
+    assert messages(10) == 4 + 2
+    assert messages(8) == messages(10) == 4
+    # A second micro-batch that is smaller than the first one is of a shape of its own.
+    assert messages(8, num_samples=3) == 4 + 2
+    assert messages(8, num_samples=3) == 4
+    told = [each for each in sent if each[1] == 1]
+    assert len(told) == 3
+    assert {way for way, _ in told} == {"0>1"}
     engine.close()
 
 
@@ -207,6 +274,46 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble-v"])
+def test_transfers_take_no_more_shared_memory_than_they_are_priced(schedule: str) -> None:
+    case = pipes.Case(model="decoder", schedule=schedule, num_micro=6, size=12)
+    batch = {name: field[:, :8] for name, field in pipes.batch_of(case, 0).items()}
+    asked = {"layout": {"pipe": 2, "schedule": schedule}, "batch": {"micro": pipes.MICRO}}
+    priced: list[int] = []
+    engine = initialize_noting(priced, pipes.build(case), config=asked, example=batch)
+    assert engine.mesh.host is not None
+    scratch = engine.mesh.host.scratch
+    make, taken = scratch._make, []
+
+    def noting(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        # All else that is exchanged here is a few numbers, and shapes in words.
+        taken.append(numel * dtype.itemsize if numel > 16 and dtype.is_floating_point else 0)
+        return make(numel, dtype)
+
+    scratch._make = noting  # type: ignore[method-assign]
+    for step in range(4):
+        if engine.mesh.pipe_rank == step % 2:  # who reads late has the other's messages pile up
+            time.sleep(0.05)
+        engine.train_step(batch)
+    assert 0 < sum(taken) <= priced[0]
+    engine.close()
+
+
+def initialize_noting(priced: list[int], *args: Any, **kwargs: Any) -> sixfold.Engine:
+    """An engine, and how many bytes of transfers it expects in shared memory."""
+    module = sys.modules["sixfold.engine.initialize"]
+    price = module.crossing_memory
+
+    def noting(*rest: Any) -> int:
+        priced.append(price(*rest))
+        return priced[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "crossing_memory", noting)
+        return sixfold.initialize(*args, **kwargs)
+
+
 class Dawdling(nn.Linear):
     """Takes its time."""
 
@@ -300,3 +407,5 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
     if engine.mesh.pipe_rank == 0:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
+    else:  # no more than what comes before transfers: nothing would come
+        engine._playing._agree(-torch.ones(2, 2))()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -36,7 +36,6 @@ from sixfold.pipeline import (
     StepResult,
     Work,
     checksum,
-    different_batches,
     divide,
     fields_of,
     lengths_of,
@@ -112,6 +111,9 @@ class Playing:
         if not self._loss_form.is_settled:
             self._settle(batch)
         most = self._state.largest(what, len(micros))
+        agreed = self._agree(batch)
+        if self._mesh.num_fed > self._mesh.pipe_ranks:
+            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
         if len(micros) < common:
             micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
@@ -132,9 +134,7 @@ class Playing:
             return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
 
         kinds = [self._kind(piece.batch) for piece in pieces]
-        work = Work(
-            run, scale, counts, self._difference(batch), kinds, lambda micro: cut.enter(pieces[micro])
-        )
+        work = Work(run, scale, counts, agreed, kinds, lambda micro: cut.enter(pieces[micro]))
         try:
             return self.player.play(programs[self._mesh.pipe_rank], work)
         finally:
@@ -182,14 +182,34 @@ class Playing:
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
         return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
-    def _difference(self, batch: Batch) -> float:
-        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
+    def _agree(self, batch: Batch) -> Callable[[], None]:
+        """Start to compare the batches of ranks that are to have the same; the function returned waits, and
+        judges. A collective.
+
+        Raises:
+            ModelError: they differ; on every rank.
+        """
         mesh = self._mesh
         if mesh.num_fed == 1:
-            return 0.0
+            return lambda: None
+        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
         weight = mesh.num_fed - 1 if is_first else -1
-        return float(weight * (mesh.data_rank + 1) * checksum(batch))
+        sums = mesh.start_total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
+
+        @cache
+        def agreed() -> None:
+            (difference,) = sums()
+            if difference:
+                raise ModelError(
+                    f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
+                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+                )
+
+        return agreed
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
@@ -226,8 +246,7 @@ class Playing:
         if self._sequences.is_cut:
             if num_samples(batch):
                 self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
-            if self._mesh.total(self._difference(batch))[0]:
-                raise different_batches(self._mesh)
+            self._agree(batch)()
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
@@ -251,6 +270,7 @@ class Playing:
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)
+        self._agree(batch)()
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):

@@ -18,7 +18,7 @@ from sixfold.pipeline.batch import (
 )
 from sixfold.pipeline.loss import IGNORED, Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
-from sixfold.pipeline.player import Player, different_batches
+from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.sequence import Piece, SequenceCut
 from sixfold.pipeline.step import StepResult, Work
@@ -42,7 +42,6 @@ __all__ = [
     "Work",
     "WrittenOut",
     "checksum",
-    "different_batches",
     "divide",
     "fields_of",
     "lengths_of",

@@ -40,9 +40,10 @@ _NUM_CHECKED = 4096
 
 
 def checksum(batch: Batch) -> int:
-    """What tells two batches apart, 32 bits of the first numbers of every tensor."""
+    """What tells two batches apart, 32 bits of the shape, type and first numbers of every tensor."""
     found = 0
     for tensor in tensors_of(batch):
+        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
         first = tensor.detach().reshape(-1)[:_NUM_CHECKED].cpu().contiguous()
         found = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found)
     return found
