@@ -117,6 +117,7 @@ class Playing:
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
+        self.routing.begin(batch, self.scaler.scale, answers=self._answers)
         if len(self._stages) > 1 or not self._has_loss:
             self.routing.scale_penalties(self.scaler.scale / scale)
         # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
