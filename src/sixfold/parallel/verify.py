@@ -127,7 +127,7 @@ def difference(
             for place in range(num_ranks)
         ]
     except SixfoldError as error:
-        return error.given
+        return f"{error.given.partition(': ')[2] or error.given}; {error.rule}"
     results = _on_threads(num_ranks, lambda axis: _trial(model, cuts[axis.place], inputs, axis, blocks))
     failed = [each for each in results if isinstance(each, Exception)]
     if failed:
