@@ -278,18 +278,13 @@ def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 7) -> dict[st
     recorded = [engine.timed_step(batch(sizes, step)) for step in range(2 * num_steps)]
     costs = measured_costs(recorded[::2], latency=statistics.median(trips))
     predicted = simulate(programs_for(engine.resolved.config.layout, "training", sizes.num_micro), costs)
-    measured = statistics.median(each.makespan - first_start(each) for each in recorded[1::2])
+    measured = statistics.median(each.aligned().makespan for each in recorded[1::2])
     return {
         "predicted_ms": 1e3 * predicted.makespan,
         "measured_ms": 1e3 * measured,
         "off": measured / predicted.makespan - 1,
         "latency_ms": 1e3 * costs.latency,
     }
-
-
-def first_start(timeline: Any) -> float:
-    """When the first pass began."""
-    return min(event.start for rank in range(timeline.num_ranks) for event in timeline.passes(rank))
 
 
 # In the parent.

@@ -202,6 +202,7 @@ def test_the_run_folder_is_complete(finished: Finished) -> None:
         "config.toml",
         "logs",
         "metrics.jsonl",
+        "timeline.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

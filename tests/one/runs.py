@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 
 from sixfold.config import load
+from sixfold.monitor.recording import write_recording
+from sixfold.program import training
+from sixfold.simulate import Costs, StageCosts, simulate
 
 
 def make_run(folder: Path, *, num_steps: int = 12, lr: float = 1e-3, zero: int = 0, ranks: int = 2) -> Path:
-    """A finished run whose figures are those of formulas."""
+    """A finished run whose figures are those of formulas; `record_update` adds a recorded one."""
     folder.mkdir(parents=True)
     values = {"optimizer.lr": lr, "layout.zero": zero, "train.steps": num_steps}
     resolved = load(values=values).decide({"launch.ranks": ranks}, "one per core")
@@ -49,3 +52,9 @@ def make_run(folder: Path, *, num_steps: int = 12, lr: float = 1e-3, zero: int =
     records.append({"step": num_steps, "sample": "def <b>sample</b>():\n    pass"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def record_update(run: Path) -> None:
+    """Update 3 of a pipeline of two ranks, where transfers take a quarter of the time of a pass."""
+    costs = Costs((StageCosts(output_bytes=1),) * 2, bandwidth=4.0, step=1.0)
+    write_recording(run, 3, simulate(training("1f1b", 2, 3), costs), warn=print)

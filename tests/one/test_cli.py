@@ -61,7 +61,7 @@ def test_a_missing_data_folder(sixfold: Terminal, more: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-@pytest.mark.parametrize("axis", ["tensor", "context", "expert"])
+@pytest.mark.parametrize("axis", ["tensor", "context"])
 def test_an_axis_that_is_not_there_is_infeasible(sixfold: Terminal, axis: str, more: tuple[str, ...]) -> None:
     lab.write_corpus(sixfold.folder / "text", num_files=8)
     config = sixfold.config(**{f"layout__{axis}": 2})
@@ -220,11 +220,16 @@ def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Ter
     assert [f"memory      pipe rank {rank}:" in sixfold.out for rank in range(3)] == [True, True, False]
     assert "bubble" in sixfold.out
     assert "predicted compute" in page.read_text()
+    trace = page.with_suffix(".json")
+    assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", trace) == EXIT_DONE
+    assert "rank 1 predicted" in trace.read_text()
     assert sixfold("plan", "--config", config, "--ranks", "4", "--json") == 0
     told = json.loads(sixfold.out)
     assert told["makespan_s"] > told["ideal_s"] > 0
     assert len(told["memory_bytes"]) == 2
     assert sixfold("plan", "--config", config, "--ranks", "1") == EXIT_INFEASIBLE
     assert "start 2 ranks" in sixfold.err
-    assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", sixfold.folder) != 0
+    assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", "none/such.html") == EXIT_USAGE
     assert "cannot be written" in sixfold.err
+    assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", "update.pdf") == EXIT_USAGE
+    assert "name it update.html" in sixfold.err

@@ -28,16 +28,18 @@ import sixfold.cli.train
 from sixfold.base.errors import CheckpointError, ConfigError, DataError, ModelError, PlanError
 from sixfold.checkpoint import Content, open_checkpoint
 from sixfold.checkpoint.files import Files
-from sixfold.config import Resolved, describe, load
+from sixfold.config import LayoutConfig, Resolved, describe, load
 from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
 from sixfold.engine import watch
+from sixfold.engine.costs import cut_by_measure
 from sixfold.engine.playing import programs_for
 from sixfold.launch import current_session
-from sixfold.mesh import Host
+from sixfold.mesh import Host, Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
 from sixfold.parallel import ModelCut, decide_axes
+from sixfold.pipeline import LossForm
 from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
 from sixfold.state import Unit
 from sixfold.train import loop
@@ -308,6 +310,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
         2,
         lambda bench, changes: stages_text(bench, changes),
     ),
+    "layout.cost": ({"layout.pipe": 2}, "measured", lambda bench, changes: stage_costs(bench, changes)),
     "layout.balance": ({"layout.pipe": 2}, [1, 5], lambda bench, changes: stages_text(bench, changes)),
     "layout.tensor": ({}, 2, lambda bench, changes: pieces(bench, changes)),
     "layout.tensor_rules": (
@@ -426,6 +429,19 @@ def pieces(bench: Lab, changes: dict[str, Any]) -> str:
     layout = bench.resolved(changes).config.layout
     geometry = decide_geometry(layout, layout.tensor)
     return str(decide_axes(model, layout, geometry, 0, owns_loss=True).places)
+
+
+def stage_costs(bench: Lab, changes: dict[str, Any]) -> tuple[float, ...]:
+    """Of each stage of the lab's model, as rank 0 of a pipeline comes to them."""
+    asked = bench.resolved(changes).config
+    model = build_model(asked, VOCABULARY, device="cpu")
+    mesh = Mesh(decide_geometry(LayoutConfig(), 1), 0, torch.device("cpu"))
+    example = {"tokens": torch.zeros(2, 9, dtype=torch.int64)}
+    streams, form = Streams(0, mesh.device), LossForm(model, None)
+    cut = ModelCut.decide(model, asked.layout)
+    cut = cut_by_measure(cut, model, asked, mesh, streams, form, example)
+    assert cut.plan is not None
+    return cut.plan.costs
 
 
 def programs(bench: Lab, changes: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from sixfold.monitor.report.story import differing, read_story
 from sixfold.train import loop
 from sixfold.train.job import Request
 from tests.one import lab
-from tests.one.runs import make_run
+from tests.one.runs import make_run, record_update
 from tests.one.terminal import Terminal
 
 
@@ -115,6 +115,47 @@ def test_many_ranks_are_drawn_in_part() -> None:
     assert "pipe 1, data 7, tensor 3" in drawn
 
 
+def test_a_recorded_update_is_drawn_above_its_simulation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    record_update(run)
+    story = read_story(run)
+    spans = story.makespans()
+    # Nine seconds of passes on each rank; the transfers between them are left out of the simulation.
+    assert spans["simulated"] == pytest.approx(13)
+    assert spans["measured"] > 13.5
+    text = page([story])
+    outline = Outline(text)
+    assert "One update on every rank" in outline.headings
+    assert (outline.open, outline.fetched) == ([], [])
+    assert f"update 3, measured {1e3 * spans['measured']:.4g} ms, simulated 1.3e+04 ms" in text
+    for rank in range(2):
+        measured, simulated = (text.index(f"rank {rank} {name} compute") for name in spans if name != "off")
+        assert measured < simulated
+    (run / "timeline.json").write_text('{"step": 3, "events": [[0, "backwards 0.0", 0, 1]]}')
+    with pytest.raises(DataError, match="is not an instruction"):
+        read_story(run)
+
+
+def test_recorded_updates_are_drawn_into_a_file_of_their_own(sixfold: Terminal) -> None:
+    for name in ("a", "b"):
+        record_update(make_run(sixfold.folder / name))
+    make_run(sixfold.folder / "c")
+    assert sixfold("report", "a", "--timeline", "one.html", "--json") == EXIT_DONE
+    told = json.loads(sixfold.out)["runs"]["a"]["recorded update"]
+    assert told["off"] == pytest.approx(told["measured"] / told["simulated"] - 1)
+    assert "rank 1 measured compute" in (sixfold.folder / "one.html").read_text()
+    assert sixfold("report", "a", "b", "--timeline", "two.json") == EXIT_DONE
+    trace = json.loads((sixfold.folder / "two.json").read_text())["traceEvents"]
+    names = {each["args"]["name"] for each in trace if each["name"] == "process_name"}
+    assert {"rank 0 a measured", "rank 1 b simulated"} <= names
+    assert sixfold("report", "a", "--timeline", "three.txt") == EXIT_USAGE
+    assert "three.html" in sixfold.err
+    assert sixfold("report", "c", "--timeline", "four.html") == EXIT_USAGE
+    assert "c has recorded no update" in sixfold.err
+    assert sixfold("report", "a", "--timeline", "five.html", "--dry-run") == EXIT_DONE
+    assert not (sixfold.folder / "five.html").exists()
+
+
 def test_the_command(sixfold: Terminal) -> None:
     make_run(sixfold.folder / "a")
     make_run(sixfold.folder / "b")
@@ -145,7 +186,10 @@ def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
     assert story.sample is not None
     assert story.sample.startswith("def ")
     assert story.facts["degrees"]["data"] == 1
-    assert "Layout" in Outline(page([story])).headings
+    assert {"Layout", "One update on every rank"} <= set(Outline(page([story])).headings)
+    assert story.recorded is not None
+    assert story.recorded[0] == min(10, len(story.updates))
+    assert {each.instruction.op.value for each in story.lanes()["measured"].events} >= {"forward", "step"}
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match="no update"):
         read_story(tmp_path / "run")

@@ -217,6 +217,7 @@ ADDED: tuple[tuple[str, object, str], ...] = (
     ("train.minutes", 3, "train.steps"),
     ("data.sources", ["texts", "more.jsonl"], "data.path"),
     ("model.hf", "folder", "model.width"),
+    ("layout.cost", "measured", "layout.balance"),
     ("model.lora_from", "adapter", "model.lora_rank"),
     ("optimizer.momentum", 0.9, "optimizer.name"),
     ("layout.reduce", "last", "layout.gradients"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from sixfold.base.axes import AXIS_NAMES, CARDS, AxisCard
-from sixfold.base.errors import PlanError
 from sixfold.config import LayoutConfig, load
 from sixfold.plan.geometry import MESH_AXES, Geometry, decide_geometry
 
@@ -33,12 +32,8 @@ def test_a_card_has_all_its_parts(card: AxisCard) -> None:
         assert [geometry.coordinate(rank, card.name) for rank in range(2)] == [0, 1]
 
 
-@pytest.mark.parametrize("name", sorted(set(MESH_AXES) | {"expert"}))
-def test_an_axis_without_a_card_is_refused(name: str) -> None:
-    layout = load(values={"layout": {name: 2}}).config.layout
-    if name in CARDS:
-        assert decide_geometry(layout, 2).degree(name) == 2
-        return
-    with pytest.raises(PlanError) as caught:
-        decide_geometry(layout, 2)
-    assert ", ".join(CARDS) in caught.value.rule
+@pytest.mark.parametrize("name", AXIS_NAMES)
+def test_every_axis_has_its_card(name: str) -> None:
+    layout = load(values={"layout": {"zero": 1, name: 2}}).config.layout
+    assert CARDS[name].name == name
+    assert decide_geometry(layout, 2).world_size == 2

@@ -12,7 +12,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sixfold.base.errors import ProgramError
-from sixfold.program import SCHEDULES, Instruction, Op, Program, accumulation, evaluation, stages_of, training
+from sixfold.program import (
+    SCHEDULES,
+    Instruction,
+    Op,
+    Program,
+    accumulation,
+    evaluation,
+    post_ahead,
+    stages_of,
+    training,
+)
 from sixfold.simulate import (
     LANES,
     Costs,
@@ -23,6 +33,7 @@ from sixfold.simulate import (
     html_page,
     measured_costs,
     simulate,
+    simulated_again,
 )
 
 SECONDS = StageCosts()
@@ -299,6 +310,38 @@ def test_costs_of_a_recorded_step_give_its_makespan_back(schedule: str) -> None:
     timeline = simulate(programs, costs)
     recorded = Timeline(tuple(as_recorded(timeline, event) for event in timeline.events))
     assert simulate(programs, measured_costs([recorded] * 2)).makespan == timeline.makespan
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_served", [0, 2])
+def test_a_recorded_step_is_simulated_from_itself_alone(schedule: str, num_served: int) -> None:
+    """Also where receives were posted ahead of their place, and through a file."""
+    virtual = 2 if schedule in ANY_VIRTUAL else None
+    programs = training(schedule, 2, 4, virtual, num_served=num_served, longest_window=None)
+    costs = Costs((StageCosts(1, 2, 1), StageCosts(1, 1, 1, publish=0.5)) * (virtual or 1), step=1.5)
+    if schedule == "zero-bubble-v":
+        costs = replace(costs, stages=costs.stages * 2)
+    timeline = simulate(programs, costs)
+    times = {(each.rank, each.instruction): as_recorded(timeline, each) for each in timeline.events}
+    recorded = Timeline(
+        tuple(
+            times.get((rank, each), Event(rank, "reduce", each, 0.0, 0.0))
+            for rank, program in enumerate(map(post_ahead, programs))
+            for each in program.instructions
+        )
+    )
+    again = simulated_again(Timeline.of_rows(json.loads(json.dumps(recorded.rows()))))
+    assert again.makespan == timeline.makespan
+    assert [again.busy(rank) for rank in range(2)] == [timeline.busy(rank) for rank in range(2)]
+
+
+def test_a_recording_is_aligned_by_its_first_pass() -> None:
+    rows = [(0, "receive-activation 1.0", 2.0, 2.5), (0, "forward 1.0", 3.0, 4.0), (0, "backward 1.0", 5, 7)]
+    assert Timeline.of_rows(rows).aligned().rows() == [
+        (0, "receive-activation 1.0", 0.0, 0.0),
+        (0, "forward 1.0", 0.0, 1.0),
+        (0, "backward 1.0", 2.0, 4.0),
+    ]
 
 
 def as_recorded(timeline: Timeline, event: Event) -> Event:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
+from sixfold.base.errors import ModelError, PlanError
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
-from sixfold.models.moe import ExpertsConfig, Router
+from sixfold.models.moe import Experts, ExpertsConfig, Router
+from sixfold.plan import dispatch_traffic, persistent_memory
 from sixfold.testing import Pool
 from tests.covering import Case, covering, label
 
-SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 6, 19, 4
+SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 8, 19, 4
 PLAIN = DecoderConfig.derive(
     vocab_size=VOCABULARY, context_length=LENGTH, width=16, num_layers=2, num_heads=2, ffn_width=8
 )
@@ -79,6 +83,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "zero": (0, 1, 2, 3),
     "groups": (1, 2),
     "pipe": (1, 2),
+    "tensor": (None, "whole", "sequence"),
+    "context": (1, 2),
     "micro": (None, 2),
     "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
@@ -86,12 +92,17 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def data_ranks(case: Case) -> int:
+    return case["ranks"] // case["pipe"] // case["context"] // (1 if case["tensor"] is None else 2)
+
+
 def legal(case: Case) -> bool:
-    data = case["ranks"] // case["pipe"]
-    shard = data // case["groups"]
-    fits = shard >= 1 and data % case["expert"] == 0 and (case["groups"] == 1 or case["zero"] > 0)
+    data, replicas = data_ranks(case), data_ranks(case) * case["context"]
+    shard = replicas // case["groups"]
+    fits = data and shard and replicas % case["expert"] == 0 and (case["groups"] == 1 or case["zero"] > 0)
     divides = shard % case["expert"] == 0 or case["expert"] % max(1, shard) == 0
-    return fits and divides and (case["shares"] == "even" or data > 1)
+    is_whole = case["form"] != "capacity" or (case["tensor"] != "sequence" and case["context"] == 1)
+    return fits and divides and is_whole and (case["shares"] == "even" or data > 1)
 
 
 CASES = covering(FACTORS, legal)
@@ -103,10 +114,11 @@ def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
 
 
 def start(case: Case, model: nn.Module) -> Engine:
-    data = case["ranks"] // case["pipe"]
-    layout = {name: case[name] for name in ("expert", "zero", "pipe", "recompute", "transport")}
+    layout = {name: case[name] for name in ("expert", "zero", "pipe", "context", "recompute", "transport")}
     if case["groups"] > 1:
-        layout["shard"] = data // case["groups"]
+        layout["shard"] = data_ranks(case) * case["context"] // case["groups"]
+    if case["tensor"] is not None:
+        layout |= {"tensor": 2, "sequence_parallel": case["tensor"] == "sequence"}
     config = {
         "batch": {"micro": case["micro"]},
         "layout": layout,
@@ -134,6 +146,10 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
         assert loss == pytest.approx(losses[step], rel=1e-10)
         assert engine.last is not None
         assert engine.last.grad_norm == pytest.approx(norms[step], rel=1e-10)
+    here = {part.down_proj.shape[0] for part in engine.module.modules() if isinstance(part, Experts)}
+    num_experts = engine.module.config.experts.num_experts
+    assert case["zero"] == 3 or min(here) == num_experts // case["expert"]
+    assert engine.memory() == persistent_memory(engine.plan, 2)
     whole = engine.full_state_dict()
     far = {name: (whole[name] - number).abs().max().item() for name, number in parameters.items()}
     assert max(far.values()) < 1e-10, far
@@ -141,3 +157,155 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
     assert case["pipe"] > 1 or list(known.values()) == routing
     assert all(each in routing for each in known.values())
     engine.close()
+
+
+class InTurn(Router):
+    """Tokens go to all experts in turn."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        experts, weights = super().forward(x)
+        return torch.arange(experts.numel()).view(experts.shape) % self.config.num_experts, weights
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_the_plan_says_what_goes_to_experts(
+    recompute: str | None, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {name: values[0] for name, values in FACTORS.items()}
+    case |= {"expert": num_ranks, "ranks": num_ranks, "recompute": recompute}
+    model = build("loss")
+    for part in model.modules():
+        if isinstance(part, Router):
+            part.__class__ = InTurn
+    engine = start(case, model)
+    sent = []
+    exchange = engine.mesh.dispatcher.start
+
+    def counted(op: str, group: str, tensors: Any, *rest: Any) -> Any:
+        if op == "all-to-all":
+            sent.append(sum(tensor.nbytes for tensor in tensors))
+        return exchange(op, group, tensors, *rest)
+
+    monkeypatch.setattr(engine.mesh.dispatcher, "start", counted)
+    engine.train_step({"tokens": batch(0)[: SAMPLES // 3]})
+    layer = dispatch_traffic(
+        engine.plan.geometry,
+        choices=SAMPLES // 3 * LENGTH * 2,
+        num_experts=4,
+        width=16,
+        dtype="fp64",
+        num_forwards=1 if recompute is None else 2,
+    )
+    assert sum(sent) == 2 * layer > 0
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_what_cannot_be_dealt_out_is_refused() -> None:
+    config = {"layout": {"expert": 2}}
+    with pytest.raises(ModelError, match="without stacked experts"):
+        sixfold.initialize(Decoder(PLAIN), config=config)
+    odd = Decoder(replace(PLAIN, experts=ExpertsConfig(3)))
+    with pytest.raises(PlanError, match=r"(?s)3 experts in model\.layers\.0.*one of 1, 3"):
+        sixfold.initialize(odd, config=config)
+    engine = sixfold.initialize(build("loss"), config={**config, "batch": {"micro": 2}})
+    with pytest.raises(ModelError, match="no tensors in the batch of replica 0"):
+        engine.train_step({"tokens": batch(0)} if engine.data_rank else None)
+
+
+@cache
+def hugging_face(kind: str) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts_per_tok": 2,
+    }
+    if kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, head_dim=8))
+    else:
+        own = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **own, decoder_sparse_step=1))
+    model.set_experts_implementation("eager")  # the grouped product knows no fp64
+    return model.double()
+
+
+def labelled(step: int) -> dict[str, Tensor]:
+    labels = batch(step).clone()
+    labels[step % SAMPLES :, -2:] = -100
+    return {"input_ids": batch(step), "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(("ranks", "zero", "sizes"), [(2, 0, (7, 5)), (4, 3, (3, 6, 3, 0)), (2, 2, (12, 0))])
+def test_hugging_face_models_follow_one_process(
+    kind: str, ranks: int, zero: int, sizes: tuple[int, ...], rank_pool: Pool
+) -> None:
+    rank_pool.run(follow_hugging_face, kind, zero, sizes, ranks=ranks, timeout_s=60)
+
+
+def follow_hugging_face(kind: str, zero: int, sizes: tuple[int, ...]) -> None:
+    model = hugging_face(kind)
+    plain = deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    config = {
+        "layout": {"expert": 2, "zero": zero},
+        "batch": {"micro": 4},
+        "optimizer": {"name": "sgd", "lr": 0.5},
+    }
+    engine = sixfold.initialize(deepcopy(model), config=config)
+    for step in range(STEPS):
+        whole = labelled(step)
+        optimizer.zero_grad()
+        expected = plain(**whole, num_items_in_batch=(whole["labels"][:, 1:] != -100).sum()).loss
+        expected.backward()
+        optimizer.step()
+        own = {name: field.split(sizes)[engine.data_rank] for name, field in whole.items()}
+        assert engine.train_step(own) == pytest.approx(float(expected.detach()), rel=3e-6)
+    found = engine.full_state_dict()
+    for name, number in plain.state_dict().items():
+        assert (found[name] - number).abs().max().item() < 1e-5, name
+    engine.close()
+
+
+SAVED: list[tuple[int, dict[str, Any]]] = [
+    (1, {"expert": 1}),
+    (2, {"expert": 2}),
+    (4, {"expert": 2, "zero": 3}),
+    (4, {"expert": 4, "zero": 2}),
+    (4, {"expert": 2, "zero": 1, "tensor": 2}),
+]
+
+
+def test_every_layout_saves_the_same_bytes_and_goes_on(tmp_path: Path, rank_pool: Pool) -> None:
+    """Parameters, moments, and the load that balance follows, from one process and back."""
+    found = [rank_pool.run(save_and_go_on, layout, tmp_path, ranks=ranks)[0] for ranks, layout in SAVED]
+    assert found == [pytest.approx(found[0], rel=1e-10)] * len(SAVED)
+
+
+def save_and_go_on(layout: dict[str, Any], folder: Path) -> float:
+    config = {"layout": layout, "optimizer": {"lr": 0.01}}
+    engine = sixfold.initialize(build("loss"), config=config)
+    reference = folder / "reference"
+    whole = {"shares": "even"}
+    if layout["expert"] == 1:
+        for step in range(2):
+            engine.train_step(share(engine, whole, step))
+        engine.save(reference)
+    else:
+        engine.load(reference)
+        engine.save(mine := folder / str(sorted(layout.items())))
+        names = [path.name for path in reference.iterdir() if path.name != "manifest.json"]
+        differ = [name for name in names if (mine / name).read_bytes() != (reference / name).read_bytes()]
+        assert not differ
+    loss = engine.train_step(share(engine, whole, 2))
+    loss += engine.train_step(share(engine, whole, 3))
+    engine.close()
+    return loss

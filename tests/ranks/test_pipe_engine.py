@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
+from sixfold.simulate import simulated_again
 from sixfold.testing import Pool
 from tests.ranks import pipes, plain
 
@@ -46,6 +48,72 @@ def test_different_batches_within_a_pipeline_are_refused() -> None:
     with pytest.raises(ModelError, match="different batches") as caught:
         engine.train_step(pipes.batch_of(case, engine.mesh.rank))
     assert "rank=engine.data_rank" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("transport", ["host", "network"])
+@pytest.mark.parametrize("given", ["longer", "more", "none"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_batches_of_different_shapes_are_refused_before_anything_is_sent(
+    transport: str, given: str, is_new: bool
+) -> None:
+    """Whichever of the shapes ranks have seen before: else one of them waits for ever, or reads garbage."""
+    case = pipes.Case(model="decoder")
+    engine = pipes.engine_of(case, transport=transport)
+    batch = pipes.batch_of(case, 0)
+    if not is_new:
+        engine.train_step({name: field[:, :8] for name, field in batch.items()})
+    wrong = {
+        "longer": batch,
+        "more": {name: torch.cat([field[:, :8]] * 2) for name, field in batch.items()},
+        "none": None,
+    }
+    own = wrong[given] if engine.mesh.pipe_rank else {name: field[:, :8] for name, field in batch.items()}
+    sent = transfers_of(engine)
+    with pytest.raises(ModelError, match="different batches"):
+        engine.train_step(own)
+    assert sent == []
+    engine.close()
+
+
+def transfers_of(engine: sixfold.Engine) -> list[tuple[str, int]]:
+    """A list that fills with direction and number of elements of whatever goes between stages from now on."""
+    found: list[tuple[str, int]] = []
+    start = engine.mesh.dispatcher.start
+
+    def noting(op: str, group: str, tensor: torch.Tensor, *rest: Any) -> Any:
+        if op == "transfer":
+            found.append((group.partition(":")[2], tensor.numel()))
+        return start(op, group, tensor, *rest)
+
+    engine.mesh.dispatcher.start = noting  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.ranks(2)
+def test_shapes_are_told_when_they_are_new_and_never_again() -> None:
+    case = pipes.Case(model="decoder", num_micro=3)
+    engine = pipes.engine_of(case)
+    sent = transfers_of(engine)
+
+    def messages(length: int, num_samples: int = 2 * pipes.MICRO) -> int:
+        batch = {name: field[:num_samples, :length] for name, field in pipes.batch_of(case, 0).items()}
+        before = len(sent)
+        engine.train_step(batch)
+        return len(sent) - before
+
+    # Two micro-batches: an activation and its gradient each. A new shape: its length and its words.
+    assert messages(8) == 4 + 2
+    assert messages(8) == 4
+    assert messages(10) == 4 + 2
+    assert messages(8) == messages(10) == 4
+    # A second micro-batch that is smaller than the first one is of a shape of its own.
+    assert messages(8, num_samples=3) == 4 + 2
+    assert messages(8, num_samples=3) == 4
+    told = [each for each in sent if each[1] == 1]
+    assert len(told) == 3
+    assert {way for way, _ in told} == {"0>1"}
     engine.close()
 
 
@@ -205,6 +273,62 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
 
 
+class Dawdling(nn.Linear):
+    """Takes its time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_stages_are_cut_by_what_rank_0_has_measured_and_learn_the_same(on_meta: bool) -> None:
+    def trained(layout: dict[str, Any], is_slow: bool) -> tuple[sixfold.Engine, dict[str, torch.Tensor]]:
+        torch.manual_seed(3 + torch.distributed.get_rank())
+        first = Dawdling if is_slow else nn.Linear
+        with torch.device("meta" if on_meta else "cpu"):
+            model = nn.Sequential(first(4, 4), nn.Tanh(), *(nn.Linear(4, 4) for _ in range(4))).double()
+        batch = torch.arange(16, dtype=torch.float64).view(4, 4).sin()
+        engine = sixfold.initialize(
+            model,
+            config={"layout": layout, "batch": {"micro": 2}, "optimizer": {"lr": 0.1}},
+            loss_fn=lambda output, given: output.square().mean(),
+            example=batch,
+        )
+        for _ in range(2):
+            engine.train_step(batch)
+        return engine, engine.full_state_dict()
+
+    torch.manual_seed(3)
+    engine, cut = trained({"pipe": 2, "cost": "measured"}, is_slow=True)
+    other, whole = trained({"data": 2}, is_slow=False)
+    assert engine.plan.stages is not None
+    assert [len(blocks) for blocks in engine.plan.stages.blocks] == [1, 5]
+    assert engine.plan.stages.costs[0] > 0.5
+    assert all(torch.allclose(cut[name], whole[name], rtol=0, atol=1e-10) for name in whole)
+    engine.close()
+    other.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 0), ("breadth-first", 3), ("zero-bubble-v", 1)])
+def test_a_recorded_update_is_an_update_that_can_be_simulated(schedule: str, zero: int) -> None:
+    case = pipes.Case(schedule=schedule, zero=zero)
+    engine, same = pipes.engine_of(case), pipes.engine_of(case)
+    timeline = engine.timed_step(pipes.batch_of(case, 0)).aligned()
+    assert engine.last is not None
+    assert engine.last.loss == same.train_step(pipes.batch_of(case, 0))
+    assert timeline.num_ranks == 2
+    assert simulated_again(timeline).makespan > 0
+    for rank in range(2):
+        starts = [each.start for each in timeline.passes(rank)]
+        assert starts == sorted(starts)
+        assert 0 < timeline.busy(rank) <= timeline.makespan
+    engine.close()
+    same.close()
+
+
 @pytest.mark.ranks(2)
 def test_over_the_network_an_activation_is_let_go_with_its_gradient() -> None:
     engine = pipes.engine_of(pipes.Case(), transport="network")
@@ -242,3 +366,5 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
     if engine.mesh.pipe_rank == 0:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
+    else:  # no more than what comes before transfers: nothing would come
+        engine._playing._agree(-torch.ones(2, 2))()

@@ -18,6 +18,7 @@ from sixfold.cli.groups import ckpt, configuration, data
 from sixfold.cli.options import (
     AsJson,
     ConfigFile,
+    Drawing,
     DryJson,
     DryRun,
     Into,
@@ -91,10 +92,7 @@ def plan(
         int | None,
         typer.Option("--ranks", "-n", min=1, help="Ranks of the run. Unset: as train would start."),
     ] = None,
-    timeline: Annotated[
-        Path | None,
-        typer.Option("--timeline", parser=path, metavar="FILE", help="Draw one update into this HTML file."),
-    ] = None,
+    timeline: Drawing = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
@@ -207,13 +205,14 @@ def report(
             help="File to write. Unset: report.html in the run folder; of several runs, here.",
         ),
     ] = None,
+    timeline: Drawing = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell of one run, or compare several, in one HTML file: curves, time, layout, settings."""
     from sixfold.cli.report import report as write_report
 
-    raise typer.Exit(write_report(runs, into=into, dry_run=dry_run, as_json=as_json))
+    raise typer.Exit(write_report(runs, into=into, timeline=timeline, dry_run=dry_run, as_json=as_json))
 
 
 def main() -> None:

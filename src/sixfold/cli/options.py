@@ -61,6 +61,17 @@ Target = Annotated[Path, typer.Argument(parser=path, metavar="TARGET", help="Fol
 DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]
 
 
+Drawing = Annotated[
+    Path | None,
+    typer.Option(
+        "--timeline",
+        parser=path,
+        metavar="FILE",
+        help="Draw one update into this file: .html a page, .json a trace for Chrome's viewer and Perfetto.",
+    ),
+]
+
+
 def only_when_dry(as_json: bool, dry_run: bool) -> None:
     """What ranks print while they run is no document; their metrics are in the run folder."""
     if as_json and not dry_run:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
 from sixfold.base.errors import DataError
+from sixfold.simulate import Timeline, chrome_trace, html_page
 
 
 def print_json(value: object) -> None:
@@ -54,6 +55,26 @@ def _as_lines() -> Callable[[str, float], None]:
             typer.echo(f"corpus      {phase} ...", err=True)
 
     return show
+
+
+def write_timelines(file: Path, timelines: Mapping[str, Timeline], title: str) -> None:
+    """Draw timelines into the file that `--timeline` names: by its suffix a page, or a trace.
+
+    Raises:
+        DataError: it has another suffix, or cannot be written.
+    """
+    match file.suffix.lower():
+        case ".html":
+            text = html_page(timelines, title)
+        case ".json":
+            text = chrome_trace(timelines)
+        case _:
+            raise DataError(
+                f"--timeline {file} ends in {file.suffix!r}",
+                rule="a timeline is a page (.html), or a trace for Chrome's viewer and Perfetto (.json)",
+                fix=f"name it {file.with_suffix('.html').name}" if file.name else "name it timeline.html",
+            )
+    write_page(file, text, what="a timeline", option="--timeline")
 
 
 def write_page(file: Path, text: str, *, what: str, option: str) -> None:

@@ -13,15 +13,15 @@ from torch import nn
 
 from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, duration_text
-from sixfold.cli.output import print_json, write_page
+from sixfold.cli.output import print_json, write_timelines
+from sixfold.cli.train import decide_launch
 from sixfold.config import Config
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
-from sixfold.launch.resources import default_ranks
 from sixfold.monitor.hardware import peak_flops
-from sixfold.parallel import DTYPES, ModelCut, block_names, module_facts
-from sixfold.plan import Memory, decide, decide_batch, persistent_memory
-from sixfold.simulate import Costs, StageCosts, Timeline, html_page, simulate
+from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
+from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
+from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
 from sixfold.train.job import Request, resolve
 from sixfold.train.subject import build_model
@@ -35,29 +35,35 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
 
     Args:
         ranks: of the run; None: as `sixfold train` would start here.
-        timeline: where a page with the predicted update is written.
+        timeline: where the predicted update is drawn.
     """
-    resolved = resolve(request)
+    resolved = decide_launch(resolve(request), None)
     config = resolved.config
-    world_size = ranks or config.launch.ranks or default_ranks(None)[0]
+    world_size = ranks or config.launch.ranks
+    assert world_size is not None, "decided above"
     # The corpus is not there yet, and may offer fewer entries.
     model = build_model(config, config.data.vocab_size or DEFAULT_SIZE)
     config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
     facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
-    plans = [
-        decide(config, cut.facts_of(facts.parameters, rank), world_size, cut.plan)
-        for rank in range(config.layout.pipe)
-    ]
+    geometry = decide_geometry(config.layout, world_size)
+
+    def plan_of(pipe_rank: int) -> Plan:
+        axes = decide_axes(model, config.layout, geometry, geometry.first_rank(pipe_rank), owns_loss=True)
+        pieces = placed(facts.parameters, axes.places)
+        return decide(config, cut.facts_of(pieces, pipe_rank), world_size, cut.plan)
+
+    plans = [plan_of(rank) for rank in range(config.layout.pipe)]
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:
-        drawn = html_page({"predicted": predicted}, "One update, computation alone, predicted")
-        write_page(timeline, drawn, what="a timeline", option="--timeline")
+        write_timelines(timeline, {"predicted": predicted}, "One update, computation alone, predicted")
     if as_json:
         print_json(_facts(str(plans[0].geometry), memories, predicted))
         return EXIT_DONE
     typer.echo(plans[0])
+    if config.layout.cost == "measured":
+        typer.echo("            (cut by estimated cost here; rank 0 of a run measures first)")
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
     typer.echo(

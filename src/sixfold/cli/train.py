@@ -43,7 +43,7 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
             train(request, session)
         return 0
     node = nodes(os.environ)
-    resolved = _decide_launch(resolve(request), node)
+    resolved = decide_launch(resolve(request), node)
     standing = stand(request.resume, resolved) if request.resume is not None else None
     if standing is not None and standing.is_complete:
         typer.echo(standing)
@@ -75,7 +75,7 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
         )
 
 
-def _decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
+def decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
     """Fill in how many ranks this machine gets, and how many threads each."""
     if resolved.config.launch.ranks is None:
         ranks, why = default_ranks(node)

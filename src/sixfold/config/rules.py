@@ -1,20 +1,15 @@
 """Rules between options: which exclude each other, and which combinations are illegal.
 
-A rule is a function over the values of the paths it names; it returns the broken rule and a change
-that works, or None. The resolver walks `RULES`; adding a rule is adding one function here.
-Rules between an option and the machine belong to the plan, not here.
+The resolver walks `RULES`; adding a rule is adding one function here, or in `layout_rules` if it is about the
+layout. Rules between an option and the machine belong to the plan, not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from sixfold.config.tree import ModelConfig
-
-Verdict = tuple[str, str] | None
-"""(rule, fix), or None where the rule is kept."""
+from sixfold.config.model_rules import DECODER_KEYS
+from sixfold.config.ruling import Rules, Verdict
 
 PARTNERS = {
     "batch.global": "batch.tokens",
@@ -23,26 +18,12 @@ PARTNERS = {
     "train.minutes": "train.steps",
     "data.path": "data.sources",
     "data.sources": "data.path",
+    "layout.balance": "layout.cost",
+    "layout.cost": "layout.balance",
     "model.lora_rank": "model.lora_from",
     "model.lora_from": "model.lora_rank",
 }
 """Two ways to say one thing: at most one of them is set."""
-
-DECODER_KEYS = (
-    "width",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "ffn_width",
-    "rope_base",
-    "tie_embeddings",
-    "dropout",
-    "num_experts",
-)
-"""Sizes of the reference decoder, which another model brings along."""
-
-EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "router_z")
-"""How tokens are shared out over the experts of the reference decoder."""
 
 _OPTIMIZER_KEYS = {
     "adamw": ("betas", "eps"),
@@ -53,23 +34,8 @@ _OPTIMIZER_KEYS = {
 _BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A check over the values of `paths`, in that order."""
-
-    paths: tuple[str, ...]
-    check: Callable[..., Verdict]
-
-
-RULES: list[Rule] = []
-
-
-def _rule(*paths: str) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
-    def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
-        RULES.append(Rule(paths, check))
-        return check
-
-    return register
+RULES = Rules()
+_rule = RULES.rule
 
 
 def displaced_by(path: str, value: object) -> list[str]:
@@ -92,78 +58,6 @@ def _foreign_keys(name: str) -> list[str]:
     if name not in _OPTIMIZER_KEYS:  # what lower layers said was meant for another optimizer
         return [*special, "weight_decay"]
     return [key for key in special if key not in _OPTIMIZER_KEYS[name]]
-
-
-def _divisor_below(number: int, bound: int) -> int:
-    return next(candidate for candidate in range(min(bound, number), 0, -1) if number % candidate == 0)
-
-
-@_rule("model.width", "model.num_heads")
-def _heads(width: int, num_heads: int) -> Verdict:
-    step = 2 * num_heads
-    if width % step == 0:
-        return None
-    works = max(1, round(width / step)) * step
-    return (
-        f"model.width is an even multiple of model.num_heads (rotary positions turn pairs); "
-        f"{width} / {num_heads} = {width / num_heads:g}",
-        f"set model.width = {works}",
-    )
-
-
-@_rule("model.num_heads", "model.num_kv_heads")
-def _kv_heads(num_heads: int, num_kv_heads: int | None) -> Verdict:
-    if num_kv_heads is None or num_heads % num_kv_heads == 0:
-        return None
-    works = _divisor_below(num_heads, num_kv_heads)
-    return "model.num_kv_heads divides model.num_heads", f"set model.num_kv_heads = {works}"
-
-
-_NEEDED = {
-    **dict.fromkeys(("lora_alpha", "lora_targets"), ("lora_rank", "8")),
-    **dict.fromkeys(EXPERT_KEYS, ("num_experts", "8")),
-    "balance_rate": ("balance", '"bias"'),
-}
-"""Settings of the model that say more of another one, and a value of that."""
-
-
-def _says_more(key: str, other: str, value: str) -> None:
-    @_rule(f"model.{key}", f"model.{other}")
-    def check(more: object, first: object) -> Verdict:
-        if more is None or first is not None:
-            return None
-        return (
-            f"model.{key} says more of model.{other}, which is unset",
-            f"leave model.{key} unset, or set model.{other} = {value}",
-        )
-
-
-for _key, (_other, _value) in _NEEDED.items():
-    _says_more(_key, _other, _value)
-
-
-@_rule("model.expert_choices", "model.num_experts")
-def _choices(choices: int | None, num_experts: int | None) -> Verdict:
-    if num_experts is None or (choices or 2) <= num_experts:
-        return None
-    return (
-        f"a token chooses {choices or 2} experts, and there are {num_experts}",
-        f"set model.expert_choices = {num_experts}",
-    )
-
-
-@_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))
-def _sizes_of_the_decoder(other: Path | None, *sizes: object) -> Verdict:
-    defaults = {key: ModelConfig.model_fields[key].default for key in DECODER_KEYS}
-    given = [key for key, size in zip(DECODER_KEYS, sizes, strict=True) if size != defaults[key]]
-    if other is None or not given:
-        return None
-    names = ", ".join(f"model.{key}" for key in given)
-    return (
-        f"{names} {'is a size' if len(given) == 1 else 'are sizes'} of the reference decoder; the model of "
-        "model.hf has its own",
-        f"leave {names} unset, or model.hf",
-    )
 
 
 @_rule("data.vocab_size", "data.tokenizer")
@@ -307,133 +201,3 @@ for _key in ("loss_scale", "initial_scale", "growth_steps"):
     _belongs_to_fp16(_key)
 for _key in ("initial_scale", "growth_steps"):
     _scale_is_found(_key)
-
-
-_CUT_FROM = {"layout.parameters": 3, "layout.gradients": 2, "layout.optimizer": 1}
-"""The lowest preset `layout.zero` that cuts each kind of state."""
-
-
-def _is_cut(kind: str, zero: int | None, own: str | None) -> bool:
-    return own != "whole" if own is not None else (zero or 0) >= _CUT_FROM[kind]
-
-
-@_rule("layout.shard", "layout.zero", *_CUT_FROM)
-def _shard_cuts_something(shard: int | None, zero: int | None, *own: str | None) -> Verdict:
-    if shard is None or any(_is_cut(kind, zero, word) for kind, word in zip(_CUT_FROM, own, strict=True)):
-        return None
-    works = "layout.zero = 3 (or 1 or 2)" if not any(own) else 'layout.optimizer = "group"'
-    return (
-        "layout.shard is the size of the groups that model state is cut over, and with layout.zero = "
-        f"{zero or 0}{' (as when unset)' if not zero else ''} and these layout.parameters, gradients and "
-        "optimizer nothing is cut",
-        f"set {works}, or leave layout.shard unset",
-    )
-
-
-@_rule("layout.reduce", "layout.gradients")
-def _one_word_on_gradients(reduce: str | None, gradients: str | None) -> Verdict:
-    if reduce is None or gradients is None or (reduce == "last") == (gradients == "whole"):
-        return None
-    return (
-        "gradients that are reduced once, after the last micro-batch, are held whole; those reduced after "
-        "each are cut like the optimizer's state",
-        "leave layout.gradients unset, or layout.reduce",
-    )
-
-
-@_rule("layout.prefetch_mb", "layout.zero", "layout.parameters")
-def _prefetch_needs_cut_parameters(budget: float | None, zero: int | None, own: str | None) -> Verdict:
-    if budget is None or _is_cut("layout.parameters", zero, own):
-        return None
-    works = "layout.zero = 3" if own is None else 'layout.parameters = "group"'
-    return (
-        "layout.prefetch_mb bounds what is gathered ahead, and whole parameters are never gathered",
-        f"set {works}, or leave layout.prefetch_mb unset",
-    )
-
-
-@_rule("layout.shard", "layout.data", "layout.context")
-def _shard_divides(shard: int | None, data: int | None, context: int) -> Verdict:
-    if shard is None or data is None or data * context % shard == 0:
-        return None
-    return (
-        f"layout.shard divides layout.data x layout.context = {data * context}",
-        f"set layout.shard = {_divisor_below(data * context, shard)}",
-    )
-
-
-@_rule("layout.expert", "layout.data", "layout.context")
-def _expert_divides(expert: int, data: int | None, context: int) -> Verdict:
-    if data is None or data * context % expert == 0:
-        return None
-    return (
-        f"layout.expert divides layout.data x layout.context = {data * context}",
-        f"set layout.expert = {_divisor_below(data * context, expert)}",
-    )
-
-
-_OF_AXIS = {
-    "pipe": ("schedule", "virtual_stages", "balance"),
-    "tensor": ("tensor_rules", "sequence_parallel"),
-}
-"""Settings that say more of an axis."""
-
-
-def _needs_an_axis(axis: str, keys: tuple[str, ...]) -> None:
-    @_rule(f"layout.{axis}", *(f"layout.{key}" for key in keys))
-    def check(degree: int, *given: object) -> Verdict:
-        idle = [f"layout.{key}" for key, value in zip(keys, given, strict=True) if value not in (None, False)]
-        if degree > 1 or not idle:
-            return None
-        return (
-            f"{' and '.join(idle)} is about several ranks along the {axis} axis, and layout.{axis} = 1",
-            f"leave it unset, or set layout.{axis} to the number of ranks along it",
-        )
-
-
-for _key, _keys in _OF_AXIS.items():
-    _needs_an_axis(_key, _keys)
-
-
-_NUM_VIRTUAL = {"interleaved": None, "breadth-first": None, "zero-bubble-v": 2}
-"""Stages on each rank by schedule, None where any number is; those that are not named have one."""
-
-
-@_rule("layout.virtual_stages", "layout.schedule")
-def _schedule_has_its_stages(virtual: int | None, schedule: str | None) -> Verdict:
-    name = schedule or "1f1b"
-    if name == "interleaved" and virtual is None:
-        return (
-            'layout.schedule = "interleaved" has as many stages on each rank as layout.virtual_stages says',
-            "set layout.virtual_stages = 2, or leave layout.schedule unset",
-        )
-    own = _NUM_VIRTUAL.get(name, 1)
-    if virtual is None or own is None or virtual == own:
-        return None
-    return (
-        f'with layout.schedule = "{name}" each rank has {own} stage(s)',
-        'leave layout.virtual_stages unset, or set layout.schedule = "interleaved"',
-    )
-
-
-@_rule("layout.balance", "layout.pipe", "layout.virtual_stages", "layout.schedule")
-def _one_number_a_stage(
-    balance: tuple[int, ...] | None, pipe: int, virtual: int | None, schedule: str | None
-) -> Verdict:
-    num_stages = pipe * (virtual or _NUM_VIRTUAL.get(schedule or "1f1b", 1) or 1)
-    if balance is None or pipe == 1 or len(balance) == num_stages:
-        return None
-    return (
-        f"layout.balance gives the blocks of each of {num_stages} stages, and has {len(balance)} numbers",
-        f"give {num_stages} numbers, or leave layout.balance unset",
-    )
-
-
-@_rule("layout.schedule", "layout.compile")
-def _split_backward_is_not_compiled(schedule: str | None, compiled: str | None) -> Verdict:
-    if compiled is None or schedule is None or not schedule.startswith("zero-bubble"):
-        return None
-    return (
-        "a zero-bubble schedule puts off weight gradients, and a compiled block computes its backward as one",
-        'leave layout.compile unset, or set layout.schedule to another, such as "1f1b"',
-    )

@@ -167,8 +167,7 @@ class LayoutConfig(Section):
     stands for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or
     else what its structure allows."""
     sequence_parallel: bool = False
-    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence
-    alone."""
+    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence."""
     pipe: Positive = 1
     """Ranks along the pipe axis: the model is cut into stages, in order."""
     schedule: Schedule | None = None
@@ -176,7 +175,10 @@ class LayoutConfig(Section):
     virtual_stages: Positive | None = None
     """Stages on each rank of a pipeline. Unset: as many as the schedule has, else 1."""
     balance: tuple[Positive, ...] | None = None
-    """Blocks (layers, or children of a Sequential) of each stage. Unset: cut by estimated cost."""
+    """Blocks (layers, or children of a Sequential) of each stage. Unset: cut by cost."""
+    cost: Literal["estimated", "measured"] | None = None
+    """What stages are cut by: costs "estimated" from shapes, or "measured" by rank 0, which runs every part
+    on a batch of the real shape. Unset: estimated."""
     context: Positive = 1
     """Ranks along the context axis."""
     expert: Positive = 1

@@ -26,6 +26,7 @@ from sixfold.engine.admission import (
     check_model,
     tell_idle_settings,
 )
+from sixfold.engine.costs import check_example, cut_by_measure
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.playing import Playing
@@ -46,7 +47,7 @@ from sixfold.parallel import (
     module_facts,
     move_buffers,
 )
-from sixfold.pipeline import LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
+from sixfold.pipeline import Batch, LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
 from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
@@ -72,6 +73,7 @@ def initialize(
     loss_fn: LossFn | None = None,
     weights: str | Path | None = None,
     device: torch.device | str | None = None,
+    example: Batch = None,
 ) -> Engine:
     """Make `model` trainable on every rank of this job.
 
@@ -87,6 +89,8 @@ def initialize(
             such as a Hugging Face one, one such file, or a checkpoint, of which the model part counts. With
             the model on meta each rank reads the elements that it owns, and nothing else is made.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
+        example: a batch as `train_step` will get it, needed where `layout.cost` is "measured" and read there
+            alone.
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
@@ -97,6 +101,7 @@ def initialize(
     if not isinstance(config, Resolved):
         tell_idle_settings(resolved)
     check_model(model, asked)
+    check_example(asked, example)
     learning_rate = decide_learning_rate(asked)
     if not isinstance(config, Resolved):
         learning_rate.check_end()
@@ -120,14 +125,11 @@ def initialize(
 
     # Decided once on the model as it was handed over, so that what cannot run is refused before any
     # weight is made; the optimizer's groups, known only later, refine the units.
-    draft = plan_of(facts)
+    plan_of(facts)
     mesh = meet(geometry, place, rank, address, asked.launch)
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
-    mesh = mesh.sharing(
-        asked.layout.transport, exchange_bytes=exchange_memory(draft), timeout_s=patience_of(asked.launch)
-    )
     check_agreement(mesh, model, facts, asked)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
@@ -137,6 +139,14 @@ def initialize(
     if facts.on_meta:
         materialize(model, asked.seed, mesh, given)
     move_buffers(model, place)
+    loss_form = LossForm(model, loss_fn)
+    cut = cut_by_measure(cut, model, asked, mesh, streams, loss_form, example)
+    # What ranks have told each other so far is little, and how much memory they share depends on the cut.
+    mesh = mesh.sharing(
+        asked.layout.transport,
+        exchange_bytes=exchange_memory(plan_of(facts)),
+        timeout_s=patience_of(asked.launch),
+    )
     ending.callback(axes.apply(mesh))
     ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
@@ -197,9 +207,9 @@ def initialize(
             state=state,
             player=player,
             scaler=scaler,
-            loss_form=LossForm(model, loss_fn),
+            loss_form=loss_form,
             sequences=SequenceCut(model, axes.attention, place),
-            routing=Routing(model, mesh),
+            routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(
             model,

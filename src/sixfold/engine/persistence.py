@@ -155,7 +155,12 @@ class Persistence:
         optimizer: dict[str, Spec] = {}
         if names >= self._trained():
             specs = self.bound.state_specs()
-            optimizer = {state_name(n, key): Spec(*s) for n, keys in specs.items() for key, s in keys.items()}
+            # In the order of the model, whatever the units are.
+            optimizer = {
+                state_name(entry.name, key): Spec(*spec)
+                for entry in entries
+                for key, spec in specs.get(entry.name, {}).items()
+            }
             pieces += [
                 Piece(OPTIMIZER, state_name(name, key), start, part)
                 for name, key, start, part in self.bound.state_pieces()

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.parallel import DTYPES, Routing, Stage
 from sixfold.pipeline import (
+    IGNORED,
     Batch,
     Counts,
     Kind,
@@ -36,14 +38,16 @@ from sixfold.pipeline import (
     checksum,
     divide,
     fields_of,
+    lengths_of,
     num_samples,
     split,
     tensors_of,
     to_device,
+    without_targets,
 )
 from sixfold.plan import Plan
-from sixfold.program import Instruction, Program, check, evaluation, post_ahead, training
-from sixfold.simulate import Event, Timeline, lane_of
+from sixfold.program import Program, check, evaluation, post_ahead, training
+from sixfold.simulate import Timeline
 from sixfold.state import ModelState
 
 Purpose = Literal["training", "rehearsal", "evaluation"]
@@ -102,14 +106,16 @@ class Playing:
             step: updates done.
             last_weight: global weight of the update before; None for the first.
         """
+        agreed = self._agree(batch)
+        if self._mesh.num_fed > self._mesh.pipe_ranks or not self._loss_form.is_settled:
+            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
+        micros = split(batch, self._micro)
+        common = self._in_common(batch, len(micros)) if self._layout.expert > 1 else 0
         if not self._loss_form.is_settled:
             self._settle(batch)
-        micros = split(batch, self._micro)
         most = self._state.largest(what, len(micros))
-        if self._layout.expert > 1:
-            # Ranks wait for each other's tokens in every pass, so all have equally many.
-            most = self._mesh.largest(most)
-            micros = divide(batch, most) if len(micros) < most else micros
+        if len(micros) < common:
+            micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
@@ -128,9 +134,7 @@ class Playing:
             return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
 
         kinds = [self._kind(piece.batch) for piece in pieces]
-        work = Work(
-            run, scale, counts, self._difference(batch), kinds, lambda micro: cut.enter(pieces[micro])
-        )
+        work = Work(run, scale, counts, agreed, kinds, lambda micro: cut.enter(pieces[micro]))
         try:
             return self.player.play(programs[self._mesh.pipe_rank], work)
         finally:
@@ -145,20 +149,13 @@ class Playing:
         zero, self.player.record = time.monotonic(), []
         try:
             yield found
-            mine = [(str(each), start - zero, stop - zero) for each, start, stop in self.player.record]
+            rank = self._mesh.pipe_rank
+            mine = [(rank, str(each), start - zero, stop - zero) for each, start, stop in self.player.record]
         finally:
             self.player.record = None
-        rows = self._mesh.texts(json.dumps(mine))
-        found.append(
-            Timeline(
-                tuple(
-                    Event(rank, lane_of(instruction.op), instruction, start, stop)
-                    for rank in range(self._mesh.pipe_ranks)
-                    for text, start, stop in json.loads(rows[self._mesh.rank_at(rank)])
-                    for instruction in [Instruction.parse(text)]
-                )
-            )
-        )
+        texts = self._mesh.texts(json.dumps(mine))
+        own = [json.loads(texts[self._mesh.rank_at(rank)]) for rank in range(self._mesh.pipe_ranks)]
+        found.append(Timeline.of_rows(chain.from_iterable(own)))
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
@@ -185,20 +182,69 @@ class Playing:
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
         return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
-    def _difference(self, batch: Batch) -> float:
-        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
+    def _agree(self, batch: Batch) -> Callable[[], None]:
+        """Start to compare the batches of ranks that are to have the same; the function returned waits, and
+        judges. A collective.
+
+        Raises:
+            ModelError: they differ; on every rank.
+        """
         mesh = self._mesh
         if mesh.num_fed == 1:
-            return 0.0
+            return lambda: None
+        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
         weight = mesh.num_fed - 1 if is_first else -1
-        return float(weight * (mesh.data_rank + 1) * checksum(batch))
+        sums = mesh.start_total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
+
+        @cache
+        def agreed() -> None:
+            (difference,) = sums()
+            if difference:
+                raise ModelError(
+                    f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
+                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+                )
+
+        return agreed
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
         return (*shapes, torch.is_grad_enabled(), self._module.training)
 
+    def _in_common(self, batch: Batch, num_micro: int) -> int:
+        """Micro-batches of the rank that has most: as many as all run, who wait for each other's tokens.
+
+        Raises:
+            ModelError: a rank has fewer, and nothing from which to make others; on every rank.
+        """
+        rows = self._mesh.everyones(num_micro, float(bool(lengths_of(batch))))
+        most = round(max(row[0] for row in rows))
+        bare = [str(place) for place, row in enumerate(rows) if row[0] < most and not row[1]]
+        if bare:
+            raise ModelError(
+                f"no tensors in the batch of replica {', '.join(bare)}; others have {most} micro-batches",
+                rule="under layout.expert every rank runs as many micro-batches as the others, empty ones "
+                "where it has no samples, because they send it tokens",
+                fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
+            )
+        return most
+
+    def _cut_into(self, batch: Batch, parts: int) -> list[Batch]:
+        # Models that count their targets need not be able to run without any sample.
+        return [
+            without_targets(micro, IGNORED)
+            if self._loss_form.counts_items and not num_samples(micro)
+            else micro
+            for micro in divide(batch, parts)
+        ]
+
     def _settle(self, batch: Batch) -> None:
+        if self._sequences.is_cut and num_samples(batch):
+            self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
@@ -218,7 +264,7 @@ class Playing:
             if self._layout.expert > 1:  # ranks wait for each other's tokens
                 with torch.no_grad():
                     for _ in range(num_trials, self._mesh.largest(num_trials)):
-                        self._module(**batch)
+                        self._module(**without_targets(batch, IGNORED))
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)

@@ -19,6 +19,8 @@ SCORES_BYTES = 2**28
 """Scores up to this size in fp32 exist at once, unless it is asked otherwise: nothing is computed twice."""
 CHUNK_BYTES = 2**26
 """Size in fp32 of those of a chunk beyond that: products are large enough to run at full speed."""
+BLOCK_ROWS = 128
+"""Rows of scores whose exponentials are taken together: they fit the cache, those of a batch do not."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Scores [rows, vocab_size] and targets [rows] to their summed loss."""
@@ -65,22 +67,28 @@ def summed_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """log(sum(exp(scores))) - scores[target], with one wide copy of the scores forward and one backward."""
+    """log(sum(exp(scores))) - scores[target]. The gradient, softmax(scores) less one at the target, comes of
+    the same exponentials, so it is taken forward and kept in the type of the scores: one pass of them less
+    than the other way round, and nothing wide lives until backward."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(scores.dtype, torch.float32)
-        largest = scores.amax(1, keepdim=True).to(wide)
-        normaliser = torch.sub(scores, largest).exp_().sum(1, keepdim=True).log_().add_(largest)
-        counts = (targets >= 0).unsqueeze(1)
-        chosen = scores.gather(1, targets.clamp_min(0).unsqueeze(1)).to(wide)
-        ctx.save_for_backward(scores, targets, normaliser, counts)
-        return ((normaliser - chosen) * counts).sum()
+        sums, slope = [], torch.empty_like(scores)
+        for start in range(0, len(targets), BLOCK_ROWS):
+            rows, aims, part = (each[start : start + BLOCK_ROWS] for each in (scores, targets, slope))
+            counts, place = (aims >= 0).unsqueeze(1), aims.clamp_min(0).unsqueeze(1)
+            shares = torch.softmax(rows, 1, dtype=wide)
+            # The largest share is at least 1 / vocab_size, so its logarithm is exact enough for all of them.
+            normaliser = rows.amax(1, keepdim=True).to(wide) - shares.amax(1, keepdim=True).log()
+            sums.append(((normaliser - rows.gather(1, place).to(wide)) * counts).sum())
+            shares.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
+            part.copy_(shares.mul_(counts) if not counts.all() else shares)
+        ctx.save_for_backward(slope)
+        return torch.stack(sums).sum() if sums else scores.new_zeros((), dtype=wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scores, targets, normaliser, counts = ctx.saved_tensors
-        of_scores = torch.sub(scores, normaliser).exp_()
-        of_scores.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -torch.ones_like(normaliser))
-        return of_scores.mul_(counts * gradient).to(scores.dtype), None
+        (slope,) = ctx.saved_tensors
+        return slope * gradient.to(slope.dtype), None

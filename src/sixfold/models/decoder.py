@@ -39,11 +39,6 @@ TENSOR_RULES = {
 """How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
 
 
-def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """In nats, summed."""
-    return F.cross_entropy(scores, targets, reduction="sum")
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder. `width / num_heads` is the size of one head and must be even.
@@ -195,7 +190,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
-        self.loss: Loss = cross_entropy
+        self.loss: Loss = summed_cross_entropy
         self.loss_chunk: int | None = None
         """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
@@ -252,9 +247,11 @@ class Decoder(nn.Module):
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = rows_at_once(len(targets), self.config.vocab_size, self.loss_chunk)
+        if self.loss is summed_cross_entropy:
+            if rows < len(targets):
+                return in_chunks(self.head, self.loss, hidden, targets, rows)
+            return self.loss(self.head(hidden), targets)
         if rows < len(targets):
-            if self.loss is cross_entropy:
-                return in_chunks(self.head, summed_cross_entropy, hidden, targets, rows)
             return in_chunks(
                 self.head, lambda rows, aims: self.loss(rows.to(wide), aims), hidden, targets, rows
             )

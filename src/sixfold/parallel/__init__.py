@@ -8,6 +8,7 @@ from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
 from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.parallel.costs import measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
     BATCH_NORMS,
@@ -46,6 +47,7 @@ __all__ = [
     "decide_axes",
     "dtype_name",
     "materialize",
+    "measured_costs",
     "module_facts",
     "move_buffers",
     "num_rows",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models import decoder
+from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.chunked_loss import OF_ROWS
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
@@ -68,7 +69,7 @@ class Head:
         if not owns_loss:
             return undo
         if isinstance(self.model, decoder.Decoder):
-            if self.model.loss is decoder.cross_entropy:
+            if self.model.loss is summed_cross_entropy:
                 undo += [self._attach_loss(self.model), self._attach_scores()]
         elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
             undo += [self._attach_causal_loss(), self._attach_forward()]

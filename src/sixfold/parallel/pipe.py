@@ -1,140 +1,22 @@
 """Where models can be cut into stages, and the stages of one rank.
 
-Called by `initialize`. The order of a model's parts is found in an nn.Sequential, taken from a Hugging Face
-model's own plan, or said by the model; costs are estimated from shapes. How a stage runs is `stage.py`. It
-moves no numbers and sends nothing.
+Called by `initialize`. The order of a model's parts is known to `parts.py`, what they cost to `costs.py`; how
+a stage runs is `stage.py`. It moves no numbers and sends nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
-from sixfold.parallel.stage import PARTS, Border, Stage, Watch, children_of, view_of
+from sixfold.parallel.costs import estimated_costs
+from sixfold.parallel.parts import Parts, find_parts
+from sixfold.parallel.stage import Border, Stage, Watch, view_of
 from sixfold.plan import BlockCosts, Geometry, ParameterFacts, StagePlan, decide_stages
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a model runs in which order, by names of modules.
-
-    Args:
-        before: embeddings and the like; a part that the head uses as well stands in both.
-        blocks: one after the other, each with what the one before returned as its first argument.
-        after: norm and head.
-    """
-
-    before: tuple[str, ...]
-    blocks: tuple[str, ...]
-    after: tuple[str, ...]
-
-    def stages_of(self, name: str, plan: StagePlan) -> set[int]:
-        """The stages that run the part which holds a parameter or module."""
-        found = {0} if any(_is_in(name, part) for part in self.before) else set()
-        found |= {plan.last} if any(_is_in(name, part) for part in self.after) else set()
-        for stage, blocks in enumerate(plan.blocks):
-            found |= {stage} if any(_is_in(name, self.blocks[place]) for place in blocks) else set()
-        return found
-
-
-def _is_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(part + ".")
-
-
-def find_parts(model: nn.Module) -> Parts:
-    """The parts of a model that can be cut into stages.
-
-    Raises:
-        ModelError: no way to cut it is known, with the reason.
-    """
-    declared, plan = getattr(model, PARTS, None), getattr(model, "pp_plan", None)
-    if declared is not None:
-        parts = _declared(model, tuple(declared))
-    elif isinstance(model, nn.Sequential):
-        parts = Parts((), tuple(children_of(model)), ())
-    elif isinstance(plan, Mapping) and plan:
-        parts = _planned(model, plan)
-    else:
-        raise _uncuttable(model, "it is no nn.Sequential, and says nothing of the order of its parts")
-    inside = (*parts.before, *parts.blocks, *parts.after)
-    strangers = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if not any(_is_in(name, part) for part in inside)
-    ]
-    if strangers:
-        raise _uncuttable(model, f"no part of it holds {', '.join(strangers[:4])}")
-    return parts
-
-
-def _declared(model: nn.Module, names: tuple[str, ...]) -> Parts:
-    places = [
-        place
-        for place, name in enumerate(names)
-        if isinstance(model.get_submodule(name), nn.ModuleList | nn.Sequential)
-    ]
-    if len(places) != 1:
-        raise _uncuttable(model, f"{PARTS} names {len(places)} lists of blocks")
-    (place,) = places
-    blocks = tuple(f"{names[place]}.{name}" for name in children_of(model.get_submodule(names[place])))
-    return Parts(names[:place], blocks, names[place + 1 :])
-
-
-def _planned(model: nn.Module, plan: Mapping[str, Any]) -> Parts:
-    """From the pipeline plan of a Hugging Face model: part -> (names of inputs, names of outputs)."""
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise _uncuttable(model, "its loss takes the routing of all layers (output_router_logits)")
-    here = {name for name, _ in model.named_modules()}
-    if not here.issuperset(plan):
-        missing = ", ".join(sorted(plan.keys() - here))
-        raise _uncuttable(model, f"its pipeline plan names {missing}, and it has no such part")
-    lists = [name for name in plan if isinstance(model.get_submodule(name), nn.ModuleList)]
-    if len(lists) != 1:
-        raise _uncuttable(model, f"its pipeline plan names {len(lists)} lists of blocks")
-    early = {"input_ids", "inputs_embeds"}
-    before = tuple(name for name, (inputs, _) in plan.items() if early & set(inputs))
-    blocks = tuple(f"{lists[0]}.{name}" for name in children_of(model.get_submodule(lists[0])))
-    after = [name for name in plan if name not in (*before, lists[0])]
-    # Heads that no plan names, such as a classifier: what stands beside the base model runs behind it.
-    base = getattr(model, "base_model_prefix", "")
-    after += [name for name, _ in model.named_children() if name != base and name not in plan]
-    return Parts(before, blocks, tuple(after))
-
-
-def _uncuttable(model: nn.Module, reason: str) -> ModelError:
-    return ModelError(
-        f"layout.pipe with {type(model).__name__}: {reason}",
-        rule="a model that is cut into stages is an nn.Sequential, a Hugging Face model with a pipeline "
-        "plan (model.pp_plan), or names its parts in the order in which they run",
-        fix=f'for example model.{PARTS} = ("embed", "layers", "norm", "head"), with a ModuleList "layers" '
-        "whose blocks run one after the other; or set layout.pipe = 1",
-    )
-
-
-def block_costs(model: nn.Module, parts: Parts) -> BlockCosts:
-    """Estimated costs: parameters that a token is multiplied with; a table that is only looked up counts as
-    one row."""
-
-    def cost(name: str, *, is_lookup: bool = True) -> float:
-        total = 0.0
-        for module in model.get_submodule(name).modules():
-            if is_lookup and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                total += module.embedding_dim
-            else:
-                total += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        return total
-
-    return BlockCosts(
-        tuple(map(cost, parts.blocks)),
-        sum(map(cost, parts.before)),
-        sum(cost(name, is_lookup=False) for name in parts.after),
-    )
 
 
 @dataclass(frozen=True)
@@ -153,8 +35,11 @@ class ModelCut:
     holders: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def decide(cls, model: nn.Module, layout: LayoutConfig) -> ModelCut:
+    def decide(cls, model: nn.Module, layout: LayoutConfig, costs: BlockCosts | None = None) -> ModelCut:
         """Decide where `model` is cut.
+
+        Args:
+            costs: of its parts; None: estimated from shapes.
 
         Raises:
             ModelError: no way to cut it is known.
@@ -163,7 +48,7 @@ class ModelCut:
         if layout.pipe == 1:
             return cls(model, Parts((), (), ()), None, {})
         parts = find_parts(model)
-        plan = decide_stages(layout, block_costs(model, parts))
+        plan = decide_stages(layout, costs or estimated_costs(model, parts))
         holders = _holders(model, parts, plan)
         ties = sorted({stages for stages in holders.values() if len(stages) > 1})
         return cls(model, parts, replace(plan, ties=tuple(ties)), holders)

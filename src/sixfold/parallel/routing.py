@@ -38,11 +38,13 @@ class Routing:
 
     Args:
         model: whose modules they are; others than routers are left alone.
+        parted: whether each rank of the tensor axis routes its part of the sequence alone.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, *, parted: bool = False) -> None:
         self._routers = {name: part for name, part in model.named_modules() if isinstance(part, Tallying)}
-        self._mesh = mesh
+        groups = [mesh.replicas.all, *([mesh.along("tensor")] if parted else [])]
+        self._groups = groups if self._routers else []
 
     def scale_penalties(self, scale: float) -> None:
         """Tell stages of a pipeline without the loss what its gradient is."""
@@ -50,12 +52,13 @@ class Routing:
             router.penalty_scale = scale
 
     def end_update(self) -> None:
-        """Sum the tallies, one exchange for all of them."""
+        """Sum the tallies, all of them together."""
         if not self._routers:
             return
         tallies = [router.tally for router in self._routers.values()]
         summed = torch.cat(tallies)
-        self._mesh.replicas.all.all_reduce(summed).wait()
+        for group in self._groups:
+            group.all_reduce(summed).wait()
         parts = torch.split(summed, [len(tally) for tally in tallies])
         for router, tally in zip(self._routers.values(), parts, strict=True):
             router.end_update(tally)

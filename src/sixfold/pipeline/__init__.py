@@ -9,12 +9,14 @@ from sixfold.pipeline.batch import (
     checksum,
     divide,
     fields_of,
+    lengths_of,
     num_samples,
     split,
     tensors_of,
     to_device,
+    without_targets,
 )
-from sixfold.pipeline.loss import Counts, LossForm, Share
+from sixfold.pipeline.loss import IGNORED, Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
@@ -24,6 +26,7 @@ from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
 
 __all__ = [
+    "IGNORED",
     "Batch",
     "Counts",
     "Kind",
@@ -41,8 +44,10 @@ __all__ = [
     "checksum",
     "divide",
     "fields_of",
+    "lengths_of",
     "num_samples",
     "split",
     "tensors_of",
     "to_device",
+    "without_targets",
 ]

@@ -40,9 +40,10 @@ _NUM_CHECKED = 4096
 
 
 def checksum(batch: Batch) -> int:
-    """What tells two batches apart, 32 bits of the first numbers of every tensor."""
+    """What tells two batches apart, 32 bits of the shape, type and first numbers of every tensor."""
     found = 0
     for tensor in tensors_of(batch):
+        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
         first = tensor.detach().reshape(-1)[:_NUM_CHECKED].cpu().contiguous()
         found = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found)
     return found
@@ -91,21 +92,27 @@ def split(batch: Batch, micro: int | None) -> list[Batch]:
 
 
 def divide(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch into so many micro-batches as equal as can be, some of them empty where samples are few.
-
-    Raises:
-        ModelError: it has no tensors, so that nothing is known of an empty one.
-    """
+    """Cut a batch into so many micro-batches as equal as can be, some of them empty where samples are few."""
     total = num_samples(batch)
-    if parts and not lengths_of(batch):
-        raise ModelError(
-            f"a batch of {type(batch).__name__} without any tensor; others have {parts} micro-batches",
-            rule="under layout.expert every rank runs as many micro-batches as the others, empty ones where "
-            "it has no samples, because they send it tokens",
-            fix="hand over the fields of a batch with zero samples, for example tokens[:0]",
-        )
     borders = [total * part // parts for part in range(parts + 1)]
     return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
+
+
+def without_targets(batch: Mapping[str, Any], ignored: int) -> dict[str, Any]:
+    """One sample shaped as those of `batch`, of which no label counts.
+
+    Args:
+        ignored: the label that does not.
+    """
+
+    def one(name: str, field: Any) -> Any:
+        if not isinstance(field, torch.Tensor) or not field.dim():
+            return field
+        is_mask = name == "attention_mask" and not field.is_floating_point()
+        fill = ignored if name in ("labels", "shift_labels") else int(is_mask)
+        return field.new_full((1, *field.shape[1:]), fill)
+
+    return {name: one(name, field) for name, field in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) -> Batch:

@@ -22,7 +22,7 @@ from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Step, StepResult, Work
-from sixfold.program import Instruction, Op, Program
+from sixfold.program import RECEIVES, SENDS, Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -110,6 +110,8 @@ class Player:
                 "zero-bubble schedules, and shifts not yet",
                 fix="play sixfold.program.training for this layout; sixfold.simulate times the others",
             )
+        if instruction.op in (*SENDS, *RECEIVES, Op.STEP):
+            step.work.agreed()
         dispatcher = self._mesh.dispatcher
         step.ready = began = time.monotonic()
         blocked = dispatcher.blocked_s
@@ -196,26 +198,18 @@ class Player:
 
     def _start_totals(self, step: Step) -> Callable[[], StepResult]:
         """Start to sum what the ranks hold; the function returned waits, and judges the sums."""
+        step.work.agreed()
         # Ranks along the tensor axis have the same loss.
         is_first = self._mesh.place("tensor") == 0
         sums = self._mesh.start_total(
             sum(float(value) for value in step.losses) * is_first,
             sum(float(value) for value in step.weights) * is_first,
             float(step.has_means),
-            step.work.difference,
             *step.counts.numbers(),
         )
 
         def result() -> StepResult:
-            loss, weight, has_means, difference, *numbers = sums()
-            if difference:
-                raise ModelError(
-                    f"{self._mesh.num_fed} ranks that work on the same samples were given different batches",
-                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
-                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
-                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
-                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
-                )
+            loss, weight, has_means, *numbers = sums()
             counts = Counts(*numbers)
             if has_means:
                 counts.refuse_ragged()

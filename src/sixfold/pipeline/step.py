@@ -56,7 +56,8 @@ class Work:
             share of the loss at the last stage, else to what is sent on.
         scale: P, by which the shares are divided already.
         counts: samples and targets that this rank answers for.
-        difference: a number that all ranks' sum up to 0 exactly where those of a pipeline have one batch.
+        agreed: returns when it is known that all ranks which are to have this batch do, or raises; called
+            before anything is sent whose shape follows from it.
         kinds: of each micro-batch, what the shapes in it depend on.
         enter: called before a pass of a micro-batch, forward or backward.
     """
@@ -64,7 +65,7 @@ class Work:
     run: Callable[[int, int, Any], Any]
     scale: float = 1.0
     counts: Counts = field(default_factory=Counts)
-    difference: float = 0.0
+    agreed: Callable[[], None] = lambda: None
     kinds: Sequence[Kind] = ()
     enter: Callable[[int], None] = lambda micro: None
 

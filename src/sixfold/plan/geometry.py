@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
 
-from sixfold.base.axes import CARDS
 from sixfold.base.errors import PlanError
 from sixfold.config import LayoutConfig
 
@@ -104,16 +103,8 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
     """Place `world_size` ranks along the axes that `layout` asks for.
 
     Raises:
-        PlanError: an axis without a card is asked for, or the product is not `world_size`.
+        PlanError: the product is not `world_size`, or groups do not divide it.
     """
-    for axis in ("tensor", "pipe", "context", "expert"):
-        asked = getattr(layout, axis)
-        if asked > 1 and axis not in CARDS:
-            raise PlanError(
-                f"layout.{axis} = {asked}",
-                rule=f"this version divides over: {', '.join(CARDS)}; it has no {axis} axis",
-                fix=f"set layout.{axis} = 1; the ranks then work along the data axis",
-            )
     others = layout.pipe * layout.context * layout.tensor
     data = layout.data if layout.data is not None else max(1, world_size // others)
     if data * others != world_size:

@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in an update: gradients on their way to their sums, weights on their way back.
+"""Bytes that one rank sends: gradients to their sums, weights on their way back, tokens to experts.
 
 Asked by whoever chooses a layout, and held by tests against what is really sent. Gathers of cut parameters
 during forward and backward, and messages of a few numbers, are not counted here.
@@ -7,11 +7,16 @@ during forward and backward, and messages of a few numbers, are not counted here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from sixfold.base.units import bytes_text
+from sixfold.plan.geometry import Geometry
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import ALL
+
+COUNT_BYTES = 8
+"""Of the number of tokens that come to one expert."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,70 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
             publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
             part //= sizes[axis]
     return Traffic(reduce, publish)
+
+
+@dataclass(frozen=True)
+class AttentionTraffic:
+    """Bytes sent by one rank of the context axis in one layer of attention."""
+
+    forward: int
+    backward: int
+
+
+def attention_traffic(
+    context: int,
+    *,
+    samples: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    item_bytes: int,
+) -> AttentionTraffic:
+    """What each of `context` ranks sends for sequences that are cut over them evenly.
+
+    h = gcd(context, kv_heads) neighbours send (h - 1) / h of queries, keys, values and outputs; each of the
+    context / h - 1 steps of the ring sends keys and values, and in backward sums of their gradients, too, in
+    fp32 at least.
+
+    Args:
+        samples, length: of a micro-batch.
+        heads, kv_heads, head_width: of the layer on this rank.
+        item_bytes: of the compute type.
+    """
+    swapped = gcd(context, kv_heads)
+    row = samples * length // context * head_width
+    exchanged = row * (2 * heads + 2 * kv_heads) * (swapped - 1) // swapped * item_bytes
+    passed_on = row * 2 * kv_heads * (context // swapped - 1)
+    return AttentionTraffic(
+        forward=exchanged + passed_on * item_bytes,
+        backward=exchanged + passed_on * (item_bytes + max(item_bytes, ITEM_BYTES["fp32"])),
+    )
+
+
+def dispatch_traffic(
+    geometry: Geometry,
+    *,
+    choices: int,
+    num_experts: int,
+    width: int,
+    dtype: str,
+    num_forwards: int = 1,
+    num_backwards: int = 1,
+) -> int:
+    """What each rank sends to experts of others in one layer for one micro-batch, where load is even.
+
+    Every choice that falls on another rank goes there and back, forward and backward; how many come is told
+    before each forward.
+
+    Args:
+        choices: of experts, by all tokens of the micro-batch together, that find room.
+        width: numbers of a token, of type `dtype`.
+        num_forwards: 2 where the layer is recomputed.
+    """
+    ranks = geometry.degree("expert")
+    rows = 2 * _others(choices, ranks) * width * ITEM_BYTES[dtype]
+    return num_forwards * (rows + COUNT_BYTES * _others(num_experts, ranks)) + num_backwards * rows
 
 
 def _others(numel: int, ranks: int) -> int:

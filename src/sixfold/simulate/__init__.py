@@ -5,8 +5,8 @@ Called by the planner, commands and reports; plays instructions on numbers alone
 
 from sixfold.simulate.clock import simulate
 from sixfold.simulate.costs import Costs, StageCosts
-from sixfold.simulate.export import chrome_trace, html_page
-from sixfold.simulate.measured import measured_costs
+from sixfold.simulate.export import chrome_trace, html_page, lanes
+from sixfold.simulate.measured import measured_costs, simulated_again
 from sixfold.simulate.timeline import LANES, Event, Timeline, lane_of
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "chrome_trace",
     "html_page",
     "lane_of",
+    "lanes",
     "measured_costs",
     "simulate",
+    "simulated_again",
 ]

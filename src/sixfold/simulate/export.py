@@ -52,7 +52,15 @@ def _name(kind: str, process: int, thread: int, name: str) -> dict[str, object]:
 
 
 def html_page(timelines: Mapping[str, Timeline], title: str = "Timeline") -> str:
-    """One HTML file with every rank's lanes, the timelines of a rank above each other on one time scale.
+    """One HTML file with `lanes`, and the figures of each timeline below."""
+    facts = "".join(
+        f"<h2>{escape(name)}</h2><pre>{escape(str(timeline))}</pre>" for name, timeline in timelines.items()
+    )
+    return _PAGE.format(title=escape(title), drawing=lanes(timelines), facts=facts)
+
+
+def lanes(timelines: Mapping[str, Timeline]) -> str:
+    """An SVG with every rank's lanes, the timelines of a rank above each other on one time scale.
 
     An instruction tells its times when the pointer rests on it. Lanes in which nothing takes time are
     left out.
@@ -72,18 +80,20 @@ def html_page(timelines: Mapping[str, Timeline], title: str = "Timeline") -> str
                     drawn += [_box(each, y, scale) for each in events]
                     y += _ROW
         y += _GAP
-    facts = "".join(
-        f"<h2>{escape(name)}</h2><pre>{escape(str(timeline))}</pre>" for name, timeline in timelines.items()
+    body = "\n".join(drawn)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" width="100%" '
+        f'font-family="sans-serif" font-size="11">\n{body}\n</svg>'
     )
-    return _PAGE.format(title=escape(title), width=_WIDTH, height=y, drawing="\n".join(drawn), facts=facts)
 
 
 def _box(event: Event, y: int, scale: float) -> str:
     x, width = _LEFT + event.start * scale, (event.stop - event.start) * scale
     instruction = event.instruction
     told = f"{instruction}: {event.start:.6g} s to {event.stop:.6g} s, {event.stop - event.start:.6g} s"
-    box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW - 3}"'
-    label = f'<text x="{x + 3:.2f}" y="{y + _ROW - 8}">{_label(instruction)}</text>' if width > 14 else ""
+    box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW - 3}" stroke="#fff" stroke-width="0.5"'
+    place = f'x="{x + 3:.2f}" y="{y + _ROW - 8}" pointer-events="none"'
+    label = f"<text {place}>{_label(instruction)}</text>" if width > 14 else ""
     fill = _FILLS.get(instruction.op, "#bbb")
     return f'<g><title>{escape(told)}</title><rect fill="{fill}" {box}/>{label}</g>'
 
@@ -103,12 +113,8 @@ _FILLS = {
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px sans-serif; }}
-text {{ font: 11px sans-serif; pointer-events: none; }}
-rect {{ stroke: #fff; stroke-width: 0.5; }}
 </style></head><body><h1>{title}</h1>
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%">
 {drawing}
-</svg>
 {facts}
 </body></html>
 """

@@ -1,4 +1,4 @@
-"""Costs from recorded steps: what the simulator needs to say what another schedule would take.
+"""Costs from recorded steps: what the simulator needs to say what another schedule would take, or the same.
 
 Called by reports and benchmarks. It takes medians of what was measured and estimates nothing.
 """
@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 
-from sixfold.program import Op
+from sixfold.program import RECEIVES, SENDS, Instruction, Op, Program, add_transfers
+from sixfold.simulate.clock import simulate
 from sixfold.simulate.costs import Costs, StageCosts
 from sixfold.simulate.timeline import Timeline
 
@@ -49,3 +50,31 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
         for stage in range(num_stages)
     )
     return Costs(stages, step=cost(Op.STEP, None), latency=latency)
+
+
+def simulated_again(step: Timeline) -> Timeline:
+    """A recorded step as the simulator plays it, at the median costs of its own passes: what the schedule
+    comes to where passes of a stage take equally long and transfers no time.
+
+    Args:
+        step: of all ranks of a pipeline, each one's events in the order of its program.
+    """
+    # A player may have posted receives earlier than the schedule has them.
+    played = [
+        [each.instruction for each in step.events if each.rank == rank and not _is_transfer(each.instruction)]
+        for rank in range(step.num_ranks)
+    ]
+    ends = [len(each) if _STEP not in each else each.index(_STEP) for each in played]
+    passes = (Program(tuple(each[:end])) for each, end in zip(played, ends, strict=True))
+    programs = (
+        Program((*program.instructions, *each[end:]))
+        for program, each, end in zip(add_transfers(tuple(passes)), played, ends, strict=True)
+    )
+    return simulate(tuple(programs), measured_costs([step]))
+
+
+_STEP = Instruction(Op.STEP)
+
+
+def _is_transfer(instruction: Instruction) -> bool:
+    return instruction.op in (*SENDS, *RECEIVES)

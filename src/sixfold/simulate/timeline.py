@@ -6,7 +6,9 @@ why an instruction began when it did.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sixfold.base.units import bytes_text
 from sixfold.program import INPUT_PARTS, PASSES, RECEIVES, SENDS, Instruction, Op
@@ -59,6 +61,30 @@ class Timeline:
 
     events: tuple[Event, ...]
     peak_bytes: tuple[int, ...] = ()
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Sequence[Any]]) -> Timeline:
+        """From what `rows` gave, perhaps through JSON."""
+        events = []
+        for rank, text, start, stop in rows:
+            instruction = Instruction.parse(text)
+            events.append(Event(rank, lane_of(instruction.op), instruction, start, stop))
+        return cls(tuple(events))
+
+    def rows(self) -> list[tuple[int, str, float, float]]:
+        """(rank, instruction, start, stop) of each event, in plain values."""
+        return [(each.rank, str(each.instruction), each.start, each.stop) for each in self.events]
+
+    def aligned(self) -> Timeline:
+        """The same on a clock that starts with the first pass; what was posted before it begins at 0."""
+        first = min((each.start for each in self.events if each.instruction.op in PASSES), default=0.0)
+        return replace(
+            self,
+            events=tuple(
+                replace(each, start=max(0.0, each.start - first), stop=max(0.0, each.stop - first))
+                for each in self.events
+            ),
+        )
 
     @property
     def num_ranks(self) -> int:

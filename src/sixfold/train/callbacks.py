@@ -6,6 +6,7 @@ update; a new habit of the loop is a new class here.
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Protocol
 
 from torch import nn
@@ -40,11 +41,23 @@ class Metrics:
     def after_update(self, run: Run, record: StepRecord) -> None:
         is_due = record.step % self._every == 0 or record.step == run.total_steps
         if is_due and run.is_first:
-            run.record(record.as_dict())
+            run.record(record.as_dict() | _routing(run))
             run.console.update(record)
 
     def at_end(self, run: Run, finished: bool) -> None:
         run.console.close()
+
+
+def _routing(run: Run) -> dict[str, float]:
+    """How tokens were shared out over experts, if there are any: the worst layer, and means over layers."""
+    layers = run.engine.routing().values()
+    if not layers:
+        return {}
+    return {
+        "expert_imbalance": max(layer.imbalance for layer in layers),
+        "expert_dropped": mean(layer.dropped for layer in layers),
+        "expert_entropy": mean(layer.entropy for layer in layers),
+    }
 
 
 class Evaluations:

@@ -11,20 +11,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sixfold.base.errors import ConfigError
 from sixfold.base.plugins import load_plugin
-from sixfold.config import Resolved
+from sixfold.config import Config, Resolved
 from sixfold.config.schema import flat
-from sixfold.data.corpus import prepare
+from sixfold.data.corpus import Corpus, prepare
 from sixfold.engine import initialize
 from sixfold.launch import Session, discover
 from sixfold.monitor.console import Console
 from sixfold.monitor.hardware import memory_bytes, peak_flops
 from sixfold.monitor.journal import Journal
 from sixfold.monitor.meters import Meter
+from sixfold.monitor.recording import write_recording
 from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
 from sixfold.plan import LossScaling, decide_batch
@@ -37,9 +39,11 @@ from sixfold.train.folder import make_folder, write_config
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 from sixfold.train.samples import samples_of
-from sixfold.train.subject import build_model, flops_per_token, loss_of, weights_of
+from sixfold.train.subject import build_model, fields_of, flops_per_token, loss_of, weights_of
 from sixfold.train.vocabulary import keep_vocabulary
 
+RECORDED = 10
+"""The update of this process that is recorded, or its last: memory and code paths are warm by then."""
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
 
@@ -99,6 +103,7 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
         config=resolved,
         loss_fn=loss_of(config, module),
         weights=weights_of(config) if begins else None,
+        example=_example(config, corpus),
     )
     folder = request.resume
     if folder is None:
@@ -121,6 +126,15 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     if run.is_first:
         run.journal = Journal(folder, engine.num_steps, warn=console.say)
     return run
+
+
+def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
+    """A micro-batch, for costs that are measured."""
+    if config.layout.cost != "measured":
+        return None
+    size = decide_batch(config.batch, data_ranks=1, sequence_length=config.data.sequence_length).size
+    samples = samples_of(config, corpus).batch(0, range(config.batch.micro or size))
+    return fields_of(config, corpus, samples)
 
 
 def _note_launch(resolved: Resolved) -> Resolved:
@@ -203,12 +217,13 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
     """Update until the end; False when asked to stop before it."""
     meter, dispatcher = _meter(run), run.engine.mesh.dispatcher
     targets = run.batch.size * run.resolved.config.data.sequence_length
+    recorded = min(run.engine.num_steps + RECORDED, run.total_steps)
     while run.engine.num_steps < run.total_steps:
         meter.start()
         began, blocked = time.perf_counter(), dispatcher.blocked_s
         batch = run.next_batch()
         data_s = time.perf_counter() - began
-        loss = run.engine.train_step(batch)
+        loss = _step(run, batch, is_recorded=run.engine.num_steps + 1 == recorded)
         assert run.engine.last is not None, "train_step leaves a result"
         record = meter.stop(
             run.engine.num_steps,
@@ -227,6 +242,17 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
         if run.engine.mesh.any(session.stop_requested):
             return run.engine.num_steps >= run.total_steps
     return True
+
+
+def _step(run: Run, batch: Any, *, is_recorded: bool) -> float:
+    """One update; its mean loss."""
+    if not is_recorded:
+        return run.engine.train_step(batch)
+    timeline = run.engine.timed_step(batch)
+    if run.is_first:
+        write_recording(run.folder, run.engine.num_steps, timeline, warn=run.console.say)
+    assert run.engine.last is not None, "an update leaves a result"
+    return run.engine.last.loss
 
 
 def _meter(run: Run) -> Meter:

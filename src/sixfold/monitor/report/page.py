@@ -15,6 +15,7 @@ from sixfold.config.schema import flat
 from sixfold.monitor.report.curves import colour, curves
 from sixfold.monitor.report.picture import layout
 from sixfold.monitor.report.story import SPENT, Story, differing
+from sixfold.simulate import lanes
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; max-width: 1080px; margin: 2rem auto;
@@ -46,6 +47,7 @@ def page(stories: Sequence[Story]) -> str:
         _section("What differs", _comparison(stories)) if len(stories) > 1 else "",
         _section("Curves", _curves(stories)),
         _section("Where the time of an update went", _times(stories)),
+        _section("One update on every rank", _lanes(stories)),
         _section("Layout", _layouts(stories)),
         _section("Samples", _samples(stories)),
         _section("Settings", _settings(stories)),
@@ -143,6 +145,23 @@ def _times(stories: Sequence[Story]) -> str:
         "behind the host, and their time shows wherever the host waits for them.</p>"
     )
     return "".join(rows) + note if rows else ""
+
+
+def _lanes(stories: Sequence[Story]) -> str:
+    drawn = []
+    for number, story in enumerate(stories):
+        if story.recorded is None:
+            continue
+        spans = story.makespans()
+        words = ", ".join(f"{name} {1e3 * spans[name]:.4g} ms" for name in ("measured", "simulated"))
+        told = f"{_key(number, story)}: update {story.recorded[0]}, {words}, {spans['off']:+.1%}"
+        drawn.append(f"<p>{told}</p>{lanes(story.lanes())}")
+    note = (
+        "<p>The ranks of the first pipeline, by their places in it. Simulated: the same schedule where each "
+        "pass takes the median of its kind and transfers take no time. Numbers are micro-batches; forwards "
+        "are blue, backwards or their input parts orange, weight parts green, the step red.</p>"
+    )
+    return "".join(drawn) + note if drawn else ""
 
 
 def _layouts(stories: Sequence[Story]) -> str:

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: settings with origins, records of updates, evaluations, facts, sample.
+"""A run as its folder tells it: settings with origins, records of updates, evaluations, facts, sample, times.
 
 Read by the pages of the report. Plain data; a run that was killed in the middle is told as far as it went.
 """
@@ -15,6 +15,8 @@ from sixfold.base.errors import DataError
 from sixfold.config import Resolved, load
 from sixfold.config.schema import flat
 from sixfold.monitor.journal import FILE_NAME, read_records
+from sixfold.monitor.recording import read_recording
+from sixfold.simulate import Timeline, simulated_again
 
 CONFIG = "config.toml"
 SPENT = ("compute_s", "exchange_s", "data_s", "host_s")
@@ -32,6 +34,7 @@ class Story:
         evaluations: (update, bits per byte of the held-out part).
         facts: layout and sizes, as the run wrote them at its start; empty where it did not.
         sample: the completion at its end.
+        recorded: an update and what its first pipeline did when; None where the run has recorded none.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Story:
     evaluations: tuple[tuple[int, float], ...]
     facts: dict[str, Any]
     sample: str | None
+    recorded: tuple[int, Timeline] | None = None
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """(updates, values) of one field, where it has a value."""
@@ -52,6 +56,18 @@ class Story:
         rows = [one for one in self.updates[1:] if one.get("host_s") is not None]
         whole = sum(one["seconds"] for one in rows)
         return {name: sum(one[name] for one in rows) / whole for name in SPENT} if whole else {}
+
+    def lanes(self) -> dict[str, Timeline]:
+        """The recorded update as it was measured, and as the simulator plays it; empty if none was."""
+        if self.recorded is None:
+            return {}
+        measured = self.recorded[1].aligned()
+        return {"measured": measured, "simulated": simulated_again(measured)}
+
+    def makespans(self) -> dict[str, float]:
+        """Of both in seconds, and how far the measured one is off, as a part of the simulated."""
+        found = {name: timeline.makespan for name, timeline in self.lanes().items()}
+        return {**found, "off": found["measured"] / found["simulated"] - 1} if found else {}
 
     def summary(self) -> dict[str, Any]:
         """The figures that runs are compared by; None where there is none."""
@@ -76,7 +92,7 @@ def read_story(folder: Path) -> Story:
     """The run in a folder.
 
     Raises:
-        DataError: it holds none, or one that has not made an update yet.
+        DataError: it holds none, one that has not made an update yet, or damaged times.
     """
     config, metrics = folder / CONFIG, folder / FILE_NAME
     if not config.is_file():
@@ -105,6 +121,7 @@ def read_story(folder: Path) -> Story:
         ),
         facts=next((one["facts"] for one in reversed(records) if "facts" in one), {}),
         sample=next((one["sample"] for one in reversed(records) if "sample" in one), None),
+        recorded=read_recording(folder),
     )
 
 

@@ -1,0 +1,94 @@
+"""Where a model is cut, when it is cut by what its parts cost on this machine.
+
+Called by `initialize`, once ranks have met. Rank 0 measures, and all ranks cut by its figures.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from sixfold.base.errors import ConfigError, ModelError
+from sixfold.config import Config
+from sixfold.mesh import Mesh, Streams
+from sixfold.parallel import DTYPES, ModelCut, measured_costs
+from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
+from sixfold.plan import BlockCosts
+
+
+def check_example(asked: Config, example: Batch) -> None:
+    """Raise ConfigError where costs are to be measured and there is nothing to measure them with."""
+    if asked.layout.cost == "measured" and example is None:
+        raise ConfigError(
+            f'layout.cost = "{asked.layout.cost}", and sixfold.initialize was given no example',
+            rule="costs are measured on a batch of the real shape",
+            fix="give sixfold.initialize(..., example=batch), a batch as train_step will get it, or leave "
+            "layout.cost unset",
+        )
+
+
+def cut_by_measure(
+    cut: ModelCut,
+    model: nn.Module,
+    asked: Config,
+    mesh: Mesh,
+    streams: Streams,
+    form: LossForm,
+    example: Batch,
+) -> ModelCut:
+    """The model cut anew by measured costs, where that is asked for. A collective.
+
+    Args:
+        cut: by estimated costs.
+        model: with weights on rank 0.
+        example: a batch; its first micro-batch is run.
+
+    Raises:
+        ModelError: rank 0 could not run the model; on every rank.
+    """
+    if asked.layout.cost != "measured" or cut.plan is None:
+        return cut
+    failure: Exception | None = None
+    told = ""
+    if mesh.rank == 0:
+        try:
+            told = json.dumps(_measured(cut, model, asked, mesh.device, streams, form, example))
+        except Exception as error:  # of the model's own code
+            failure = error
+            told = json.dumps(f"{type(error).__name__}: {error}")
+    found = json.loads(mesh.share_text(told))
+    if isinstance(found, str):
+        raise ModelError(
+            f"rank 0 could not run {type(model).__name__} to measure its parts: {found}",
+            rule="the model is run forward and backward on the example, as in training",
+            fix="mend what the message names, or leave layout.cost unset",
+        ) from failure
+    blocks, before, after = found
+    return ModelCut.decide(model, asked.layout, BlockCosts(tuple(blocks), before, after))
+
+
+def _measured(
+    cut: ModelCut,
+    model: nn.Module,
+    asked: Config,
+    device: torch.device,
+    streams: Streams,
+    form: LossForm,
+    example: Batch,
+) -> tuple[tuple[float, ...], float, float]:
+    compute = DTYPES[asked.precision.compute] if asked.precision.compute is not None else None
+    micro, *_ = split(example, asked.batch.micro)
+    part = to_device(micro, device, None)
+    args, kwargs = fields_of(
+        to_device(part, device, compute), model.forward, all_of_them=form.loss_fn is None
+    )
+
+    def run(call: Any) -> torch.Tensor:
+        return form.read(call(*args, **kwargs), part, 1.0).value
+
+    with streams.keyed("cost"), torch.enable_grad():
+        costs = measured_costs(model, cut.parts, run, device=device, compute=compute)
+    return costs.blocks, costs.before, costs.after
