@@ -57,6 +57,15 @@ _SOUND = {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
 }
+_T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, **_IDS}
+_WINDOWS = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
 _LATENT = {
     **_GROUPED,
     "num_key_value_heads": 4,
@@ -142,9 +151,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _other("text", "ModernBert", "ForMaskedLM", _SIZES, cls_token_id=1, sep_token_id=2),
     _other("text", "DistilBert", "ForMaskedLM", _SIZES, dim=32, hidden_dim=48, n_layers=2, n_heads=4),
     _other("text", "DebertaV2", "ForMaskedLM", _SIZES, pos_att_type=["c2p", "p2c"], relative_attention=True),
-    _other("text", "T5", "ForConditionalGeneration", _IDS, **{
-        "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-    }),
+    _other("text", "T5", "ForConditionalGeneration", _T5),
     _other("text", "Bart", "ForConditionalGeneration", _SIZES, d_model=32, **{
         f"{side}_{key}": value
         for side in ("encoder", "decoder")
@@ -154,10 +161,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _other("image", "DeiT", _FOR_IMAGES, _IMAGE),
     _other("image", "Beit", _FOR_IMAGES, _IMAGE),
     _other("image", "Dinov2", _FOR_IMAGES, _IMAGE),
-    _other("image", "Swin", _FOR_IMAGES, {}, **{
-        "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
-        "window_size": 4,
-    }),
+    _other("image", "Swin", _FOR_IMAGES, _WINDOWS),
     _other("image", "ConvNext", _FOR_IMAGES, {}, image_size=32, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4),
     _other("speech", "Whisper", "ForConditionalGeneration", _IDS, **{
         "vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 8,
