@@ -16,6 +16,7 @@ from sixfold.base.errors import ModelError
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.lora import add_adapters
+from sixfold.plan import layer_traffic, scores_traffic
 from sixfold.testing import Pool
 from tests.covering import Case, all_cases, covering, label
 from tests.ranks import plain
@@ -275,6 +276,39 @@ def test_a_sequence_that_does_not_divide_is_refused() -> None:
     engine.close()
 
 
+SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+"""How many times (ranks - 1) / ranks of what is exchanged each rank sends."""
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_is_sent_is_what_the_formula_says(
+    sequence: bool, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = without("decoder", tensor=num_ranks, sequence=sequence)
+    engine = engine_of(case)
+    train(engine, case, 1)  # the first update is checked, which sends more
+    sent, start = [0], engine.mesh.dispatcher.start
+
+    def noting(op: str, group: str, tensor: Tensor, *rest: Any) -> Any:
+        if group.partition(":")[2].startswith("tensor axis"):
+            sent[0] += SENT[op] * tensor.numel() * tensor.itemsize * (num_ranks - 1) // num_ranks
+        return start(op, group, tensor, *rest)
+
+    monkeypatch.setattr(engine.mesh.dispatcher, "start", noting)
+    train(engine, case, 2)
+    tokens = 4 * 3 * LENGTH  # of four micro-batches
+    pair = layer_traffic(num_ranks, tokens=tokens, width=16, item_bytes=8)
+    whole = scores_traffic(num_ranks, tokens=tokens, item_bytes=8) + (2 * 2 + 1) * pair
+    # Where the sequence is cut, it is so behind the embedding's sum and before the head's.
+    ends = 2 * tokens * 16 * 8 * (num_ranks - 1) // num_ranks if sequence else 0
+    norms = sum(
+        2 * unit.numel * 8 * (num_ranks - 1) // num_ranks for unit in engine.plan.units if unit.partial
+    )
+    assert sent[0] == whole + ends + norms
+    engine.close()
+
+
 class NormOfHeads(nn.Module):
     """A norm between two cut layers, with one weight for all heads; declares, and forgets, what it does."""
 
@@ -307,7 +341,8 @@ def test_an_update_from_a_partial_gradient_is_refused_by_name(zero: int) -> None
     engine.close()
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.matrix  # each block is cut in many graphs, which takes a while
+@pytest.mark.ranks(2, timeout_s=200)
 def test_compiled_blocks() -> None:
     case = without("decoder")
     expected = reference("decoder", torch.float64, 3, None)
