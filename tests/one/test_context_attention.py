@@ -12,6 +12,7 @@ from sixfold.parallel.context import kernels
 from sixfold.parallel.context.attention import ContextAttention
 from sixfold.parallel.context.kernels import Fused, Kernel, Public
 from sixfold.parallel.context.spans import Pair, Sequences, chunk, cut_rows, num_rows, spans_of
+from sixfold.plan import attention_traffic
 from tests.covering import Case, all_cases, covering, label
 from tests.one.crowd import Member, together
 
@@ -271,3 +272,32 @@ def test_masks_over_own_rows_say_what_is_meant() -> None:
     for by_mask, by_bias, by_flag in together(2, work):
         assert torch.equal(by_mask, by_flag)
         assert torch.equal(by_bias, by_flag)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_sent_is_what_the_plan_says(num_ranks: int, dtype: torch.dtype) -> None:
+    length = 24
+    sequences, given = Sequences(length), inputs(length, dtype)
+    priced = attention_traffic(
+        num_ranks,
+        samples=BATCH,
+        length=length,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_width=WIDTH,
+        item_bytes=dtype.itemsize,
+    )
+
+    def work(group: Member) -> tuple[int, int]:
+        attention = ContextAttention(group)
+        attention.sequences = sequences
+        query, key, value, gradient = (cut_rows(each, attention.spans, 2) for each in given)
+        output = attention(query.requires_grad_(), key, value, is_causal=True, enable_gqa=True)
+        forward = group.num_bytes
+        output.backward(gradient)
+        return forward, group.num_bytes - forward
+
+    for forward, backward in together(num_ranks, work):
+        assert (forward, backward) == (priced.forward, priced.backward)
+    assert (priced.forward > 0) == (num_ranks > 1)

@@ -421,6 +421,16 @@ def stages_text(bench: Lab, changes: dict[str, Any]) -> str:
     return str(ModelCut.decide(model, bench.resolved(changes).config.layout).plan)
 
 
+def pieces(bench: Lab, changes: dict[str, Any]) -> str:
+    """What the first rank has of a model."""
+    config = DecoderConfig.derive(vocab_size=8, context_length=4, width=8, num_layers=2, num_heads=2)
+    with torch.device("meta"):
+        model = Decoder(config)
+    layout = bench.resolved(changes).config.layout
+    geometry = decide_geometry(layout, layout.tensor)
+    return str(decide_axes(model, layout, geometry, 0, owns_loss=True).places)
+
+
 def stage_costs(bench: Lab, changes: dict[str, Any]) -> tuple[float, ...]:
     """Of each stage of the lab's model, as rank 0 of a pipeline comes to them."""
     asked = bench.resolved(changes).config
@@ -432,16 +442,6 @@ def stage_costs(bench: Lab, changes: dict[str, Any]) -> tuple[float, ...]:
     cut = cut_by_measure(cut, model, asked, mesh, streams, form, example)
     assert cut.plan is not None
     return cut.plan.costs
-
-
-def pieces(bench: Lab, changes: dict[str, Any]) -> str:
-    """What the first rank has of a model."""
-    config = DecoderConfig.derive(vocab_size=8, context_length=4, width=8, num_layers=2, num_heads=2)
-    with torch.device("meta"):
-        model = Decoder(config)
-    layout = bench.resolved(changes).config.layout
-    geometry = decide_geometry(layout, layout.tensor)
-    return str(decide_axes(model, layout, geometry, 0, owns_loss=True).places)
 
 
 def programs(bench: Lab, changes: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from sixfold.plan import dispatch_traffic, persistent_memory
 from sixfold.testing import Pool
 from tests.covering import Case, covering, label
 
-SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 6, 19, 4
+SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 8, 19, 4
 PLAIN = DecoderConfig.derive(
     vocab_size=VOCABULARY, context_length=LENGTH, width=16, num_layers=2, num_heads=2, ffn_width=8
 )
@@ -84,6 +84,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "groups": (1, 2),
     "pipe": (1, 2),
     "tensor": (None, "whole", "sequence"),
+    "context": (1, 2),
     "micro": (None, 2),
     "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
@@ -92,15 +93,15 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def data_ranks(case: Case) -> int:
-    return case["ranks"] // case["pipe"] // (1 if case["tensor"] is None else 2)
+    return case["ranks"] // case["pipe"] // case["context"] // (1 if case["tensor"] is None else 2)
 
 
 def legal(case: Case) -> bool:
-    data = data_ranks(case)
-    shard = data // case["groups"]
-    fits = shard >= 1 and data % case["expert"] == 0 and (case["groups"] == 1 or case["zero"] > 0)
+    data, replicas = data_ranks(case), data_ranks(case) * case["context"]
+    shard = replicas // case["groups"]
+    fits = data and shard and replicas % case["expert"] == 0 and (case["groups"] == 1 or case["zero"] > 0)
     divides = shard % case["expert"] == 0 or case["expert"] % max(1, shard) == 0
-    is_whole = case["form"] != "capacity" or case["tensor"] != "sequence"
+    is_whole = case["form"] != "capacity" or (case["tensor"] != "sequence" and case["context"] == 1)
     return fits and divides and is_whole and (case["shares"] == "even" or data > 1)
 
 
@@ -113,9 +114,9 @@ def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
 
 
 def start(case: Case, model: nn.Module) -> Engine:
-    layout = {name: case[name] for name in ("expert", "zero", "pipe", "recompute", "transport")}
+    layout = {name: case[name] for name in ("expert", "zero", "pipe", "context", "recompute", "transport")}
     if case["groups"] > 1:
-        layout["shard"] = data_ranks(case) // case["groups"]
+        layout["shard"] = data_ranks(case) * case["context"] // case["groups"]
     if case["tensor"] is not None:
         layout |= {"tensor": 2, "sequence_parallel": case["tensor"] == "sequence"}
     config = {

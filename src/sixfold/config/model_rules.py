@@ -1,13 +1,13 @@
 """Rules between the options of the model: its sizes, its experts, adapters beside it.
 
-Joined with all others in `rules`. What a size has to do with the machine is decided elsewhere.
+The resolver walks `MODEL_RULES` first. What a size has to do with the machine is decided elsewhere.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sixfold.config.rule import Rule, Verdict, divisor_below, into
+from sixfold.config.ruling import Rules, Verdict, divisor_below
 from sixfold.config.tree import ModelConfig
 
 DECODER_KEYS = (
@@ -26,9 +26,8 @@ DECODER_KEYS = (
 EXPERT_KEYS = ("expert_choices", "shared_experts", "expert_capacity", "balance", "router_z")
 """How tokens are shared out over the experts of the reference decoder."""
 
-MODEL_RULES: list[Rule] = []
-
-_rule = into(MODEL_RULES)
+MODEL_RULES = Rules()
+_rule = MODEL_RULES.rule
 
 
 @_rule("model.width", "model.num_heads")

@@ -167,8 +167,7 @@ class LayoutConfig(Section):
     stands for one part of a name), one of the styles in docs/axes/tensor.md. Unset: the model's own plan, or
     else what its structure allows."""
     sequence_parallel: bool = False
-    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence
-    alone."""
+    """Between blocks, and in their norms, each rank of the tensor axis keeps its part of the sequence."""
     pipe: Positive = 1
     """Ranks along the pipe axis: the model is cut into stages, in order."""
     schedule: Schedule | None = None

@@ -1,23 +1,48 @@
-"""Where the rules come from by which a model is cut over the tensor axis.
+"""Where the rules come from by which a model is cut over the tensor axis, and whether they hold.
 
-Asked by `tensor_axis.py`: those of the user, those that the model declares (`model.tensor_rules`, or the plan
-of a Hugging Face model), or else those that its structure allows. It decides no pieces.
+Asked by `tensor_axis.py` and by `sixfold probe`: those of the user, those that the model declares
+(`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. What
+the model does not declare by itself is tried on a small copy first. It decides no pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from sixfold.base.errors import ConfigError, ModelError
+from sixfold.base.errors import ConfigError, ModelError, SixfoldError
 from sixfold.config import LayoutConfig
+from sixfold.parallel.facts import block_names
+from sixfold.parallel.structure import rules_from_structure
 from sixfold.parallel.styles import STYLES
 from sixfold.parallel.tensor import Rules
+from sixfold.parallel.tiny import CannotTry, tiny_of
+from sixfold.parallel.verify import difference
 
 DECLARED = "tensor_rules"
 """Attribute of a model that says how it is cut: pattern -> style."""
+USER = "layout.tensor_rules"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a model.
+
+    Args:
+        rules: that hold, None where there are none.
+        why: what was tried and does not hold, or why nothing was.
+        is_tried: whether a small copy that is cut has given the numbers of a whole one.
+    """
+
+    rules: Rules | None
+    why: str = ""
+    is_tried: bool = False
+
+
+_ANSWERS: dict[tuple[object, ...], Answer] = {}
 
 
 def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
@@ -27,20 +52,75 @@ def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
         ConfigError: a rule of the user's that cannot be read.
         ModelError: no way to cut it is known, with the reason.
     """
-    if layout.tensor_rules is not None:
-        return Rules(dict(map(_parsed, layout.tensor_rules)), source="layout.tensor_rules")
-    declared: Mapping[str, str] | None = getattr(model, DECLARED, None)
-    if declared:
-        return Rules(dict(declared))
-    plan: Any = getattr(model, "tp_plan", None)
-    if isinstance(plan, Mapping) and plan:
-        return Rules(_with_head(model, plan))
+    answer = answer_for(model, layout)
+    if answer.rules is not None:
+        return answer.rules
     raise ModelError(
-        f"layout.tensor = {layout.tensor} with {type(model).__name__}, which declares no way to be cut",
-        rule="the tensor axis cuts models that say how, or whose structure says it",
-        fix=f'name what is cut, for example layout.tensor_rules = ["layers.*.fc1 = colwise", '
-        f'"layers.*.fc2 = rowwise"] or model.{DECLARED}, or set layout.tensor = 1',
+        f"layout.tensor = {layout.tensor} with {type(model).__name__}: {answer.why}",
+        rule="a cut that the model does not declare itself is tried on a small copy of it before the run, "
+        "and gives the numbers of the whole model",
+        fix=("leave layout.sequence_parallel unset, or " if layout.sequence_parallel else "")
+        + 'name what is cut, for example layout.tensor_rules = ["layers.*.fc1 = colwise", '
+        f'"layers.*.fc2 = rowwise"], declare it in model.{DECLARED}, or set layout.tensor = 1 and let those '
+        "ranks share the data",
     )
+
+
+def answer_for(model: nn.Module, layout: LayoutConfig) -> Answer:
+    """What is known of `model`; asked again, the same is answered at once."""
+    config: Any = getattr(model, "config", None)
+    described = config.to_json_string() if hasattr(config, "to_json_string") else id(model)
+    asked = (layout.tensor, layout.tensor_rules, layout.sequence_parallel, layout.blocks)
+    key = (type(model), described, *asked)
+    if key not in _ANSWERS:
+        _ANSWERS[key] = _answer(model, layout)
+    return _ANSWERS[key]
+
+
+def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
+    declared: Mapping[str, str] | None = getattr(model, DECLARED, None)
+    plan: Any = getattr(model, "tp_plan", None)
+    if layout.tensor_rules is not None:
+        return _tried(model, Rules(dict(map(_parsed, layout.tensor_rules)), source=USER), layout)
+    if declared:
+        return Answer(Rules(dict(declared)))
+    planned = Answer(None)
+    if isinstance(plan, Mapping) and plan:
+        planned = _tried(model, Rules(_with_head(model, plan)), layout)
+        if planned.rules is not None:
+            return planned
+    found = _from_structure(model, layout)
+    if found.rules is None and planned.why:
+        return Answer(None, f"its own plan does not hold: {planned.why}; from its structure: {found.why}")
+    return found
+
+
+def _tried(model: nn.Module, rules: Rules, layout: LayoutConfig) -> Answer:
+    try:
+        tiny, inputs = tiny_of(model)
+        blocks = block_names(tiny, layout.blocks) if layout.sequence_parallel else ()
+    except (CannotTry, SixfoldError) as error:
+        is_declared = rules.source != USER and not layout.sequence_parallel
+        return Answer(rules if is_declared else None, f"it cannot be tried: {error}")
+    why = difference(tiny, inputs, rules, layout.tensor, blocks)
+    return Answer(rules, is_tried=True) if why is None else Answer(None, why)
+
+
+def _from_structure(model: nn.Module, layout: LayoutConfig) -> Answer:
+    try:
+        tiny, inputs = tiny_of(model)
+    except CannotTry as error:
+        return Answer(None, f"it cannot be tried: {error}")
+    try:
+        found = rules_from_structure(tiny, inputs, layout.tensor)
+    except Exception as error:  # of the model's own code, on inputs that were made up
+        return Answer(None, f"its small copy does not run: {type(error).__name__}: {str(error)[:120]}")
+    why = "; ".join(f"{names}: {reason}" for names, reason in found.dropped[:2])
+    if not found.styles:
+        return Answer(None, why or "no linear layer feeds another one alone")
+    if not layout.sequence_parallel:
+        return Answer(found.rules(), why, is_tried=True)
+    return _tried(model, found.rules(), layout)
 
 
 def _parsed(rule: str) -> tuple[str, str]:
@@ -55,8 +135,8 @@ def _parsed(rule: str) -> tuple[str, str]:
 
 
 def _with_head(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """The plan of a Hugging Face model, with its head known for one: scores stay cut where the loss allows
-    it."""
+    """The plan of a Hugging Face model, with its head known for one: its scores stay cut where the loss
+    allows it."""
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     names = {name for name, module in model.named_modules() if module is head}

@@ -110,5 +110,7 @@ WIDTHS = (
     "dim",
 )
 """Attributes that may count the columns of all heads."""
+OUTPUTS = ("nf",)
+"""Attributes by which layers themselves know the number of their outputs."""
 GROUPS = ("num_key_value_groups",)
 """Query heads for each head of keys, which changes where the latter are not cut evenly."""

@@ -20,7 +20,7 @@ from sixfold.base.errors import ModelError
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.crossing import CLOSED, COPIED, GATHERED, OPENED, PARTED, SUMMED, Axis, Crossing, cross
 from sixfold.parallel.heads import Head
-from sixfold.parallel.styles import dim_of
+from sixfold.parallel.styles import OUTPUTS, dim_of
 from sixfold.parallel.tensor import Layer, TensorCut
 
 Own = Callable[..., Any]
@@ -114,6 +114,8 @@ class TensorForwards:
     def _linear(self, layer: Layer) -> Callable[[Own], Own]:
         style, is_row = layer.style, layer.style.shares["weight"] == "in"
         entering, leaving = style.entering, style.leaving
+        outputs = sum(stop - start for start, stop in layer.spans)
+        counts = dict.fromkeys(OUTPUTS, outputs) if style.shares["weight"] == "out" else {}
         parent = layer.name.rpartition(".")[0]
         if self._is_inside(layer.name):
             if entering == COPIED:
@@ -127,7 +129,8 @@ class TensorForwards:
                     with _without_bias(module) as bias:
                         y = own(module, x, *args, **kwargs)
                     return self._leave(y, leaving, layer.size) + bias
-                y = own(module, x, *args, **kwargs)
+                with _put(module, {name: count for name, count in counts.items() if hasattr(module, name)}):
+                    y = own(module, x, *args, **kwargs)
                 if layer.heads is not None:
                     y = _heads_of(y, layer.heads, layer.head_width)
                 if style.role == "scores" and self._head is not None:
@@ -269,10 +272,10 @@ def _put(module: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _without_bias(module: nn.Module) -> Iterator[Tensor]:
-    """Inside, the layer adds no bias: it is added once, to the sum."""
+    """Inside, the layer adds zeros for its bias, which is added once, to the sum."""
     bias = module._parameters["bias"]
     assert bias is not None, "asked for only where there is one"
-    module._parameters["bias"] = None
+    vars(module)["_parameters"]["bias"] = torch.zeros_like(bias, requires_grad=False)
     try:
         yield bias
     finally:

@@ -13,11 +13,18 @@ from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.stages import BlockCosts, StagePlan, decide_stages
-from sixfold.plan.traffic import Traffic, dispatch_traffic, update_traffic
+from sixfold.plan.traffic import (
+    AttentionTraffic,
+    Traffic,
+    attention_traffic,
+    dispatch_traffic,
+    update_traffic,
+)
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units, placed
 
 __all__ = [
     "PRESETS",
+    "AttentionTraffic",
     "BatchPlan",
     "BlockCosts",
     "Geometry",
@@ -34,6 +41,7 @@ __all__ = [
     "StagePlan",
     "Traffic",
     "UnitPlan",
+    "attention_traffic",
     "cut_units",
     "decide",
     "decide_batch",

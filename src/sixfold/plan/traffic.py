@@ -7,6 +7,7 @@ during forward and backward, and messages of a few numbers, are not counted here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from sixfold.base.units import bytes_text
 from sixfold.plan.geometry import Geometry
@@ -67,6 +68,45 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
             publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
             part //= sizes[axis]
     return Traffic(reduce, publish)
+
+
+@dataclass(frozen=True)
+class AttentionTraffic:
+    """Bytes sent by one rank of the context axis in one layer of attention."""
+
+    forward: int
+    backward: int
+
+
+def attention_traffic(
+    context: int,
+    *,
+    samples: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    item_bytes: int,
+) -> AttentionTraffic:
+    """What each of `context` ranks sends for sequences that are cut over them evenly.
+
+    h = gcd(context, kv_heads) neighbours send (h - 1) / h of queries, keys, values and outputs; each of the
+    context / h - 1 steps of the ring sends keys and values, and in backward sums of their gradients, too, in
+    fp32 at least.
+
+    Args:
+        samples, length: of a micro-batch.
+        heads, kv_heads, head_width: of the layer on this rank.
+        item_bytes: of the compute type.
+    """
+    swapped = gcd(context, kv_heads)
+    row = samples * length // context * head_width
+    exchanged = row * (2 * heads + 2 * kv_heads) * (swapped - 1) // swapped * item_bytes
+    passed_on = row * 2 * kv_heads * (context // swapped - 1)
+    return AttentionTraffic(
+        forward=exchanged + passed_on * item_bytes,
+        backward=exchanged + passed_on * (item_bytes + max(item_bytes, ITEM_BYTES["fp32"])),
+    )
 
 
 def dispatch_traffic(

@@ -29,13 +29,17 @@ class ContextAttention:
 
     Args:
         group: the ranks of the axis; None until they have met.
+        is_compiled: whether modules that call it are compiled, around it.
 
     Attributes:
         sequences: those of the micro-batch under way; None while modules run on whole sequences.
     """
 
-    def __init__(self, group: Group | None = None) -> None:
+    def __init__(self, group: Group | None = None, *, is_compiled: bool = False) -> None:
         self.met = group
+        self._call: Attend = self
+        if is_compiled:
+            self._call = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
         self.sequences: Sequences | None = None
         self._checked: tuple[Sequences, Tensor, bool] | None = None
 
@@ -47,7 +51,7 @@ class ContextAttention:
 
     def answer(self) -> Attend | None:
         """What answers calls of attention now; None: torch's own."""
-        return None if self.sequences is None else self
+        return None if self.sequences is None else self._call
 
     @property
     def spans(self) -> tuple[Span, ...]:

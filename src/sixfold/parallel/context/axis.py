@@ -47,13 +47,15 @@ def decide_context_axis(
             rule="statistics over tokens would be those of each rank's part",
             fix=f"use LayerNorm or GroupNorm, or {OFF}",
         )
-    attention = ContextAttention()
+    attention = ContextAttention(is_compiled=layout.compile is not None)
     return AxisChange(apply=partial(_apply, model, attention), attention=attention)
 
 
 def _apply(model: nn.Module, attention: ContextAttention, mesh: Mesh) -> Remove:
     attention.met = mesh.along("context")
     undo = ExitStack()
+    # Graphs that were compiled outlive the engine, and what they know of.
+    undo.callback(setattr, attention, "met", None)
     undo.callback(take_implementation(model))
     undo.callback(answer_calls(model, attention.answer))
     return undo.close

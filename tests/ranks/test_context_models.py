@@ -1,0 +1,292 @@
+"""Models over the context axis that nobody wrote for it: which run, which are refused and how, and that
+nothing of it stays behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sixfold
+from sixfold.base.errors import ModelError, StateError
+from sixfold.engine import Engine
+from sixfold.testing import Pool
+from tests.ranks import plain, test_context
+from tests.ranks.test_context import SAMPLES, STEPS, TASKS, alone, engine_of, mean_loss, share_of
+
+WIDTH, LENGTH = 12, 13
+_own_attention = F.scaled_dot_product_attention
+
+
+class Encoder(nn.Module):
+    """torch's own layers, which look both ways; `extra` works on hidden states [batch, length, width]."""
+
+    def __init__(self, extra: nn.Module | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=dropout, batch_first=True) for _ in range(2)
+        )
+        self.extra = extra
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.extra is None else self.extra(x)
+
+
+class AlongTokens(nn.Module):
+    """A convolution over neighbouring tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ByName(nn.Module):
+    """Attention by a function that was looked up before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return _own_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def vectors(step: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    x, y = torch.randn(2, SAMPLES, LENGTH, WIDTH, dtype=torch.float64, generator=draw)
+    return x, y
+
+
+def squares(output: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+    return (output - batch[1]).square().sum(), float(output.shape[0] * output.shape[1])
+
+
+def mean_square(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(output, batch[1])
+
+
+def start(model: nn.Module, loss_fn: Any = squares, **layout: Any) -> Engine:
+    return sixfold.initialize(
+        model,
+        config={
+            "layout": {"context": 2, **layout},
+            "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 0.0},
+        },
+        loss_fn=loss_fn,
+    )
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("loss_fn", [squares, mean_square], ids=["pair", "mean"])
+def test_layers_of_torch_run_as_they_are(loss_fn: Any) -> None:
+    reference, engine = Encoder(), start(Encoder(), loss_fn)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
+    for step in range(STEPS):
+        batch = vectors(step)
+        found = loss_fn(reference(batch[0]), batch)
+        loss = found[0] / found[1] if isinstance(found, tuple) else found
+        assert engine.eval_step(batch).loss == pytest.approx(float(loss), rel=1e-12)
+        assert engine.train_step(batch) == pytest.approx(float(loss), rel=1e-12)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert plain.farthest(engine.full_state_dict(), reference) < 1e-10
+    engine.close()
+
+
+def _shifting(output: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+    return (output[:, :-1] - batch[1][:, 1:]).square().sum(), float(output[:, :-1, 0].numel())
+
+
+def _mistral() -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    model: nn.Module = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=test_context.VOCABULARY,
+            hidden_size=24,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            sliding_window=3,
+        )
+    )
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "convolution": (lambda: Encoder(AlongTokens()), squares, "differ by"),
+    "shifted by loss_fn": (Encoder, _shifting, "differ by"),
+    "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
+    "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),
+    "attention dropout": (lambda: Encoder(dropout=0.1), squares, "dropout 0.1"),
+    "sliding window": (_mistral, None, "neither causal nor open"),
+}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
+    build, loss_fn, said = REFUSED[name]
+    batch: Any = vectors(0)
+    if name == "sliding window":
+        batch = test_context._padded(0)
+
+    def train() -> None:
+        with closing(start(build(), loss_fn)) as engine:
+            engine.train_step(batch)
+
+    with pytest.raises(ModelError, match=said) as caught:
+        train()
+    assert "layout.context = 1" in caught.value.fix
+
+
+@pytest.mark.ranks(2)
+def test_batches_that_do_not_fit_are_refused() -> None:
+    engine = engine_of("plain", context=2)
+    with pytest.raises(ModelError, match="sequences of 3 tokens"):
+        engine.train_step({"tokens": torch.zeros(2, 4, dtype=torch.long)})
+    with pytest.raises(ModelError, match="different batches"):
+        engine.train_step(TASKS["plain"].batch(engine.mesh.rank))
+    with pytest.raises(StateError, match=r"layout.context = 2") as caught:
+        engine(torch.zeros(2, 8, dtype=torch.long))
+    assert "engine.train_step(batch)" in caught.value.fix
+    engine.close()
+    engine = engine_of("padded", context=2)
+    mask = torch.ones(SAMPLES, 1, 21, 21)
+    with pytest.raises(ModelError, match="attention_mask") as refused:
+        engine.train_step({**TASKS["padded"].batch(0), "attention_mask": mask})
+    assert "position_ids" in refused.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_nothing_stays_behind() -> None:
+    fused, engine = torch.backends.mha.get_fastpath_enabled(), engine_of("anew", context=2)
+    assert F.scaled_dot_product_attention is not _own_attention
+    batch = share_of(engine, "anew", 0)
+    engine.train_step(batch)
+    # Outside of a step modules run on whole sequences, as they would without the axis.
+    with torch.no_grad(), engine.gathered():
+        whole = mean_loss(engine.module, batch)
+    expected = engine.eval_step(batch).loss
+    assert float(whole) == pytest.approx(expected, rel=1e-6)
+    query = torch.randn(1, 2, 3, 4)
+    assert F.scaled_dot_product_attention(query, query, query).shape == query.shape
+    module = engine.module
+    engine.close()
+    assert F.scaled_dot_product_attention is _own_attention
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+    assert not any("forward" in vars(part) for part in module.modules())
+    assert module.config._attn_implementation == "eager"
+
+
+@pytest.mark.ranks(3)
+def test_a_long_sequence_that_does_not_divide() -> None:
+    engine, module = engine_of("plain", None, context=3), test_context.build("plain")
+    tokens = torch.randint(0, 24, (1, 1001), generator=torch.Generator().manual_seed(0))
+    loss = mean_loss(module, {"tokens": tokens})
+    assert engine.train_step({"tokens": tokens}) == pytest.approx(loss.item(), rel=1e-12)
+    loss.backward()
+    found = engine.gradients()
+    expected = {name: each.grad for name, each in module.named_parameters()}
+    assert max(float((found[name] - each).abs().max()) for name, each in expected.items()) < 1e-12
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_losses_in_fp32_stay_together() -> None:
+    def losses(**layout: Any) -> list[float]:
+        model = test_context.build("packed").float()
+        engine = sixfold.initialize(
+            model, config={"layout": layout, "optimizer": {"lr": 3e-3}, "precision": {"compute": "fp32"}}
+        )
+        found = [engine.train_step(share_of(engine, "packed", step)) for step in range(20)]
+        engine.close()
+        return found
+
+    alike = [losses(context=2), losses(data=2)]
+    assert alike[0] == pytest.approx(alike[1], rel=1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_bf16_attends_across_ranks_too() -> None:
+    model = test_context.build("plain").float()
+    reference = float(mean_loss(model, TASKS["plain"].batch(0)))
+    engine = sixfold.initialize(model, config={"layout": {"context": 2}, "precision": {"compute": "bf16"}})
+    assert engine.train_step(TASKS["plain"].batch(0)) == pytest.approx(reference, rel=3e-3)
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_dropout_differs_between_parts() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = self.drop(x * self.scale)
+            if self.training:
+                seen.append(dropped.detach())
+            return dropped
+
+    seen: list[Tensor] = []
+    engine = start(Noisy(), lambda output, batch: (output.sum(), 1.0))
+    engine.train_step((torch.ones(1, 16, 4),))
+    rows = engine.mesh.gather(seen[-1])
+    assert not torch.equal(rows[0], rows[1])
+    engine.close()
+
+
+def _save(folder: Path) -> None:
+    engine = engine_of("plain", context=2, zero=2)
+    for step in range(3):
+        engine.train_step(share_of(engine, "plain", step))
+    engine.save(folder)
+    engine.close()
+
+
+def _go_on(folder: Path, layout: dict[str, Any]) -> None:
+    engine = engine_of("plain", **layout)
+    engine.load(folder)
+    for step in range(3, STEPS):
+        engine.train_step(share_of(engine, "plain", step))
+    assert plain.farthest(engine.full_state_dict(), alone("plain")[0]) < 1e-10
+    engine.close()
+
+
+@pytest.mark.parametrize("layout", [{"context": 3, "zero": 3}, {"zero": 1}, {"pipe": 2}], ids=str)
+def test_a_checkpoint_knows_nothing_of_it(layout: dict[str, Any], rank_pool: Pool, tmp_path: Path) -> None:
+    rank_pool.run(_save, tmp_path, ranks=2)
+    rank_pool.run(_go_on, tmp_path, layout, ranks=layout.get("context", 2))
+
+
+@pytest.mark.matrix  # compiling takes long
+@pytest.mark.ranks(2, timeout_s=120)
+def test_compiled_blocks_attend_across_ranks() -> None:
+    _, losses, _ = alone("plain")
+    engine = engine_of("plain", context=2, compile="aot_eager")
+    for step in range(2):
+        assert engine.train_step(share_of(engine, "plain", step)) == pytest.approx(losses[step], rel=1e-10)
+    engine.close()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model", TASKS)
+def test_six_ranks_take_what_two_heads_leave(model: str, rank_pool: Pool) -> None:
+    case = {"context": 6, "model": model, "zero": 3, "data": 1, "pipe": 1, "tensor": 1}
+    case |= {"recompute": None, "micro": 2, "transport": "host"}
+    rank_pool.run(test_context.follow, case, ranks=6, timeout_s=120)
