@@ -58,7 +58,7 @@ __all__ = [
     "layer_traffic",
     "persistent_memory",
     "placed",
-    "transfer_memory",
     "scores_traffic",
+    "transfer_memory",
     "update_traffic",
 ]
