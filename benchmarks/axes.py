@@ -22,7 +22,7 @@ from typing import Any
 
 from contest import median_interval, quit_rank, run_ranks
 
-PARTS = ("context", "expert")
+PARTS = ("tensor", "context", "expert")
 """`axis_NAME.contestants(rank, num_ranks)` gives name -> turn, or the reason why there is none; `facts` what
 else is told."""
 

@@ -32,8 +32,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     *((ranks, {"zero": zero}) for ranks in (1, 2, 3, 4) for zero in (0, 1, 2, 3)),
     *((4, {"zero": zero, "shard": 2}) for zero in (1, 2, 3)),
     (4, {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}),
+    *((ranks, {"zero": zero, "tensor": 2}) for ranks, zero in ((2, 0), (2, 3), (4, 2))),
+    (4, {"zero": 1, "tensor": 4}),
 ]
-"""{1, 2, 3, 4 ranks} x {0, 1, 2, 3, hybrid}: groups of hybrid sharding have two ranks, and there are two."""
+"""{1, 2, 3, 4 ranks} x {0, 1, 2, 3, hybrid}: groups of hybrid sharding have two ranks, and there are two;
+some with matrices cut unevenly."""
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "fp64": {"compute": "fp64"},
@@ -56,6 +59,12 @@ class Mixed(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.unused = nn.Parameter(torch.ones(7))
         self.empty = nn.Parameter(torch.ones(0, 4))
+        self.tensor_rules = {
+            "table": "embedding_rowwise",
+            "inner": "colwise_gather_output",
+            "base": "rowwise_split_input",
+            "head": "colwise_gather_output",
+        }
         self.register_buffer("seen", torch.zeros(2))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
@@ -109,7 +118,7 @@ def test_every_layout_saves_the_same_bytes_and_loads_them(
     loss = rank_pool.run(reference_run, reference, precision, ranks=1)[0]
     for ranks, layout in LAYOUTS:
         found = rank_pool.run(loaded_run, layout, precision, reference, ranks=ranks)
-        assert found[0] == pytest.approx(loss, rel=1e-12 if precision == "fp64" else 1e-2), (ranks, layout)
+        assert found[0] == pytest.approx(loss, rel=1e-12 if precision == "fp64" else 2e-2), (ranks, layout)
 
 
 def reference_run(folder: Path, precision: str) -> float:

@@ -309,3 +309,73 @@ def save_and_go_on(layout: dict[str, Any], folder: Path) -> float:
     loss += engine.train_step(share(engine, whole, 3))
     engine.close()
     return loss
+
+
+BALANCED: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {"zero": 3, "recompute": "full"}),
+    (2, {"expert": 2}),
+    (4, {"expert": 2, "tensor": 2, "zero": 1}),
+]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_the_balancing_loss_of_a_model_depends_on_no_cut(kind: str, rank_pool: Pool, tmp_path: Path) -> None:
+    """Its own form, with the load of the update before; padding counts for nothing; it survives a save."""
+    for ranks, layout in BALANCED:
+        rank_pool.run(follow_balanced, kind, layout, tmp_path, ranks=ranks, timeout_s=60)
+
+
+def padded(step: int) -> dict[str, Tensor]:
+    fields = labelled(step)
+    mask = torch.ones_like(fields["input_ids"])
+    mask[: SAMPLES // 2, -1:] = 0
+    return fields | {"attention_mask": mask, "labels": fields["labels"].masked_fill(mask == 0, -100)}
+
+
+def balanced_loss(model: Any, step: int, load: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss without its balance, the balance, and the load of this batch: choices of a token."""
+    fields = padded(step)
+    items = (fields["labels"][:, 1:] != -100).sum()
+    output = model(**fields, num_items_in_batch=items, output_router_logits=True)
+    own = model(**fields, num_items_in_batch=items, output_router_logits=False).loss
+    keep = fields["attention_mask"].flatten() > 0
+    scores = torch.cat([each.view(-1, 4)[keep] for each in output.router_logits])
+    shares = scores.softmax(-1)
+    chosen = torch.nn.functional.one_hot(shares.topk(2, -1).indices, 4).sum(1).to(shares)
+    now = chosen.mean(0)
+    torch.testing.assert_close(
+        output.aux_loss.to(shares), 4 * (now * shares.mean(0)).sum(), rtol=1e-5, atol=0
+    )
+    return own, 4 * (load * shares.mean(0)).sum(), now
+
+
+def follow_balanced(kind: str, layout: dict[str, Any], folder: Path) -> None:
+    model = hugging_face(kind)
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.3
+    plain = deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    config = {"layout": layout, "batch": {"micro": 4}, "optimizer": {"name": "sgd", "lr": 0.5}}
+    engine, load = sixfold.initialize(deepcopy(model), config=config), torch.zeros(4)
+    with pytest.raises(ModelError, match="written-out"):
+        engine(**labelled(0))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        own, balance, load = balanced_loss(plain, step, load)
+        (own + 0.3 * balance).backward()
+        optimizer.step()
+        if step == 2:
+            engine.save(folder / "saved")
+            engine.close()
+            engine = sixfold.initialize(deepcopy(model), config=config)
+            engine.load(folder / "saved")
+        mine = {
+            name: field.chunk(engine.data_ranks)[engine.data_rank] for name, field in padded(step).items()
+        }
+        assert engine.train_step(mine) == pytest.approx(float(own.detach()), rel=3e-6)
+    found = engine.full_state_dict()
+    for name, number in plain.state_dict().items():
+        assert (found[name] - number).abs().max().item() < 1e-5, name
+    (known,) = engine.routing().values()
+    assert known.load == pytest.approx([float(each) / 2 for each in load])
+    engine.close()

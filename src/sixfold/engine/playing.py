@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -111,14 +111,13 @@ class Playing:
         if not self._loss_form.is_settled:
             self._settle(batch)
         most = self._state.largest(what, len(micros))
-        agreed = self._agree(batch)
-        if self._mesh.num_fed > self._mesh.pipe_ranks:
-            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
+        self._compare(batch)
         if len(micros) < common:
             micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
+        self.routing.begin(batch, self.scaler.scale, answers=self._answers)
         if len(self._stages) > 1 or not self._has_loss:
             self.routing.scale_penalties(self.scaler.scale / scale)
         # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
@@ -134,7 +133,7 @@ class Playing:
             return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
 
         kinds = [self._kind(piece.batch) for piece in pieces]
-        work = Work(run, scale, counts, agreed, kinds, lambda micro: cut.enter(pieces[micro]))
+        work = Work(run, scale, counts, kinds, lambda micro: cut.enter(pieces[micro]))
         try:
             return self.player.play(programs[self._mesh.pipe_rank], work)
         finally:
@@ -182,34 +181,28 @@ class Playing:
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
         return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
-    def _agree(self, batch: Batch) -> Callable[[], None]:
-        """Start to compare the batches of ranks that are to have the same; the function returned waits, and
-        judges. A collective.
+    def _compare(self, batch: Batch) -> None:
+        """Compare the batches of ranks that are to have the same, before anything is sent whose shape follows
+        from them. A collective.
 
         Raises:
             ModelError: they differ; on every rank.
         """
         mesh = self._mesh
         if mesh.num_fed == 1:
-            return lambda: None
+            return
         # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
         weight = mesh.num_fed - 1 if is_first else -1
-        sums = mesh.start_total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
-
-        @cache
-        def agreed() -> None:
-            (difference,) = sums()
-            if difference:
-                raise ModelError(
-                    f"{mesh.num_fed} ranks that work on the same samples were given different batches",
-                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
-                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
-                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
-                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
-                )
-
-        return agreed
+        (difference,) = mesh.total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
+        if difference:
+            raise ModelError(
+                f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+                rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                "global one it is says engine.data_rank of engine.data_ranks, not the rank",
+                fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+            )
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
@@ -246,7 +239,7 @@ class Playing:
         if self._sequences.is_cut:
             if num_samples(batch):
                 self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
-            self._agree(batch)()
+            self._compare(batch)
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
@@ -270,7 +263,7 @@ class Playing:
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)
-        self._agree(batch)()
+        self._compare(batch)
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):

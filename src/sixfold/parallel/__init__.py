@@ -4,6 +4,7 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
 from sixfold.parallel.axes import decide_axes
+from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
@@ -32,6 +33,7 @@ __all__ = [
     "AxisChange",
     "ContextAttention",
     "Deferral",
+    "ModelBalance",
     "ModelCut",
     "ModuleFacts",
     "Product",

@@ -22,7 +22,7 @@ from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Step, StepResult, Work
-from sixfold.program import RECEIVES, SENDS, Instruction, Op, Program
+from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -110,8 +110,6 @@ class Player:
                 "zero-bubble schedules, and shifts not yet",
                 fix="play sixfold.program.training for this layout; sixfold.simulate times the others",
             )
-        if instruction.op in (*SENDS, *RECEIVES, Op.STEP):
-            step.work.agreed()
         dispatcher = self._mesh.dispatcher
         step.ready = began = time.monotonic()
         blocked = dispatcher.blocked_s
@@ -198,7 +196,6 @@ class Player:
 
     def _start_totals(self, step: Step) -> Callable[[], StepResult]:
         """Start to sum what the ranks hold; the function returned waits, and judges the sums."""
-        step.work.agreed()
         # Ranks along the tensor axis have the same loss.
         is_first = self._mesh.place("tensor") == 0
         sums = self._mesh.start_total(

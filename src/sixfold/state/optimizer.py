@@ -209,12 +209,15 @@ class BoundOptimizer:
         """
         state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
         pieces: list[StatePiece] = []
+        of_group = {slot.group: slot for run in self._runs for slot in run.slots if slot.name in specs}
         for run in self._runs:
             slots = [slot for slot in run.slots if slot.name in specs]
-            for key, (shape, dtype) in specs[slots[0].name].items() if slots else ():
-                if _per_tensor(key, specs, slots):
+            # Of parameters without elements nothing is saved; torch wants state of all of a group or of none.
+            alike = slots or [of_group[slot.group] for slot in run.slots[:1] if slot.group in of_group]
+            for key, (shape, dtype) in specs[alike[0].name].items() if alike else ():
+                if _per_tensor(key, specs, alike):
                     flat = torch.empty(tuple(shape), dtype=dtype)
-                    pieces.append((slots[0].name, key, 0, flat))
+                    pieces.append((alike[0].name, key, 0, flat))
                 else:
                     flat = torch.empty(run.tensor.shape, dtype=dtype)
                     mine = list(_pieces_of(run, slots, key, flat.view(-1)))

@@ -17,6 +17,7 @@ from sixfold.mesh import Mesh
 from sixfold.plan import Plan
 from sixfold.state.ties import tied_groups
 from sixfold.state.unit import Unit
+from sixfold.state.wholeness import check_wholeness
 
 
 class GradientSums:
@@ -38,16 +39,24 @@ class GradientSums:
             if unit.plan.partial
         ]
         self._ties = tied_groups(units, plan.stages, mesh)
+        self._is_checked = False
 
     def share(self) -> None:
         """Sum reduced gradients over ranks that are no replicas: of weights whose gradients are partial along
-        an axis, then of those that several stages hold."""
+        an axis, then of those that several stages hold. The first time, see that nothing partial is left.
+
+        Raises:
+            ModelError: see `check_wholeness`.
+        """
         for gradients, groups in self._partial:
             for group in groups:
                 group.all_reduce(gradients.reduced).wait()
             gradients.take_norms()
         for tie in self._ties:
             tie.sum_grads()
+        if not self._is_checked:
+            check_wholeness(self._units, self._mesh)
+            self._is_checked = True
 
     def norms(self, num_groups: int) -> list[float]:
         """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
