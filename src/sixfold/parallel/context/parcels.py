@@ -1,4 +1,7 @@
-"""Several tensors in one flat one, for exchanges; used by `heads.py` and `ring.py`. It sends nothing."""
+"""Several tensors in one flat one, so that an exchange carries them together.
+
+Used by `heads.py` and `ring.py`, which know what is in it. It sends nothing.
+"""
 
 from __future__ import annotations
 
