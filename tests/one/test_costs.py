@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import LayoutConfig, load
-from sixfold.engine.costs import cut_by_measure
+from sixfold.engine.costs import crossing_memory, cut_by_measure
 from sixfold.mesh import Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
-from sixfold.parallel import ModelCut, measured_costs
+from sixfold.parallel import ModelCut, handed_bytes, measured_costs
 from sixfold.parallel.parts import find_parts
 from sixfold.pipeline import LossForm
-from sixfold.plan import BlockCosts, decide_geometry
+from sixfold.plan import BlockCosts, decide_geometry, decide_stages, transfer_memory
+from sixfold.program import training
 
 PAUSE_S = 0.02
 CPU = torch.device("cpu")
@@ -136,3 +137,54 @@ def test_costs_are_not_measured_without_an_example() -> None:
     with pytest.raises(ConfigError, match="given no example") as caught:
         sixfold.initialize(blocks(), config={"layout": {"pipe": 2, "cost": "measured"}})
     assert "example=batch" in caught.value.fix
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(("compute", "size"), [(None, 4), (torch.bfloat16, 2)])
+def test_what_parts_hand_on_is_known_without_running_them(
+    tie: bool, compute: torch.dtype | None, size: int
+) -> None:
+    config = DecoderConfig.derive(
+        vocab_size=50, context_length=32, width=16, num_layers=2, num_heads=1, tie_embeddings=tie
+    )
+    model = Decoder(config)
+    tokens = torch.zeros(4, 33, dtype=torch.int64, device="meta")
+    found = handed_bytes(model, find_parts(model), lambda call: call(tokens), compute=compute)
+    assert [found[f"model.layers.{number}"] for number in range(2)] == [4 * 32 * 16 * size] * 2
+    assert all("forward" not in vars(part) for part in model.modules())
+
+
+def test_transfers_are_priced_by_what_may_be_under_way() -> None:
+    """Of four micro-batches, 1F1B on three ranks has 3, 2 and 1 that wait for their backward."""
+    stages = decide_stages(LayoutConfig(pipe=3), BlockCosts((1.0,) * 3))
+    programs = training("1f1b", 3, 4)
+    handed = (100, 10, 0)
+    assert [transfer_memory(stages, programs, rank, handed) for rank in range(3)] == [
+        3 * 100,
+        2 * 10 + 3 * 100,
+        2 * 10,
+    ]
+    looped = decide_stages(LayoutConfig(pipe=2, schedule="zero-bubble-v"), BlockCosts((1.0,) * 4))
+    # Stages 1 and 2 are on one rank, and what passes between them is sent nowhere.
+    assert transfer_memory(looped, training("zero-bubble-v", 2, 4), 1, (0, 1000, 0, 0)) == 0
+
+
+def test_without_an_example_transfers_are_not_priced(caplog: pytest.LogCaptureFixture) -> None:
+    asked = load(values={"layout": {"pipe": 2}, "batch": {"micro": 8}}).config
+    mesh = Mesh(decide_geometry(LayoutConfig(), 1), 0, CPU)
+
+    def priced(model: nn.Module, example: Any) -> int:
+        form = LossForm(model, lambda output, batch: output.mean())
+        return crossing_memory(ModelCut.decide(model, asked.layout), model, asked, mesh, form, example)
+
+    assert priced(blocks(), None) == 0
+    # Two micro-batches, both under way from the first rank to the second.
+    assert priced(blocks(slow=-1), torch.zeros(16, 4)) == 2 * 8 * 4 * 4
+
+    class Looking(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) > 1 else x
+
+    with caplog.at_level("INFO"):
+        assert priced(nn.Sequential(Looking(4, 4), nn.Linear(4, 4)), torch.zeros(16, 4)) == 0
+    assert "does not run on meta" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,6 +272,46 @@ def test_averages_and_bounds_hold_over_all_stages() -> None:
 
     for alone, cut in zip(trained(), trained(pipe=2), strict=True):
         assert all(torch.allclose(alone[name], cut[name], atol=1e-10) for name in alone)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble-v"])
+def test_transfers_take_no_more_shared_memory_than_they_are_priced(schedule: str) -> None:
+    case = pipes.Case(model="decoder", schedule=schedule, num_micro=6, size=12)
+    batch = {name: field[:, :8] for name, field in pipes.batch_of(case, 0).items()}
+    asked = {"layout": {"pipe": 2, "schedule": schedule}, "batch": {"micro": pipes.MICRO}}
+    priced: list[int] = []
+    engine = initialize_noting(priced, pipes.build(case), config=asked, example=batch)
+    assert engine.mesh.host is not None
+    scratch = engine.mesh.host.scratch
+    make, taken = scratch._make, []
+
+    def noting(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        # All else that is exchanged here is a few numbers, and shapes in words.
+        taken.append(numel * dtype.itemsize if numel > 16 and dtype.is_floating_point else 0)
+        return make(numel, dtype)
+
+    scratch._make = noting  # type: ignore[method-assign]
+    for step in range(4):
+        if engine.mesh.pipe_rank == step % 2:  # who reads late has the other's messages pile up
+            time.sleep(0.05)
+        engine.train_step(batch)
+    assert 0 < sum(taken) <= priced[0]
+    engine.close()
+
+
+def initialize_noting(priced: list[int], *args: Any, **kwargs: Any) -> sixfold.Engine:
+    """An engine, and how many bytes of transfers it expects in shared memory."""
+    module = sys.modules["sixfold.engine.initialize"]
+    price = module.crossing_memory
+
+    def noting(*rest: Any) -> int:
+        priced.append(price(*rest))
+        return priced[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "crossing_memory", noting)
+        return sixfold.initialize(*args, **kwargs)
 
 
 class Dawdling(nn.Linear):

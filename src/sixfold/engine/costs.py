@@ -1,11 +1,13 @@
-"""Where a model is cut, when it is cut by what its parts cost on this machine.
+"""What an example of a batch tells before training: what parts cost on this machine, and what stages hand on.
 
-Called by `initialize`, once ranks have met. Rank 0 measures, and all ranks cut by its figures.
+Called by `initialize`, once ranks have met. Costs are measured by rank 0, and all ranks cut by its figures;
+sizes are found by every rank without computing anything.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from torch import nn
 
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import Config
+from sixfold.engine.playing import programs_for
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import DTYPES, ModelCut, measured_costs
+from sixfold.parallel import DTYPES, ModelCut, handed_bytes, measured_costs
 from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
-from sixfold.plan import BlockCosts
+from sixfold.plan import BlockCosts, transfer_memory
+
+_log = logging.getLogger(__name__)
 
 
 def check_example(asked: Config, example: Batch) -> None:
@@ -68,6 +73,27 @@ def cut_by_measure(
         ) from failure
     blocks, before, after = found
     return ModelCut.decide(model, asked.layout, BlockCosts(tuple(blocks), before, after))
+
+
+def crossing_memory(
+    cut: ModelCut, model: nn.Module, asked: Config, mesh: Mesh, form: LossForm, example: Batch
+) -> int:
+    """Bytes of this rank's transfers along the pipe that are under way at most; 0 where no example tells."""
+    if cut.plan is None or example is None:
+        return 0
+    compute = DTYPES[asked.precision.compute] if asked.precision.compute is not None else None
+    micros = split(example, asked.batch.micro)
+    part = to_device(micros[0], torch.device("meta"), compute)
+    args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
+    try:
+        sizes = handed_bytes(model, cut.parts, lambda call: call(*args, **kwargs), compute=compute)
+    except Exception as error:  # of the model's own code: it looks at numbers, and on meta there are none
+        _log.info("transfers are not priced: %s does not run on meta (%s)", type(model).__name__, error)
+        return 0
+    handed = [sizes.get(cut.parts.blocks[blocks.stop - 1], 0) if blocks else 0 for blocks in cut.plan.blocks]
+    programs = programs_for(asked.layout, "training", len(micros))
+    # Sequences are cut over ranks, and each hands on its own part.
+    return transfer_memory(cut.plan, programs, mesh.pipe_rank, handed) // mesh.geometry.degree("context")
 
 
 def _measured(

@@ -26,7 +26,7 @@ from sixfold.engine.admission import (
     check_model,
     tell_idle_settings,
 )
-from sixfold.engine.costs import check_example, cut_by_measure
+from sixfold.engine.costs import check_example, crossing_memory, cut_by_measure
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.playing import Playing
@@ -89,8 +89,8 @@ def initialize(
             such as a Hugging Face one, one such file, or a checkpoint, of which the model part counts. With
             the model on meta each rank reads the elements that it owns, and nothing else is made.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
-        example: a batch as `train_step` will get it, needed where `layout.cost` is "measured" and read there
-            alone.
+        example: a batch as `train_step` will get it, read under `layout.pipe` alone: needed where
+            `layout.cost` is "measured"; and what stages hand to each other in shared memory is priced by it.
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
@@ -144,7 +144,8 @@ def initialize(
     # What ranks have told each other so far is little, and how much memory they share depends on the cut.
     mesh = mesh.sharing(
         asked.layout.transport,
-        exchange_bytes=exchange_memory(plan_of(facts)),
+        exchange_bytes=exchange_memory(plan_of(facts))
+        + crossing_memory(cut, model, asked, mesh, loss_form, example),
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))

@@ -106,14 +106,14 @@ class Playing:
             step: updates done.
             last_weight: global weight of the update before; None for the first.
         """
-        agreed = self._agree(batch)
-        if self._mesh.num_fed > self._mesh.pipe_ranks or not self._loss_form.is_settled:
-            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
         micros = split(batch, self._micro)
         common = self._in_common(batch, len(micros)) if self._layout.expert > 1 else 0
         if not self._loss_form.is_settled:
             self._settle(batch)
         most = self._state.largest(what, len(micros))
+        agreed = self._agree(batch)
+        if self._mesh.num_fed > self._mesh.pipe_ranks:
+            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
         if len(micros) < common:
             micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
@@ -243,8 +243,10 @@ class Playing:
         ]
 
     def _settle(self, batch: Batch) -> None:
-        if self._sequences.is_cut and num_samples(batch):
-            self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
+        if self._sequences.is_cut:
+            if num_samples(batch):
+                self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
+            self._agree(batch)()
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
@@ -268,6 +270,7 @@ class Playing:
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)
+        self._agree(batch)()
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):

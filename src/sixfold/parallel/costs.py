@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ def measured_costs(
     best: dict[str, float] = {}
     for _ in range(NUM_RUNS):
         watch = _Watch(device)
-        with watch.on(model, (*parts.before, *parts.blocks, *parts.after)):
+        with _watched(model, parts, watch.timed):
             began = watch.now()
             loss = run(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs))
             _backward(loss, [*tensors.values(), *watch.leaves])
@@ -82,6 +82,68 @@ def measured_costs(
         blocks[-1] += after
         after = 0.0
     return BlockCosts(tuple(blocks), sum(before.values()), after)
+
+
+def handed_bytes(
+    model: nn.Module,
+    parts: Parts,
+    run: Callable[[Callable[..., Any]], object],
+    *,
+    compute: torch.dtype | None,
+) -> dict[str, int]:
+    """Bytes of what each part up to the last block returns for a micro-batch, found on the meta device.
+
+    Args:
+        run: calls the function it is given, which stands for the model, with a micro-batch on meta.
+        compute: as for `measured_costs`.
+    """
+    tensors = {
+        name: torch.empty_like(
+            tensor, device="meta", dtype=compute if isinstance(tensor, nn.Parameter) else None
+        )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    found: dict[str, int] = {}
+
+    def noting(names: list[str], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run_part(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            found.update(dict.fromkeys(names, sum(each.nbytes for each in _tensors(output))))
+            if parts.blocks[-1] in names:
+                raise _Enough
+            return output
+
+        return run_part
+
+    with _watched(model, parts, noting), torch.no_grad(), suppress(_Enough):
+        run(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs))
+    return found
+
+
+class _Enough(Exception):
+    """The last block has run; what comes behind it, such as a loss, may look at numbers."""
+
+
+@contextmanager
+def _watched(
+    model: nn.Module,
+    parts: Parts,
+    wrap: Callable[[list[str], nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Inside, parts run by what `wrap` makes of their names, themselves and their forward."""
+    names: dict[nn.Module, list[str]] = {}
+    for name in dict.fromkeys((*parts.before, *parts.blocks, *parts.after)):
+        names.setdefault(model.get_submodule(name), []).append(name)
+    own = {part: vars(part).get("forward") for part in names}
+    for part, its_names in names.items():
+        part.forward = wrap(its_names, part, part.forward)
+    try:
+        yield
+    finally:
+        for part, forward in own.items():
+            del part.forward
+            if forward is not None:
+                part.forward = forward
 
 
 _REST = ""
@@ -117,30 +179,15 @@ class _Watch:
     seconds: dict[str, float] = field(default_factory=dict)
     leaves: list[Tensor] = field(default_factory=list)
 
-    @contextmanager
-    def on(self, model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-        """Inside, the parts are timed."""
-        parts: dict[nn.Module, list[str]] = {}
-        for name in dict.fromkeys(names):
-            parts.setdefault(model.get_submodule(name), []).append(name)
-        own = {part: vars(part).get("forward") for part in parts}
-        for part, its_names in parts.items():
-            part.forward = self._timed(its_names, part, part.forward)
-        try:
-            yield
-        finally:
-            for part, forward in own.items():
-                del part.forward
-                if forward is not None:
-                    part.forward = forward
-
     def now(self) -> float:
         """Seconds, when all that was started is done."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def _timed(self, names: list[str], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, names: list[str], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that is timed, and its backward with it."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             began = self.now()
             output = forward(*args, **kwargs)

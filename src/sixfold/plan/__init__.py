@@ -7,7 +7,7 @@ allocates, starts or plays anything.
 from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
-from sixfold.plan.memory import Memory, exchange_memory, persistent_memory
+from sixfold.plan.memory import Memory, exchange_memory, persistent_memory, transfer_memory
 from sixfold.plan.places import Place
 from sixfold.plan.plan import Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
@@ -59,5 +59,6 @@ __all__ = [
     "persistent_memory",
     "placed",
     "scores_traffic",
+    "transfer_memory",
     "update_traffic",
 ]

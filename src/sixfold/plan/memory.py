@@ -6,13 +6,16 @@ their way, gathered copies, activations) are not counted here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sixfold.base.units import bytes_text
 from sixfold.plan.plan import Plan
 from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import Spread
+from sixfold.plan.stages import StagePlan
 from sixfold.plan.units import UnitPlan
+from sixfold.program import Program, peaks
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,28 @@ def exchange_memory(plan: Plan) -> int:
         if row.parameters or (row.optimizer and unit.trainable):
             item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
             total += unit.numel // plan.geometry.num_parts(row.parameters, unit.cut) * item_bytes
+    return total
+
+
+def transfer_memory(
+    stages: StagePlan, programs: Sequence[Program], pipe_rank: int, handed: Sequence[int]
+) -> int:
+    """Bytes that a rank has sent along the pipe in an update and others have not read yet, at most.
+
+    Of one border no more activations are under way than the stage before it has forwards that wait for their
+    backward, and no more gradients: who has not read one has not run that backward. An evaluation, where
+    nothing comes back, may have more.
+
+    Args:
+        programs: of all ranks of the pipeline.
+        handed: bytes of what each stage hands on of one micro-batch.
+    """
+    waiting = {stage: peak.activations for program in programs for stage, peak in peaks(program).items()}
+    total = 0
+    for stage in stages.ranks[pipe_rank]:
+        for before, other in ((stage, stage + 1), (stage - 1, stage - 1)):
+            if 0 <= other <= stages.last and stages.rank_of(other) != pipe_rank:
+                total += handed[before] * waiting.get(before, 0)
     return total
 
 

@@ -29,7 +29,7 @@ from sixfold.monitor.meters import Meter
 from sixfold.monitor.recording import write_recording
 from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
-from sixfold.plan import LossScaling, decide_batch
+from sixfold.plan import LossScaling, decide_batch, decide_geometry
 from sixfold.train import adapters, job
 from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.completion import Sampling, continuations
@@ -129,12 +129,15 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
 
 
 def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
-    """A micro-batch, for costs that are measured."""
-    if config.layout.cost != "measured":
+    """A batch of a rank, for what is measured and priced by one."""
+    if config.layout.pipe == 1:
         return None
-    size = decide_batch(config.batch, data_ranks=1, sequence_length=config.data.sequence_length).size
-    samples = samples_of(config, corpus).batch(0, range(config.batch.micro or size))
-    return fields_of(config, corpus, samples)
+    placement = discover(os.environ)
+    geometry = decide_geometry(config.layout, placement.world_size if placement else 1)
+    batch = decide_batch(
+        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
+    )
+    return fields_of(config, corpus, samples_of(config, corpus).batch(0, range(len(batch.share(0)))))
 
 
 def _note_launch(resolved: Resolved) -> Resolved:

@@ -126,11 +126,15 @@ class Lane:
         self._under_way.append((code, read))
         self._offered = number + 1
         self._row.raise_to(OFFERED, self._offered)
+        self.catch_up()
+        return Work(self, number, hold)
+
+    def catch_up(self) -> None:
+        """Read what all have offered by now."""
         while self._done < self._offered and all(
             one.row.words[OFFERED] > self._done for one in self._members
         ):
             self._read_next()
-        return Work(self, number, hold)
 
     def finish(self, number: int) -> None:
         """Wait until this member has read all that was offered for exchange `number` and all before it."""

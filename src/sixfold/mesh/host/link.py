@@ -49,6 +49,7 @@ class HostLink(Link):
         self._out_lane, self._in_lane = lanes[outwards], lanes[1 - outwards]
 
     def _start_send(self, tensor: torch.Tensor) -> list[Carried]:
+        self._out_lane.catch_up()  # what the other has read meanwhile can be used again
         offered = self._shared.take(tensor.numel(), tensor.dtype).copy_(tensor.view(-1))
         self._out_lane.issue("transfer", offered, lambda offers: None)
         self._shared.give(offered)
