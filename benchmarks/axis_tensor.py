@@ -12,7 +12,7 @@ from typing import Any
 
 from contest import SIZES
 
-SIZE = "m"
+SIZE = "s"
 _facts: dict[str, Any] = {}
 
 
