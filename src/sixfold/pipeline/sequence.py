@@ -62,11 +62,8 @@ class SequenceCut:
         self._attention = attention
         self._device = device
         self._limits = {} if attention is None else length_limits(module)
-
-    @property
-    def is_cut(self) -> bool:
+        self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
-        return self._attention is not None
 
     def enter(self, piece: Piece | None) -> None:
         """From now on modules run on this piece; None: on whole sequences."""
