@@ -1,11 +1,11 @@
 """Axes of the model against layers of other libraries that divide the same thing, in one command.
 
-    python benchmarks/axes.py --only expert [--ranks 2] [--rounds 15] [--json]
+    python benchmarks/axes.py [--only context] [--ranks 2] [--rounds 15] [--json]
 
 One set of ranks (gloo, one compute thread each) holds all contestants of a part and gives them turns, in
 another order every round, with a barrier around each. A turn is a forward and a backward of one layer, with
 the same numbers for everyone. Ratios are ours / theirs, round by round: median and an interval that covers it
-with 95 %. What a library refuses on CPUs is told, not left out. A part is a module `axis_NAME.py` beside this.
+with 95 %. What a library refuses on CPUs is told, not left out. A part is a module `axis_NAME.py` beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from contest import median_interval, quit_rank, run_ranks
 
-PARTS = ("expert",)
+PARTS = ("tensor", "context", "expert")
 """`axis_NAME.contestants(rank, num_ranks)` gives name -> turn, or the reason why there is none; `facts` what
 else is told."""
 

@@ -24,7 +24,7 @@ from sixfold.checkpoint import Keep, open_checkpoint, ranges, together
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.importing import import_folder
 from sixfold.engine import Engine
-from sixfold.mesh import Dispatcher
+from sixfold.mesh.dispatch import Exchange
 from sixfold.testing import Pool
 from tests.ranks import plain
 
@@ -32,8 +32,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     *((ranks, {"zero": zero}) for ranks in (1, 2, 3, 4) for zero in (0, 1, 2, 3)),
     *((4, {"zero": zero, "shard": 2}) for zero in (1, 2, 3)),
     (4, {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"}),
+    *((ranks, {"zero": zero, "tensor": 2}) for ranks, zero in ((2, 0), (2, 3), (4, 2))),
+    (4, {"zero": 1, "tensor": 4}),
 ]
-"""{1, 2, 3, 4 ranks} x {0, 1, 2, 3, hybrid}: groups of hybrid sharding have two ranks, and there are two."""
+"""{1, 2, 3, 4 ranks} x {0, 1, 2, 3, hybrid}: groups of hybrid sharding have two ranks, and there are two;
+some with matrices cut unevenly."""
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "fp64": {"compute": "fp64"},
@@ -56,6 +59,12 @@ class Mixed(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.unused = nn.Parameter(torch.ones(7))
         self.empty = nn.Parameter(torch.ones(0, 4))
+        self.tensor_rules = {
+            "table": "embedding_rowwise",
+            "inner": "colwise_gather_output",
+            "base": "rowwise_split_input",
+            "head": "colwise_gather_output",
+        }
         self.register_buffer("seen", torch.zeros(2))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
@@ -109,7 +118,7 @@ def test_every_layout_saves_the_same_bytes_and_loads_them(
     loss = rank_pool.run(reference_run, reference, precision, ranks=1)[0]
     for ranks, layout in LAYOUTS:
         found = rank_pool.run(loaded_run, layout, precision, reference, ranks=ranks)
-        assert found[0] == pytest.approx(loss, rel=1e-12 if precision == "fp64" else 1e-2), (ranks, layout)
+        assert found[0] == pytest.approx(loss, rel=1e-12 if precision == "fp64" else 2e-2), (ranks, layout)
 
 
 def reference_run(folder: Path, precision: str) -> float:
@@ -174,13 +183,13 @@ def _status(key: str) -> int:
 def bytes_exchanged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every exchange from here on, whatever carries it."""
     sent: list[int] = []
-    start = Dispatcher.start
+    start = Exchange.start
 
-    def watched(self: Dispatcher, op: str, group: str, tensor: Tensor, *rest: Any, **more: Any) -> Any:
-        sent.append(tensor.nbytes)
-        return start(self, op, group, tensor, *rest, **more)
+    def watched(self: Exchange) -> Exchange:
+        sent.append(self.topic.num_bytes)
+        return start(self)
 
-    monkeypatch.setattr(Dispatcher, "start", watched)
+    monkeypatch.setattr(Exchange, "start", watched)
     return sent
 
 

@@ -8,7 +8,6 @@ right.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +68,8 @@ def rules_from_structure(tiny: nn.Module, inputs: Inputs, num_ranks: int) -> Fou
                 found.styles = trial
             else:
                 found.dropped.append((" + ".join(ends), why))
+    # What came through the residual stream was proposed as well: a layer that is cut needs no second reason.
+    found.dropped = [each for each in found.dropped if not set(each[0].split(" + ")) & set(found.styles)]
     return found
 
 
@@ -169,5 +170,6 @@ def _walk(node: Any, made: Mapping[Any, str]) -> set[str]:
 
 
 def _is_near(second: str, firsts: set[str]) -> bool:
-    """Whether layers stand in one block: the first number in their names is counted by the same list."""
-    return len({re.split(r"\*", name, maxsplit=1)[0] for name in (second, *firsts) if "*" in name}) == 1
+    """Whether layers stand in one block: the first number in their names is counted by the same list, or
+    none is."""
+    return len({name.partition("*")[0] if "*" in name else "" for name in (second, *firsts)}) == 1

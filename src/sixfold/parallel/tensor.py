@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 from math import gcd
 
 from torch import nn
@@ -111,6 +112,11 @@ def decide_tensor(model: nn.Module, rules: Rules, num_ranks: int, place: int) ->
     return TensorCut(
         tuple(layers), cutting.places(layers), tuple(cutting.attributes(layers)), num_ranks, rules.source
     )
+
+
+def in_lists(blocks: Sequence[str]) -> list[list[str]]:
+    """Names of blocks, those of each list by themselves: layers of an encoder, then those of a decoder."""
+    return [list(names) for _, names in groupby(blocks, lambda name: name.rpartition(".")[0])]
 
 
 def in_sequence(cut: TensorCut, model: nn.Module, blocks: Sequence[str]) -> TensorCut:

@@ -14,8 +14,9 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Remove
 from sixfold.parallel.facts import block_names
+from sixfold.parallel.pipe import ModelCut
 from sixfold.parallel.rules import find_rules
-from sixfold.parallel.tensor import AXIS, decide_tensor, in_sequence
+from sixfold.parallel.tensor import AXIS, decide_tensor, in_lists, in_sequence
 from sixfold.parallel.tensor_forwards import TensorForwards
 from sixfold.plan import Geometry, Place
 
@@ -29,18 +30,24 @@ def decide_tensor_axis(
     owns_loss: bool,
 ) -> AxisChange:
     """See `Decide`."""
-    blocks = _blocks(model, layout) if layout.sequence_parallel else []
+    runs = _runs(model, layout) if layout.sequence_parallel else []
     rules = find_rules(model, layout)
     cut = decide_tensor(model, rules, geometry.degree(AXIS), geometry.coordinate(rank, AXIS))
-    cut = in_sequence(cut, model, blocks)
+    cut = in_sequence(cut, model, [name for run in runs for name in run])
 
     def apply(mesh: Mesh) -> Remove:
-        return TensorForwards(model, cut, mesh.along(AXIS), blocks, owns_loss=owns_loss).remove
+        return TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss).remove
 
     return AxisChange(cut.places, apply)
 
 
-def _blocks(model: nn.Module, layout: LayoutConfig) -> list[str]:
+def _runs(model: nn.Module, layout: LayoutConfig) -> list[list[str]]:
+    """Names of blocks that follow each other on one rank."""
+    if layout.pipe > 1:
+        cut = ModelCut.decide(model, layout)
+        assert cut.plan is not None, "a pipeline of several ranks has stages"
+        # Between stages the sequence is whole: a model may read its length from what it receives.
+        return [[cut.parts.blocks[place] for place in blocks] for blocks in cut.plan.blocks if blocks]
     blocks = block_names(model, layout.blocks)
     if not blocks:
         raise ModelError(
@@ -49,4 +56,4 @@ def _blocks(model: nn.Module, layout: LayoutConfig) -> list[str]:
             fix='name them, for example layout.blocks = ["encoder.layer.*"], or leave '
             "layout.sequence_parallel unset",
         )
-    return blocks
+    return in_lists(blocks)

@@ -24,6 +24,7 @@ from sixfold.parallel.styles import OUTPUTS, dim_of
 from sixfold.parallel.tensor import Layer, TensorCut
 
 Own = Callable[..., Any]
+Run = Sequence[str]
 SEQUENCE = 1
 """The dim of activations [batch, sequence, width] that sequence parallelism cuts."""
 
@@ -34,8 +35,8 @@ class TensorForwards:
     Args:
         cut: what was decided for this rank.
         axis: the ranks of the tensor axis.
-        blocks: names of repeated blocks between which each rank keeps its part of the sequence alone; none:
-            all have the whole there.
+        runs: names of blocks that follow each other on one rank; in them each rank keeps its part of the
+            sequence alone.
         owns_loss: whether the model computes its loss by itself, so that nobody else reads its scores.
     """
 
@@ -44,14 +45,14 @@ class TensorForwards:
         model: nn.Module,
         cut: TensorCut,
         axis: Axis,
-        blocks: Sequence[str] = (),
+        runs: Sequence[Run] = (),
         *,
         owns_loss: bool = True,
     ) -> None:
         self._model = model
         self._axis = axis
         self._cut = cut
-        self._blocks = set(blocks)
+        self._blocks = {name for run in runs for name in run}
         self._crossed: list[dict[tuple[int, Crossing], tuple[Tensor, Tensor]]] = []
         self._undo: list[Callable[[], None]] = []
         self._head = Head.find(model, cut, axis)
@@ -61,9 +62,9 @@ class TensorForwards:
             self._undo += self._head.attach(owns_loss)
         for name in sorted(self._parents()):
             self._wrap(name, self._parent(name))
-        if blocks:
-            self._wrap(blocks[0], self._first)
-            self._wrap(blocks[-1], self._last)
+        for run in runs:
+            self._wrap(run[0], self._first)
+            self._wrap(run[-1], self._last)
 
     def remove(self) -> None:
         """Give modules their own forwards again."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import SixfoldError
 from sixfold.parallel.crossing import Axis
-from sixfold.parallel.tensor import Rules, TensorCut, decide_tensor, in_sequence
+from sixfold.parallel.pieces import piece_of, put_piece
+from sixfold.parallel.tensor import Rules, TensorCut, decide_tensor, in_lists, in_sequence
 from sixfold.parallel.tensor_forwards import TensorForwards
 from sixfold.plan.places import Place
 
@@ -75,15 +76,6 @@ class Seat:
         return self.all_reduce(whole)
 
 
-def piece_of(whole: Tensor, place: Place) -> Tensor:
-    """A rank's piece of a parameter."""
-    piece = whole.new_empty(place.piece)
-    flat, source = piece.view(-1), whole.contiguous().view(-1)
-    for there, here, count in place.runs(0, piece.numel()):
-        flat[here : here + count] = source[there : there + count]
-    return piece
-
-
 def put_together(pieces: Sequence[tuple[Tensor, Place | None]], axis: str) -> Tensor:
     """The whole gradient from those of all ranks.
 
@@ -100,9 +92,7 @@ def put_together(pieces: Sequence[tuple[Tensor, Place | None]], axis: str) -> Te
     whole = first.new_zeros(place.shape)
     for piece, where in pieces:
         assert where is not None, "cut on one rank, so on all"
-        flat, source = whole.view(-1), piece.contiguous().view(-1)
-        for there, here, count in where.runs(0, piece.numel()):
-            flat[there : there + count] = source[here : here + count]
+        put_piece(whole, where, piece)
     return whole
 
 
@@ -114,7 +104,7 @@ def difference(
     Args:
         model: small, with weights; left as it is.
         inputs: keyword arguments of its forward.
-        blocks: see `TensorForwards`.
+        blocks: those between which each rank keeps its part of the sequence alone; none for no such.
     """
     whole = copy.deepcopy(model).eval()
     try:
@@ -127,7 +117,7 @@ def difference(
             for place in range(num_ranks)
         ]
     except SixfoldError as error:
-        return error.given
+        return f"{error.given.partition(': ')[2] or error.given}; {error.rule}"
     results = _on_threads(num_ranks, lambda axis: _trial(model, cuts[axis.place], inputs, axis, blocks))
     failed = [each for each in results if isinstance(each, Exception)]
     if failed:
@@ -172,7 +162,7 @@ def _trial(
     for name, parameter in part.named_parameters():
         if name in cut.places:
             parameter.data = piece_of(parameter.data, cut.places[name])
-    forwards = TensorForwards(part, cut, axis, blocks)
+    forwards = TensorForwards(part, cut, axis, in_lists(blocks))
     try:
         return _pass(part, inputs)
     finally:

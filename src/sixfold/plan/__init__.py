@@ -18,6 +18,8 @@ from sixfold.plan.traffic import (
     Traffic,
     attention_traffic,
     dispatch_traffic,
+    layer_traffic,
+    scores_traffic,
     update_traffic,
 )
 from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units, placed
@@ -53,8 +55,10 @@ __all__ = [
     "decide_stages",
     "dispatch_traffic",
     "exchange_memory",
+    "layer_traffic",
     "persistent_memory",
     "placed",
+    "scores_traffic",
     "transfer_memory",
     "update_traffic",
 ]

@@ -109,6 +109,33 @@ def attention_traffic(
     )
 
 
+def layer_traffic(tensor: int, *, tokens: int, width: int, item_bytes: int) -> int:
+    """What each of `tensor` ranks sends for a pair of layers cut over them, forward and backward together.
+
+    An all-reduce of the activations in each direction; under sequence parallelism an all-gather and a
+    reduce-scatter in each, which together send the same. An embedding and the head behind the last block are
+    such a pair, too.
+
+    Args:
+        tokens: of a micro-batch.
+        width: numbers of a token between the pairs.
+        item_bytes: of the compute type.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
+    """
+    return 2 * 2 * _others(tokens * width, tensor) * item_bytes
+
+
+def scores_traffic(tensor: int, *, tokens: int, item_bytes: int) -> int:
+    """What each of `tensor` ranks sends for the loss over a vocabulary cut over them: three numbers a token
+    to each of the others.
+
+    Args:
+        item_bytes: of the type in which the loss is computed.
+    """
+    return _others(tensor * 3 * tokens, tensor) * item_bytes
+
+
 def dispatch_traffic(
     geometry: Geometry,
     *,

@@ -15,10 +15,10 @@ from torch import nn
 
 from sixfold.mesh import Mesh
 from sixfold.parallel import Stage, torch_type
+from sixfold.parallel.pieces import piece_of, put_piece
 from sixfold.plan import Place
 from sixfold.state.absent import ELSEWHERE, absent_class
 from sixfold.state.catalog import Catalog
-from sixfold.state.pieces import piece_of, put_piece
 
 
 def take_over(

@@ -1,40 +1,15 @@
-"""Pieces of parameters out of whole tensors and back, as their places say.
+"""Where the elements of a rank's piece of a parameter stand in the whole one.
 
-Used where numbers of the whole model come in or go out; during an update each rank computes with its pieces.
+Used where numbers of the whole model come in or go out by ranges, as in checkpoints. It moves no numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 
-from sixfold.plan import Place, Slot
-
-
-def piece_of(whole: torch.Tensor, place: Place) -> torch.Tensor:
-    """What a rank with that place has of `whole`, contiguous; may be a view."""
-    for dim, spans in enumerate(place.spans):
-        if spans:
-            whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in spans], dim)
-    return whole.contiguous()
-
-
-def put_piece(whole: torch.Tensor, place: Place, piece: torch.Tensor) -> None:
-    """Inverse of `piece_of`: write `piece` into its place in `whole`."""
-    theirs: list[list[slice]] = []
-    mine: list[list[slice]] = []
-    for size, spans in zip(place.shape, place.spans, strict=True):
-        at = 0
-        theirs.append([])
-        mine.append([])
-        for start, stop in spans or ((0, size),):
-            theirs[-1].append(slice(start, stop))
-            mine[-1].append(slice(at, at + stop - start))
-            at += stop - start
-    for there, here in zip(product(*theirs), product(*mine), strict=True):
-        whole[there] = piece[here]
+from sixfold.plan import Slot
 
 
 def runs_of(slot: Slot, start: int, part: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

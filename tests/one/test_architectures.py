@@ -1,0 +1,124 @@
+"""The table of Hugging Face architectures says what is so; rules that do not hold are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sixfold.base.errors import ConfigError, ModelError, PlanError
+from sixfold.config import LayoutConfig
+from sixfold.parallel.facts import block_names
+from sixfold.parallel.rules import find_rules
+from sixfold.parallel.tensor import Rules, decide_tensor
+from sixfold.parallel.tiny import tiny_of
+from sixfold.parallel.verify import difference
+from tests.architectures import ARCHITECTURES, KEPT_TRUE, PAGE, Architecture, row
+
+BY_NAME = {each.name: each for each in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("name", KEPT_TRUE)
+def test_the_table_is_true(name: str) -> None:
+    assert row(BY_NAME[name]) in PAGE.read_text()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+def test_all_of_the_table_is_true(architecture: Architecture) -> None:
+    assert row(architecture) in PAGE.read_text()
+
+
+def test_the_table_has_forty_of_all_kinds() -> None:
+    kinds = {each.modality for each in ARCHITECTURES}
+    assert len(BY_NAME) == len(ARCHITECTURES) >= 40
+    assert kinds == {"text", "image", "speech"}
+
+
+class Net(nn.Module):
+    """Two pairs of layers; the second has a norm over the columns between."""
+
+    dummy_inputs: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.dummy_inputs = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc2(torch.relu(self.fc1(x)))
+        out: Tensor = x + self.down(self.norm(self.up(x)))
+        return out
+
+
+HOLDS = ("fc1 = colwise", "fc2 = rowwise")
+WRONG = {
+    "a norm over cut columns": (("up = colwise", "down = rowwise"), "fails"),
+    "the second of a pair alone": (("fc2 = rowwise",), "fails"),
+    "the first of a pair alone": (("fc1 = colwise",), "fails"),
+    "a sum of what is whole on every rank": (
+        ("fc1 = colwise_gather_output", "fc2 = replicated_with_grad_allreduce"),
+        "gradient of fc2",
+    ),
+    "a module that is none": (("fc9 = colwise",), "fits no module"),
+    "a norm": (("norm = colwise",), "only linear layers and embeddings are cut"),
+}
+
+
+def layout(*rules: str, **more: Any) -> LayoutConfig:
+    return LayoutConfig(tensor=2, tensor_rules=rules or None, **more)
+
+
+def test_rules_of_the_user_that_hold_are_taken() -> None:
+    assert find_rules(Net(), layout(*HOLDS)).styles == {"fc1": "colwise", "fc2": "rowwise"}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_rules_that_do_not_hold_are_refused(case: str) -> None:
+    rules, said = WRONG[case]
+    with pytest.raises(ModelError, match=said) as caught:
+        find_rules(Net(), layout(*rules))
+    assert "layout.tensor = 1" in caught.value.fix
+
+
+def test_a_rule_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match="colwize"):
+        find_rules(Net(), layout("fc1 = colwize"))
+
+
+def test_structure_takes_what_holds_and_leaves_the_rest() -> None:
+    found = find_rules(Net(), layout())
+    assert found.styles == {"fc1": "colwise", "fc2": "rowwise"}
+    assert found.source == "its structure"
+
+
+def test_what_cannot_be_tried_is_refused() -> None:
+    net = Net()
+    del net.dummy_inputs
+    with pytest.raises(ModelError, match=r"model\.dummy_inputs"):
+        find_rules(net, layout())
+    with torch.device("meta"):
+        large = Net()
+    with pytest.raises(ModelError, match="on meta, are not copied"):
+        find_rules(large, layout(*HOLDS))
+
+
+def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:
+    model = BY_NAME["Llama"].build()
+    rules = find_rules(model, layout())
+    with pytest.raises(PlanError, match="4 heads") as caught:
+        decide_tensor(model, rules, 3, 0)
+    assert "1, 2, 4" in caught.value.fix
+
+
+def test_a_wrong_sum_in_a_sequence_is_seen() -> None:
+    """The trial tells a partial gradient from a whole one: without its mark a norm's would be half of it."""
+    model, inputs = tiny_of(BY_NAME["Llama"].build())
+    plan = Rules(find_rules(BY_NAME["Llama"].build(), layout()).styles)
+    blocks = block_names(model, None)
+    assert difference(model, inputs, plan, 2, blocks) is None
+    swapped = Rules({**plan.styles, "model.layers.*.self_attn.v_proj": "replicated_with_grad_allreduce"})
+    assert difference(model, inputs, swapped, 2, blocks) is not None
