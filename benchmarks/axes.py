@@ -5,7 +5,7 @@
 One set of ranks (gloo, one compute thread each) holds all contestants of a part and gives them turns, in
 another order every round, with a barrier around each. A turn is a forward and a backward of one layer, with
 the same numbers for everyone. Ratios are ours / theirs, round by round: median and an interval that covers it
-with 95 %. What a library refuses on CPUs is told, not left out. A part is a module `axis_NAME.py` beside this.
+with 95 %. What a library refuses on CPUs is told, not left out. A part is a module `axis_NAME.py` beside it.
 """
 
 from __future__ import annotations

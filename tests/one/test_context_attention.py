@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from sixfold.base.errors import ModelError
 from sixfold.parallel.context import kernels
 from sixfold.parallel.context.attention import ContextAttention
 from sixfold.parallel.context.kernels import Fused, Kernel, Public
+from sixfold.parallel.context.lengths import length_limits
 from sixfold.parallel.context.spans import Pair, Sequences, chunk, cut_rows, num_rows, spans_of
 from sixfold.plan import attention_traffic
 from tests.covering import Case, all_cases, covering, label
@@ -301,3 +304,24 @@ def test_what_is_sent_is_what_the_plan_says(num_ranks: int, dtype: torch.dtype) 
     for forward, backward in together(num_ranks, work):
         assert (forward, backward) == (priced.forward, priced.backward)
     assert (priced.forward > 0) == (num_ranks > 1)
+
+
+def _limits(kind: str, **settings: object) -> dict[str, int]:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return length_limits(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+def test_lengths_that_a_model_treats_otherwise_are_known() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    dynamic = {**yarn, "rope_type": "dynamic"}
+    assert _limits("Llama") == _limits("Llama", rope_parameters=yarn) == {}
+    assert _limits("Llama", rope_parameters=dynamic, max_position_embeddings=64) == {"rope_type dynamic": 64}
+    assert _limits("Mistral", sliding_window=32) == {"sliding_window": 32}
+    assert _limits("Mistral", sliding_window=None) == {}
+    assert _limits("Qwen2", sliding_window=32) == {}
+    whole = {"num_hidden_layers": 4, "max_window_layers": 4}
+    assert _limits("Qwen2", use_sliding_window=True, sliding_window=32, **whole) == {}
+    assert _limits("Qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1) != {}
+    assert _limits("Gemma3", text_config={"sliding_window": 32}) == {"sliding_window": 32}

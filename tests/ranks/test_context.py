@@ -123,13 +123,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pipe": (1, 2),
     "tensor": (1, 2),
     "expert": (1, 2),
+    "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
     "micro": (2, None),
     "transport": ("host", "network"),
 }
 
 
-DRAWN = ("recompute", "micro", "transport")
+DRAWN = ("shares", "recompute", "micro", "transport")
 """Not multiplied out in the full product, but drawn for each of its cases."""
 
 
@@ -140,7 +141,8 @@ def num_ranks(case: Case) -> int:
 def legal(case: Case, most: int = 4) -> bool:
     replicas = case["context"] * case["data"]
     is_divided = case["expert"] == 1 or (case["model"] == "experts" and replicas % case["expert"] == 0)
-    return num_ranks(case) <= most and is_divided
+    has_shares = case["shares"] in ("even", None) or case["data"] > 1
+    return num_ranks(case) <= most and is_divided and has_shares
 
 
 CASES = covering(FACTORS, legal)
@@ -186,21 +188,19 @@ def engine_of(name: str, micro: int | None = 2, **layout: Any) -> Engine:
         return sixfold.initialize(build(name), config=config)
 
 
-def share_of(engine: Engine, name: str, step: int) -> plain.Batch:
-    whole = TASKS[name].batch(step)
-    each = SAMPLES // engine.data_ranks
-    first = engine.data_rank * each
-    return {key: field[first : first + each] for key, field in whole.items()}
+def share_of(engine: Engine, name: str, step: int, shares: str = "even") -> plain.Batch:
+    places = plain.cuts(SAMPLES, engine.data_ranks, shares, step)[engine.data_rank]
+    return plain.rows(TASKS[name].batch(step), places)
 
 
 def follow(case: Case) -> None:
     """One case on every rank."""
     name = case["model"]
-    layout = {key: case[key] for key in FACTORS if key not in ("model", "micro")}
+    layout = {key: case[key] for key in FACTORS if key not in ("model", "micro", "shares")}
     module, losses, norms = alone(name)
     engine = engine_of(name, case["micro"], **layout)
     for step in range(STEPS):
-        share = share_of(engine, name, step)
+        share = share_of(engine, name, step, case["shares"])
         if step == 1:
             assert engine.eval_step(share).loss == pytest.approx(losses[step], rel=TASKS[name].bound)
         assert engine.train_step(share) == pytest.approx(losses[step], rel=TASKS[name].bound)
@@ -225,5 +225,6 @@ def test_ranks_along_context_follow_one_process_in_every_combination(
     draw = random.Random(f"{context} {model}")
     fixed = dict.fromkeys(DRAWN, (None,)) | {"context": (context,), "model": (model,)}
     for case in all_cases({**FACTORS, **fixed}, lambda case: legal(case, 8)):
-        full = case | {name: draw.choice(FACTORS[name]) for name in DRAWN}
+        drawn = (case | {name: draw.choice(FACTORS[name]) for name in DRAWN} for _ in range(100))
+        full = next(each for each in drawn if legal(each, 8))
         rank_pool.run(follow, full, ranks=num_ranks(full), timeout_s=120)

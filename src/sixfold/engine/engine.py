@@ -398,7 +398,8 @@ class Engine:
 
     def _count_update(self, result: StepResult) -> None:
         # Until here ranks may take long: kernels are chosen, modules compiled.
-        self.mesh.dispatcher.enter("step")
+        if self.mesh.dispatcher.phase_name != "step":
+            self.mesh.dispatcher.enter("step")
         self.num_steps += 1
         self.num_skipped += result.skipped
         self.num_samples += result.samples

@@ -132,12 +132,14 @@ class Playing:
         def run(stage: int, micro: int, received: Any) -> Any:
             return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
 
-        kinds = [self._kind(piece.batch) for piece in pieces]
-        work = Work(run, scale, counts, kinds, lambda micro: cut.enter(pieces[micro]))
+        kinds = [self._kind(piece.batch) for piece in pieces] if self._mesh.pipe_ranks > 1 else ()
+        enter = (lambda micro: cut.enter(pieces[micro])) if cut.is_cut else None
+        work = Work(run, scale, counts, kinds, enter)
         try:
             return self.player.play(programs[self._mesh.pipe_rank], work)
         finally:
-            cut.enter(None)
+            if enter is not None:
+                cut.enter(None)
 
     @contextmanager
     def recording(self) -> Iterator[list[Timeline]]:
@@ -158,8 +160,7 @@ class Playing:
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
-        replica = self._mesh.geometry.replica(self._mesh.rank)
-        return self._streams.keyed("step", step, replica, micro, forward, stage)
+        return self._streams.keyed("step", step, self._mesh.replica, micro, forward, stage)
 
     def _run(
         self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
@@ -172,9 +173,9 @@ class Playing:
 
     def _arguments(self, piece: Piece, scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The loss function sees targets and weights as they were given; only the module's inputs are cast.
-        inputs = to_device(piece.batch, self._mesh.device, self.cast)
+        inputs = piece.batch if self.cast is None else to_device(piece.batch, self._mesh.device, self.cast)
         args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self._loss_form.loss_fn is None)
-        if self._loss_form.counts_items:
+        if self._loss_form.shift is not None:
             kwargs["num_items_in_batch"] = scale
         return args, kwargs
 
@@ -230,7 +231,7 @@ class Playing:
         # Models that count their targets need not be able to run without any sample.
         return [
             without_targets(micro, IGNORED)
-            if self._loss_form.counts_items and not num_samples(micro)
+            if self._loss_form.shift is not None and not num_samples(micro)
             else micro
             for micro in divide(batch, parts)
         ]

@@ -8,7 +8,7 @@ from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -49,6 +49,7 @@ __all__ = [
     "decide_axes",
     "dtype_name",
     "handed_bytes",
+    "length_limits",
     "materialize",
     "measured_costs",
     "module_facts",

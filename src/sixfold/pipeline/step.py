@@ -57,14 +57,14 @@ class Work:
         scale: P, by which the shares are divided already.
         counts: samples and targets that this rank answers for.
         kinds: of each micro-batch, what the shapes in it depend on.
-        enter: called before a pass of a micro-batch, forward or backward.
+        enter: what is called before a pass of a micro-batch, forward or backward.
     """
 
     run: Callable[[int, int, Any], Any]
     scale: float = 1.0
     counts: Counts = field(default_factory=Counts)
     kinds: Sequence[Kind] = ()
-    enter: Callable[[int], None] = lambda micro: None
+    enter: Callable[[int], None] | None = None
 
 
 @dataclass
