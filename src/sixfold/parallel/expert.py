@@ -137,7 +137,7 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         extra = None if beside is None else beside()
         came = out.receive(sent)
         with _having(self, share):
-            mine = own(self, came, *_choices(wanted, came))
+            mine = _tied(own(self, came, *_choices(wanted, came)), came, self)
         back = Exchange(group, out.arriving, out.leaving)
         result = order.put_back(back.receive(back.send(mine)), top_k_weights)
         return result if extra is None else result + extra
@@ -158,6 +158,15 @@ def _choices(wanted: list[list[int]], came: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.tensor(wanted, device=came.device)
     experts = torch.arange(counts.shape[1], device=came.device).repeat(counts.shape[0])
     return experts.repeat_interleave(counts.flatten())[:, None], came.new_ones(len(came), 1)
+
+
+def _tied(mine: Tensor, came: Tensor, part: nn.Module) -> Tensor:
+    """What experts made of the rows that came. Of no rows they may make something that has no backward, and
+    without one here the other ranks would wait in theirs."""
+    if len(came):
+        return mine
+    used = [weight.flatten()[:0].sum() for weight in part.parameters() if weight.requires_grad]
+    return mine + sum(used, came)
 
 
 @contextmanager
