@@ -12,7 +12,7 @@ from sixfold.models import grouped, moe
 from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
 from sixfold.models.grouped import Order, grouped_product, is_groupable
 from sixfold.models.moe import Experts, ExpertsConfig, MixtureOfExperts, Router, within_capacity
-from sixfold.parallel import change_forwards
+from sixfold.parallel import change_forwards, expert
 
 
 def decoder(seed: int = 0, **changes: object) -> Decoder:
@@ -35,6 +35,26 @@ def tokens(batch: int, seed: int = 1) -> Tensor:
 
 def routers(model: torch.nn.Module) -> list[Router]:
     return [part for part in model.modules() if isinstance(part, Router)]
+
+
+def test_counts_travel_from_where_the_tokens_are() -> None:
+    """A backend for GPUs takes no tensors of the host."""
+
+    class Told(Exception):
+        pass
+
+    class Group:
+        num_ranks = 2
+
+        def all_to_all(self, sent: list[Tensor], arriving: list[Tensor]) -> None:
+            raise Told({each.device.type for each in (*sent, *arriving)})
+
+    tokens, choices = torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.long)
+    layer = Experts(4, 4, 2)
+    layer.down_proj.data = layer.gate_up_proj.data = torch.zeros(1, 8, 4)
+    forward = expert._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
+    with pytest.raises(Told, match="meta"):
+        forward(layer, tokens.to("meta"), choices, choices)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [0, 0, 0, 0]])

@@ -131,7 +131,7 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
             given = () if beside is None else (beside,)
             return own(self, hidden_states, top_k_index, top_k_weights, *given)
         order = Order.by_expert(top_k_index, num_experts)
-        counts, wanted = _tell_counts(group, order.counts)
+        counts, wanted = _tell_counts(group, order.counts, hidden_states.device)
         out = Exchange(group, [sum(each) for each in counts], [sum(each) for each in wanted])
         sent = out.send(order.take(hidden_states))
         extra = None if beside is None else beside()
@@ -145,9 +145,15 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
     return forward  # type: ignore[no-any-return]
 
 
-def _tell_counts(group: Group, counts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """How many rows go to each expert of each member, and how many come from each for each expert here."""
-    leaving = torch.tensor(counts).view(group.num_ranks, -1)
+def _tell_counts(
+    group: Group, counts: list[int], device: torch.device
+) -> tuple[list[list[int]], list[list[int]]]:
+    """How many rows go to each expert of each member, and how many come from each for each expert here.
+
+    Args:
+        device: where the backend of the group takes tensors from.
+    """
+    leaving = torch.tensor(counts, device=device).view(group.num_ranks, -1)
     arriving = torch.empty_like(leaving)
     group.all_to_all(list(leaving), list(arriving)).wait()
     return leaving.tolist(), arriving.tolist()
