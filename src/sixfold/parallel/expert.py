@@ -57,7 +57,6 @@ def decide_expert(
             "[experts, ...]",
             fix="set layout.expert = 1, or stack the experts' weights as sixfold.models.moe.Experts does",
         )
-    _refuse_cut_samples(model, layout)
     degree, first_names = geometry.expert, {p: name for name, p in reversed([*model.named_parameters()])}
     here = geometry.coordinate(rank, "expert")
     made: dict[str, Place] = {}
@@ -88,16 +87,6 @@ def _num_experts(part: nn.Module) -> int | None:
     sizes = {parameter.shape[0] if parameter.dim() > 1 else 0 for parameter in part.parameters()}
     number = getattr(part, "num_experts", None)
     return number if isinstance(number, int) and sizes == {number} else None
-
-
-def _refuse_cut_samples(model: nn.Module, layout: LayoutConfig) -> None:
-    limits = [getattr(getattr(part, "config", None), "capacity_factor", None) for part in model.modules()]
-    if layout.context > 1 and any(limit is not None for limit in limits):
-        raise ModelError(
-            f"layout.context = {layout.context} with experts of limited capacity",
-            rule="capacity counts the tokens of one sample, and here no rank has all of them",
-            fix="set capacity_factor = None, or layout.context = 1",
-        )
 
 
 def _apply(found: Any, mesh: Mesh) -> Callable[[], None]:
