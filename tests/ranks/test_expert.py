@@ -244,6 +244,17 @@ def test_what_cannot_be_dealt_out_is_refused() -> None:
         engine.train_step({"tokens": batch(0)} if engine.data_rank else None)
 
 
+@pytest.mark.ranks(4)
+def test_a_rank_may_begin_without_samples_in_a_bare_tensor() -> None:
+    """It serves those that try whether sequences can be cut."""
+    layout = {"context": 2, "expert": 4}
+    engine = sixfold.initialize(build("loss"), config={"layout": layout, "optimizer": {"lr": 0.01}})
+    _, losses, _, _ = reference("loss")
+    own = batch(0) if engine.data_rank else batch(0)[:0]
+    assert engine.train_step(own) == pytest.approx(losses[0], rel=1e-10)
+    engine.close()
+
+
 @cache
 def hugging_face(kind: str) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
