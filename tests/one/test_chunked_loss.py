@@ -83,6 +83,22 @@ def test_scores_that_are_changed_on_the_way_are_left_alone(monkeypatch: pytest.M
     remove()
 
 
+def test_ranks_with_a_part_of_the_head_chunk_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Exception):
+        pass
+
+    def tell(num_rows: int, num_entries: int, asked: int | None) -> int:
+        raise Told(f"{num_entries} entries")
+
+    model = llama()
+    remove = chunk_loss(model, 5)
+    model.lm_head.weight.data = model.lm_head.weight.data[:14]  # as the tensor axis cuts it afterwards
+    monkeypatch.setattr(chunked_loss, "rows_at_once", tell)
+    with pytest.raises(Told, match="29 entries"):
+        model(**fields())
+    remove()
+
+
 @pytest.mark.parametrize("takes_scores", [False, True])
 def test_what_has_no_known_head_is_refused(takes_scores: bool) -> None:
     model = llama() if takes_scores else torch.nn.Linear(2, 2)

@@ -36,6 +36,8 @@ def chunk_loss(
 ) -> Remove:
     """Have `model` compute its loss in chunks where scores are large; returns what undoes it.
 
+    Called before its parameters are cut: how large scores are is read off the whole head.
+
     Args:
         asked: tokens of a chunk, 0 for all, None for `models.chunks` to decide by size.
         loss: of scores [rows, entries] as the head gives them, and targets, in which negative ones count for
@@ -77,6 +79,7 @@ class _Chunks:
 
     def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, of_rows: OfRows) -> None:
         self._model, self._head, self._asked, self._of_rows = model, head, asked, of_rows
+        self._entries = next(head.parameters()).shape[0]  # of all ranks: chunks are alike on each
         self._rows: int | None = None  # of a chunk, in a forward that is computed so
         self._handed_on: tuple[nn.Module, Tensor] | None = None
         self._is_known = True
@@ -101,8 +104,7 @@ class _Chunks:
         labels = kwargs.get("labels")
         if not self._is_known or not isinstance(labels, Tensor):
             return self._own(model, *args, **kwargs)
-        entries = next(self._head.parameters()).shape[0]
-        rows = rows_at_once(labels.numel(), entries, self._asked)
+        rows = rows_at_once(labels.numel(), self._entries, self._asked)
         self._rows = rows if rows < labels.numel() else None
         try:
             output = self._own(model, *args, **kwargs)
