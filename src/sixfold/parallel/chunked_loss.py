@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
+from sixfold.models.chunks import IGNORED, Loss, in_chunks, rows_at_once, summed_cross_entropy
 from sixfold.models.decoder import Decoder
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
 from sixfold.parallel.tiny import CannotTry, tiny_of
 
-IGNORED = -100
 OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """Head, hidden states [rows, width] and targets [rows] to their summed loss."""
 _BEHIND = "it changes its scores behind the head"
