@@ -25,6 +25,7 @@ from torch.distributed import FileStore
 import sixfold
 from sixfold.base.ring import opened
 from sixfold.mesh import Dispatcher
+from sixfold.mesh.dispatch import Called
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.watcher import Watcher
 from sixfold.testing import Pool
@@ -66,7 +67,8 @@ def exchange_us() -> float:
             block = opened(f"{folder}/{rank}")
             assert block is not None, "it has just been made"
             dispatcher.neighbours[rank] = block
-        return cpu_us(lambda: dispatcher.start("all-reduce", "0-3", tensor, lambda: works).wait(), 2000)
+        exchange = dispatcher.prepare("all-reduce", "0-3", tensor, Called(lambda: works))
+        return cpu_us(lambda: exchange.start().wait(), 2000)
 
 
 def look_us() -> float:

@@ -8,9 +8,10 @@ a pipe. The order changes every round, garbage collection is off, and barriers s
 figure is the peer's time divided by Sixfold's, the median over rounds with the 95 % interval of order
 statistics; above 1 Sixfold is faster. Losses of the first updates have to agree.
 
-`--makespan` measures instead how far predictions are off: some steps are recorded, the medians of their
-passes and a measured latency go into the simulator, and the makespan of further steps is compared with what
-it says; once with stages that sleep, once with blocks that compute.
+`--makespan` measures instead how far predictions are off: steps are recorded, and the makespan of every
+second one is compared with what the simulator says from the medians of passes of its two neighbours and a
+measured latency, so that a machine which changes its speed does so on both sides; the figure is the median
+over these steps with its interval. Once with stages that sleep, once with blocks that compute.
 """
 
 from __future__ import annotations
@@ -255,8 +256,8 @@ def work(sizes: Sizes, name: str, schedule: str) -> None:
     quit_rank()
 
 
-def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 7) -> dict[str, float]:
-    """Record steps, feed the first half to the simulator, compare its makespan with that of the others."""
+def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 11) -> dict[str, Any]:
+    """Record steps, and compare every second one with what the simulator makes of those beside it."""
     import torch
     import torch.distributed as dist
 
@@ -275,15 +276,20 @@ def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 7) -> dict[st
         trips.append((time.perf_counter() - began) / 2)
     gc.collect()
     gc.disable()
-    recorded = [engine.timed_step(batch(sizes, step)) for step in range(2 * num_steps)]
-    costs = measured_costs(recorded[::2], latency=statistics.median(trips))
-    predicted = simulate(programs_for(engine.resolved.config.layout, "training", sizes.num_micro), costs)
-    measured = statistics.median(each.aligned().makespan for each in recorded[1::2])
+    recorded = [engine.timed_step(batch(sizes, step)).aligned() for step in range(2 * num_steps + 1)]
+    programs = programs_for(engine.resolved.config.layout, "training", sizes.num_micro)
+    latency = statistics.median(trips)
+    measured = [each.makespan for each in recorded[1::2]]
+    predicted = [
+        simulate(programs, measured_costs(recorded[place : place + 3 : 2], latency=latency)).makespan
+        for place in range(0, 2 * num_steps, 2)
+    ]
+    pairs = zip(measured, predicted, strict=True)
     return {
-        "predicted_ms": 1e3 * predicted.makespan,
-        "measured_ms": 1e3 * measured,
-        "off": measured / predicted.makespan - 1,
-        "latency_ms": 1e3 * costs.latency,
+        "predicted_ms": 1e3 * statistics.median(predicted),
+        "measured_ms": 1e3 * statistics.median(measured),
+        "off": [one - 1 for one in median_interval([ours / theirs for ours, theirs in pairs])],
+        "latency_ms": 1e3 * latency,
     }
 
 
@@ -375,12 +381,16 @@ def makespans(sizes: Sizes, schedules: Sequence[str]) -> list[dict[str, Any]]:
 
 def makespan_table(rows: Sequence[dict[str, Any]]) -> str:
     """The same as Markdown."""
-    lines = ["| stages | schedule | predicted, ms | measured, ms | off by |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['stages']} | {row['schedule']} | {row['predicted_ms']:.1f} | {row['measured_ms']:.1f} "
-        f"| {row['off']:+.1%} |"
-        for row in rows
+    lines = [
+        "| stages | schedule | predicted, ms | measured, ms | off by | 95 % interval |",
+        "|---|---|---|---|---|---|",
     ]
+    for row in rows:
+        median, low, high = row["off"]
+        lines.append(
+            f"| {row['stages']} | {row['schedule']} | {row['predicted_ms']:.1f} | {row['measured_ms']:.1f} "
+            f"| {median:+.1%} | {low:+.1%} to {high:+.1%} |"
+        )
     return "\n".join(lines)
 
 

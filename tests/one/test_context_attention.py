@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from sixfold.base.errors import ModelError
 from sixfold.parallel.context import kernels
 from sixfold.parallel.context.attention import ContextAttention
 from sixfold.parallel.context.kernels import Fused, Kernel, Public
+from sixfold.parallel.context.lengths import length_limits
 from sixfold.parallel.context.spans import Pair, Sequences, chunk, cut_rows, num_rows, spans_of
 from sixfold.plan import attention_traffic
 from tests.covering import Case, all_cases, covering, label
@@ -68,7 +71,7 @@ def across(given: Inputs, sequences: Sequences, num_ranks: int, *, is_causal: bo
         return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
     found = together(num_ranks, work)
-    wholes = [torch.empty_like(given[0]), *(torch.empty_like(each) for each in given[:3])]
+    wholes = [torch.empty_like(each) for each in (given[3], *given[:3])]
     for place, parts in enumerate(found):
         for whole, part in zip(wholes, parts, strict=True):
             start = 0
@@ -136,6 +139,14 @@ def test_half_precision_is_as_near_as_torch_itself() -> None:
     own = farthest(alone(given, sequences, is_causal=True), exact)
     found = farthest(across(given, sequences, 4, is_causal=True), exact)
     assert found < 1.5 * own < 0.05
+
+
+def test_values_may_be_of_another_width() -> None:
+    given, sequences = inputs(16, torch.float64), Sequences(16)
+    query, key, value, gradient = given
+    wider = (query, key, torch.cat([value, value + 1], -1), torch.cat([gradient, 2 * gradient], -1))
+    expected = alone(wider, sequences, is_causal=True)
+    assert farthest(across(wider, sequences, 4, is_causal=True), expected) < 1e-13
 
 
 def test_without_a_ring_heads_are_as_in_one_process_to_the_bit() -> None:
@@ -227,7 +238,6 @@ def test_documents_that_do_not_meet_are_left_out() -> None:
     ("change", "word"),
     [
         ({"dropout_p": 0.1}, "dropout 0.1"),
-        ({"attn_mask": torch.zeros(8, 8)}, ""),
         ({"attn_mask": torch.ones(8, 8).triu(-2).tril().bool()}, "neither causal nor open"),
         ({"attn_mask": torch.rand(8, 8)}, "added to scores"),
         ({"key": torch.randn(BATCH, HEADS, 9, WIDTH)}, "over keys"),
@@ -239,13 +249,19 @@ def test_other_attention_is_refused(change: dict[str, object], word: str) -> Non
     attention.sequences = Sequences(8)
     query = torch.randn(BATCH, HEADS, 8, WIDTH)
     call = {"query": query, "key": query, "value": query, **change}
-    if not word:
-        assert torch.allclose(
-            attention(**call), F.scaled_dot_product_attention(query, query, query), atol=1e-6
-        )
-        return
     with pytest.raises(ModelError, match=word):
         attention(**call)
+
+
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize("mask", [None, torch.zeros(8, 8)], ids=["no mask", "nothing added"])
+def test_other_ways_to_say_the_same_are_taken(kv_heads: int, mask: Tensor | None) -> None:
+    attention = ContextAttention(Member(0, 1, {}))
+    attention.sequences = Sequences(8)
+    query, key, value, _ = inputs(8, torch.float64, kv_heads)
+    mask = None if mask is None else mask.double()
+    found = attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value), rtol=0, atol=1e-14)
 
 
 def test_masks_over_own_rows_say_what_is_meant() -> None:
@@ -301,3 +317,24 @@ def test_what_is_sent_is_what_the_plan_says(num_ranks: int, dtype: torch.dtype) 
     for forward, backward in together(num_ranks, work):
         assert (forward, backward) == (priced.forward, priced.backward)
     assert (priced.forward > 0) == (num_ranks > 1)
+
+
+def _limits(kind: str, **settings: object) -> dict[str, int]:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return length_limits(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+def test_lengths_that_a_model_treats_otherwise_are_known() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    dynamic = {**yarn, "rope_type": "dynamic"}
+    assert _limits("Llama") == _limits("Llama", rope_parameters=yarn) == {}
+    assert _limits("Llama", rope_parameters=dynamic, max_position_embeddings=64) == {"rope_type dynamic": 64}
+    assert _limits("Mistral", sliding_window=32) == {"sliding_window": 32}
+    assert _limits("Mistral", sliding_window=None) == {}
+    assert _limits("Qwen2", sliding_window=32) == {}
+    whole = {"num_hidden_layers": 4, "max_window_layers": 4}
+    assert _limits("Qwen2", use_sliding_window=True, sliding_window=32, **whole) == {}
+    assert _limits("Qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=1) != {}
+    assert _limits("Gemma3", text_config={"sliding_window": 32}) == {"sliding_window": 32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from sixfold.pipeline.player import Player
 from sixfold.program import training
 
 NOTHING: Any = None
+MESH: Any = SimpleNamespace(place=lambda axis: 0)
 
 
 def test_instructions_of_pipelines_are_refused_by_name() -> None:
     passes = Passes(NOTHING, NOTHING)
-    player = Player(NOTHING, NOTHING, NOTHING, passes, clip_norm=None, scaler=NOTHING)
+    player = Player(NOTHING, NOTHING, MESH, passes, clip_norm=None, scaler=NOTHING)
     for instruction in set(training("zero-bubble-h1", 2, 1, longest_window=1, shifts=True)[1].instructions):
         if instruction.op.value in ("forward", "gather", "drop", "reduce", "step", "publish"):
             continue

@@ -200,6 +200,16 @@ def test_shifts_come_before_what_they_serve() -> None:
     assert timeline.makespan == 2 + 1 + 3 + 2 + 2 + 1 + 1 + 2
 
 
+def test_a_rank_hands_over_and_asks_between_its_passes() -> None:
+    timeline = timed("gpipe", 2, 2, StageCosts(send=0.25, receive=0.5))
+    starts = [of_instruction(timeline, f"forward {each}").start for each in ("0.0", "0.1", "1.0", "1.1")]
+    # The first one sends what rank 1 has asked for meanwhile; that asks for the next before it computes.
+    assert starts[:3] == [0, 1.25, 1]
+    assert starts[3] == max(1.25 + 1, 2 + 0.5)
+    blocking = timed("gpipe", 2, 2, StageCosts(send=0.25, receive=0.5), overlap=False)
+    assert of_instruction(blocking, "forward 0.1").start == 1
+
+
 def test_the_update_waits_for_the_slowest_rank() -> None:
     timeline = simulate(training("1f1b", 2, 1), Costs((StageCosts(), StageCosts(1, 1, 9)), step=1.0))
     steps = [event for event in timeline.events if event.instruction == Instruction(Op.STEP)]
@@ -221,7 +231,7 @@ def test_every_lane_does_one_thing_at_a_time(
     num_stages = sum(map(len, stages_of(schedule, num_ranks)))
     numbers = st.integers(0, 9)
     stages = tuple(
-        StageCosts(*data.draw(st.tuples(*[numbers] * 7)), 2, *data.draw(st.tuples(*[numbers] * 5)))
+        StageCosts(*data.draw(st.tuples(*[numbers] * 9)), 2, *data.draw(st.tuples(*[numbers] * 5)))
         for _ in range(num_stages)
     )
     programs = training(schedule, num_ranks, num_micro, longest_window=None, shifts=True)

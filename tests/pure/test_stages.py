@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import ConfigError, PlanError
-from sixfold.config import LayoutConfig, load, rules
+from sixfold.config import LayoutConfig, layout_rules, load
 from sixfold.plan import BlockCosts, StagePlan, decide_stages
 from sixfold.program import SCHEDULES, splits_backward
 
@@ -92,5 +92,5 @@ def test_options_that_do_not_go_together_are_refused(layout: dict[str, object], 
 def test_rules_of_the_configuration_know_the_schedules_as_they_are() -> None:
     """It stands below the room that writes them, so it has some facts of its own."""
     for name, schedule in SCHEDULES.items():
-        assert rules._NUM_VIRTUAL.get(name, 1) == schedule.num_virtual
+        assert layout_rules._NUM_VIRTUAL.get(name, 1) == schedule.num_virtual
         assert name.startswith("zero-bubble") == splits_backward(name)

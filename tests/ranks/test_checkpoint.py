@@ -24,7 +24,7 @@ from sixfold.checkpoint import Keep, open_checkpoint, ranges, together
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.importing import import_folder
 from sixfold.engine import Engine
-from sixfold.mesh import Dispatcher
+from sixfold.mesh.dispatch import Exchange
 from sixfold.testing import Pool
 from tests.ranks import plain
 
@@ -183,13 +183,13 @@ def _status(key: str) -> int:
 def bytes_exchanged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every exchange from here on, whatever carries it."""
     sent: list[int] = []
-    start = Dispatcher.start
+    start = Exchange.start
 
-    def watched(self: Dispatcher, op: str, group: str, tensor: Tensor, *rest: Any, **more: Any) -> Any:
-        sent.append(tensor.nbytes)
-        return start(self, op, group, tensor, *rest, **more)
+    def watched(self: Exchange) -> Exchange:
+        sent.append(self.topic.num_bytes)
+        return start(self)
 
-    monkeypatch.setattr(Dispatcher, "start", watched)
+    monkeypatch.setattr(Exchange, "start", watched)
     return sent
 
 

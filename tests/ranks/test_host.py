@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import sixfold
 import sixfold.mesh.host.host as host_module
 from sixfold.base.errors import LinkError, MeshError, PlanError
-from sixfold.mesh import Group, HostGroup, Mesh, Pending
+from sixfold.mesh import Group, HostGroup, Mesh
 from sixfold.plan import Geometry
 from sixfold.testing import Pool, RankFailure
 from tests.ranks import plain
@@ -201,17 +201,20 @@ def test_more_exchanges_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.ranks(2, 4)
 def test_common_memory_is_whole_for_everyone_without_a_copy() -> None:
-    group = shared_group(form("host"))
+    replicas = form("host").replicas
+    group = replicas.shard
+    assert isinstance(group, HostGroup)
     for each in (group.common(96 * group.num_ranks, torch.float32), group.common(1000, torch.bfloat16)):
         size = each.whole.numel() // group.num_ranks
         assert each.whole.eq(0).all()
-        each.tell().wait()
+        meeting, published = group.prepare_meeting(), replicas.prepare_publish([each], ("shard",), ("shard",))
+        meeting.start().wait()
         for step in range(20):
             each.part.fill_(step + group.place)
-            each.publish(Pending()).wait()
+            published.start().wait()
             for place in range(group.num_ranks):
                 assert each.whole[place * size : (place + 1) * size].eq(step + place).all()
-            each.tell().wait()
+            meeting.start().wait()
         assert each.part.untyped_storage().nbytes() == size * each.part.itemsize
 
 
@@ -228,18 +231,21 @@ def test_sums_of_fewer_numbers_than_ranks_take_no_memory() -> None:
 
 @pytest.mark.ranks(3)
 def test_an_edit_of_the_whole_is_seen_by_its_rank_alone_until_it_is_renewed() -> None:
-    group = shared_group(form("host"))
+    replicas = form("host").replicas
+    group = replicas.shard
+    assert isinstance(group, HostGroup)
     common = group.common(3 * 2048, torch.float64)
     common.part.fill_(group.place)
-    common.publish(Pending()).wait()
+    meeting, published = group.prepare_meeting(), replicas.prepare_publish([common], ("shard",), ("shard",))
+    published.start().wait()
     if group.place == 1:
         common.whole.data.mul_(-10)
-    common.tell().wait()
+    meeting.start().wait()
     seen = common.whole.view(3, -1)[:, 0].tolist()
-    common.tell().wait()  # nobody writes while another reads
+    meeting.start().wait()  # nobody writes while another reads
     assert seen == ([0, -10, -20] if group.place == 1 else [0, 1, 2])
     common.part.add_(5)
-    common.publish(Pending()).wait()
+    published.start().wait()
     assert common.whole.view(3, -1).eq(torch.tensor([[5.0], [6.0], [7.0]])).all()
 
 
@@ -361,7 +367,7 @@ def test_ranks_that_do_different_things_are_told() -> None:
         group.reduce_scatter(whole).wait()
     group = shared_group(form("host"))
     with pytest.raises(LinkError, match="another kind"):
-        (group.common(64, torch.float32).tell() if group.place else group.all_gather(whole)).wait()
+        group.common(64, torch.float32) if group.place else group.all_gather(whole).wait()
 
 
 @pytest.mark.ranks(2)

@@ -4,7 +4,7 @@ checkpoints that load in any other."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -272,20 +272,35 @@ def test_every_lost_reduction_shows(layout: Layout, rank_pool: Pool) -> None:
 def lose_reductions(layout: Layout) -> None:
     reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
     share = plain.NUM_SAMPLES // torch.distributed.get_world_size()
-    real, calls = Replicas.sum_up, 0
+    real, calls = Replicas.prepare_sum_up, 0
 
     def run(lost: int | None) -> float:
         nonlocal calls
         calls = 0
 
-        def sum_up(replicas: Replicas, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
-            nonlocal calls
-            calls += 1
-            return real(replicas, partial, after, into) if calls - 1 != lost else Pending()
+        class Counted(Pending):
+            def __init__(self, summing: Pending) -> None:
+                super().__init__()
+                self.summing = summing
+
+            def start(self) -> Self:
+                nonlocal calls
+                calls += 1
+                self.is_lost = calls - 1 == lost
+                if not self.is_lost:
+                    self.summing.start()
+                return self
+
+            def wait(self) -> None:
+                if not self.is_lost:
+                    self.summing.wait()
+
+        def prepare(replicas: Replicas, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
+            return Counted(real(replicas, partial, after, into))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cut_units, "__defaults__", (4096,))
-            patch.setattr(Replicas, "sum_up", sum_up)
+            patch.setattr(Replicas, "prepare_sum_up", prepare)
             engine = start("decoder", layout, "sgd", 1, micro=-(-share // 2))
             train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
             return plain.farthest(engine.full_state_dict(), reference)

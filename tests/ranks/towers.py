@@ -202,5 +202,5 @@ def live_bytes(engine: Engine) -> int:
 def working_bytes(unit: Unit) -> int:
     """What a working copy takes now of this rank's own memory; where ranks have it in common, what can be
     used."""
-    is_own = isinstance(unit._cut, Copied)
+    is_own = isinstance(unit.cut, Copied)
     return unit.working.untyped_storage().nbytes() if is_own or not unit.is_dropped else 0

@@ -13,6 +13,8 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from zlib import crc32
 
 Block = bytes | bytearray | mmap.mmap
 UNEVEN = frozenset({"all-to-all"})
@@ -22,14 +24,43 @@ _SLOT_BYTES = 256
 _TEXT_BYTES = _SLOT_BYTES - 24
 _BOARD_AT, _CELLS = 1024, 64
 _CELL_BYTES = 16  # two words: the number; which group, and what is exchanged
-_WORD = struct.Struct("@Q")  # native, so that a word is stored in one piece
+_WORD_BYTES = 8
 _HEAD_BYTES = _BOARD_AT + _CELLS * _CELL_BYTES
 _SIZE = _HEAD_BYTES + SLOTS * _SLOT_BYTES
 _FACTS = struct.Struct("<Qd")  # process id, time of the last beat
 _FACTS_AT, _FIELDS_AT = 0, {"phase": (16, 48), "here": (64, 320), "end": (384, 640)}
-_MARKS = struct.Struct("<ddd")  # when it was posted, when somebody began to wait for it, when it was over
-_POSTED, _WANTED, _OVER = 0, 8, 16
-_TIME = struct.Struct("<d")
+POSTED, WANTED, OVER = 0, 1, 2
+"""Times in a slot: when it was posted, when somebody began to wait for it (0: nobody waits), when it was over
+(0: it is not)."""
+_REST = struct.Struct(f"=dd{_TEXT_BYTES}s")  # of a slot, behind POSTED
+_WORD = struct.Struct("=Q")
+_TIMES = struct.Struct("=ddd")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What stays the same of an exchange that is made again and again; see `Exchange` for its fields."""
+
+    op: str
+    numel: int
+    dtype: str
+    num_bytes: int
+    group: str
+
+    @cached_property
+    def text(self) -> bytes:
+        """As a slot holds it, between number and place."""
+        return f"|{self.op}|{self.numel}|{self.dtype}|{self.num_bytes}|{self.group}|".encode()
+
+    @cached_property
+    def group_key(self) -> int:
+        """Which group it is, in 32 bits."""
+        return crc32(self.group.encode())
+
+    @cached_property
+    def keys(self) -> int:
+        """Which group it is and what all members have in common, as they announce it."""
+        return self.group_key << 32 | crc32(content_text(self.op, self.numel, self.dtype).encode())
 
 
 @dataclass(frozen=True)
@@ -109,11 +140,14 @@ class Ring:
 
     Attributes:
         num_posted: exchanges recorded so far.
+        times: the block as times. Who has posted an exchange marks it here himself, by storing a time at the
+            place that `post` gave plus WANTED or OVER, as long as `num_posted` says that the slot is its own.
+            That is done for every exchange, and twice.
     """
 
     def __init__(self) -> None:
-        self._block: bytearray | mmap.mmap = bytearray(_SIZE)
         self.num_posted = 0
+        self._use(bytearray(_SIZE))
         self.write("phase", "start")
         self.beat("")
 
@@ -126,7 +160,12 @@ class Ring:
         finally:
             os.close(handle)
         block[:] = bytes(self._block)
-        self._block = block
+        self._use(block)
+
+    def _use(self, block: bytearray | mmap.mmap) -> None:
+        # Both store an aligned word in one piece, so that others never read half of one.
+        self._block, view = block, memoryview(block)
+        self.times, self._words = view.cast("d"), view.cast("Q")
 
     def write(self, field: str, text: str) -> None:
         """Set "phase", "here" or "end"; what does not fit is cut off."""
@@ -139,41 +178,33 @@ class Ring:
         _FACTS.pack_into(self._block, _FACTS_AT, os.getpid(), time.time())
         self.write("here", here)
 
-    def post(self, text: str) -> int:
-        """Record an exchange that begins; `text` as `Ring.exchange_text` makes it. Returns its serial."""
-        serial = self.num_posted
-        at = _HEAD_BYTES + serial % SLOTS * _SLOT_BYTES
-        self.num_posted = serial + 1
-        _MARKS.pack_into(self._block, at, time.time(), 0.0, 0.0)
-        self._block[at + _MARKS.size : at + _SLOT_BYTES] = text.encode()[:_TEXT_BYTES].ljust(
-            _TEXT_BYTES, b"\0"
-        )
-        return serial
+    def post(self, topic: Topic, number: int, place: str) -> int:
+        """Record an exchange that begins, and that somebody waits for: a backend may block in starting it.
+        It is put up for `differs` of other ranks, too.
 
-    def announce(self, group_key: int, number: int, content_key: int) -> None:
-        """Put up what is exchanged under a number of a group, for `differs` of other ranks."""
-        at = _BOARD_AT + (group_key + number) % _CELLS * _CELL_BYTES
+        Args:
+            number: how many were posted in its group, with this one.
+            place: the source line; it stands last, because it may be cut off.
+
+        Returns:
+            Where its slot is in `times`.
+        """
+        times, words = self.times, self._words
         # A neighbour may read between any two stores, and these become visible in their order: without its
         # number a cell says nothing, so the old content is never read under the new number.
-        _WORD.pack_into(self._block, at, 0)
-        _WORD.pack_into(self._block, at + _WORD.size, _both(group_key, content_key))
-        _WORD.pack_into(self._block, at, number)
-
-    def want(self, serial: int, text: str) -> int:
-        """Somebody begins to wait for it; returns its serial, a new one if so many came since that its
-        slot belongs to another."""
-        if self.num_posted - serial > SLOTS:
-            serial = self.post(text)
-        self._mark(serial, _WANTED, time.time())
-        return serial
-
-    def leave(self, serial: int) -> None:
-        """Nobody waits for it any more, or not yet."""
-        self._mark(serial, _WANTED, 0.0)
-
-    def over(self, serial: int) -> None:
-        """It has ended here."""
-        self._mark(serial, _OVER, time.time())
+        cell = (_BOARD_AT + (topic.group_key + number) % _CELLS * _CELL_BYTES) // _WORD_BYTES
+        words[cell] = 0
+        words[cell + 1] = topic.keys
+        words[cell] = number
+        # Nor does a slot without the time at which it was posted.
+        start = _HEAD_BYTES + self.num_posted % SLOTS * _SLOT_BYTES
+        self.num_posted += 1
+        at, now = start // _WORD_BYTES, time.time()
+        times[at + POSTED] = 0.0
+        text = b"%d%b%b" % (number, topic.text, place.encode())
+        _REST.pack_into(self._block, start + _WORD_BYTES, now, 0.0, text)
+        times[at + POSTED] = now
+        return at
 
     def snapshot(self) -> bytes:
         """The whole block."""
@@ -183,36 +214,21 @@ class Ring:
         """What others would read."""
         return read(self.snapshot())
 
-    def _mark(self, serial: int, offset: int, when: float) -> None:
-        if self.num_posted - serial <= SLOTS:  # else the slot belongs to a later one
-            _TIME.pack_into(self._block, _HEAD_BYTES + serial % SLOTS * _SLOT_BYTES + offset, when)
 
-
-def differs(block: Block, group_key: int, number: int, content_key: int) -> bool:
-    """Whether the rank behind `block` has announced something else under this number of a group."""
-    at = _BOARD_AT + (group_key + number) % _CELLS * _CELL_BYTES
+def differs(block: Block, topic: Topic, number: int) -> bool:
+    """Whether the rank behind `block` has announced something else under this number of the group."""
+    at = _BOARD_AT + (topic.group_key + number) % _CELLS * _CELL_BYTES
     if _WORD.unpack_from(block, at)[0] != number:
         return False
-    keys: int = _WORD.unpack_from(block, at + _WORD.size)[0]
+    keys: int = _WORD.unpack_from(block, at + _WORD_BYTES)[0]
     # The number once more: the cell may have been given to a later exchange in between.
-    is_of_group = keys >> 32 == group_key and _WORD.unpack_from(block, at)[0] == number
-    return bool(is_of_group and keys != _both(group_key, content_key))
-
-
-def _both(group_key: int, content_key: int) -> int:
-    return group_key << 32 | content_key
+    is_of_group = keys >> 32 == topic.group_key and _WORD.unpack_from(block, at)[0] == number
+    return bool(is_of_group and keys != topic.keys)
 
 
 def content_text(op: str, numel: int, dtype: str) -> str:
     """What all members of an exchange have in common."""
     return f"{op} {dtype}" if op in UNEVEN else f"{op} {numel} {dtype}"
-
-
-def exchange_text(
-    number: int, op: str, numel: int, dtype: str, num_bytes: int, group: str, place: str
-) -> str:
-    """An exchange as a slot holds it; the place stands last, because it may be cut off."""
-    return f"{number}|{op}|{numel}|{dtype}|{num_bytes}|{group}|{place}"
 
 
 def read(live: Block) -> Position:
@@ -225,8 +241,8 @@ def read(live: Block) -> Position:
     }
     found: list[tuple[float, Exchange]] = []
     for at in range(_HEAD_BYTES, _SIZE, _SLOT_BYTES):
-        posted, wanted, over = _MARKS.unpack_from(block, at)
-        text = block[at + _MARKS.size : at + _SLOT_BYTES].rstrip(b"\0").decode(errors="replace")
+        posted, wanted, over = _TIMES.unpack_from(block, at)
+        text = block[at + _TIMES.size : at + _SLOT_BYTES].rstrip(b"\0").decode(errors="replace")
         parts = text.split("|", 6)
         if not posted or len(parts) != 7:
             continue

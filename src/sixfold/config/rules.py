@@ -1,8 +1,7 @@
 """Rules between options: which exclude each other, and which combinations are illegal.
 
-A rule is a function over the values of the paths it names; it returns the broken rule and a change
-that works, or None. The resolver walks `RULES`; adding a rule is adding one function here.
-Rules between an option and the machine belong to the plan, not here.
+The resolver walks `RULES`; adding a rule is adding one function here, or in `layout_rules` if it is about the
+layout. Rules between an option and the machine belong to the plan, not here.
 """
 
 from __future__ import annotations

@@ -196,6 +196,7 @@ class Engine:
         args, kwargs = to_device(args, self.device, cast), to_device(kwargs, self.device, cast)
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        self._playing.routing.refuse_written_out()
         with (
             self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place,
             self._playing.stream(self.num_steps, *place),
@@ -328,6 +329,7 @@ class Engine:
             "seed": self.resolved.config.seed,
             "num_steps": self.learning_rate.num_steps,
             "last_weight": self._last_weight,
+            "routing": self._playing.routing.state(),
         }
         self._persistence.save(folder_at(folder), counters, only=only, wait=wait, keep=keep)
 
@@ -373,6 +375,7 @@ class Engine:
             self.num_skipped = int(counters.get("skipped", 0))
             self._scaler.load(counters.get("loss_scale"))
             self._last_weight = counters["last_weight"]
+            self._playing.routing.load(counters.get("routing"))
 
     def close(self) -> None:
         """End what `initialize` started, the process group too; take hooks and forwards off the module.
@@ -395,7 +398,8 @@ class Engine:
 
     def _count_update(self, result: StepResult) -> None:
         # Until here ranks may take long: kernels are chosen, modules compiled.
-        self.mesh.dispatcher.enter("step")
+        if self.mesh.dispatcher.phase_name != "step":
+            self.mesh.dispatcher.enter("step")
         self.num_steps += 1
         self.num_skipped += result.skipped
         self.num_samples += result.samples

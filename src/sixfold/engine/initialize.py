@@ -36,6 +36,7 @@ from sixfold.launch import Placement, discover
 from sixfold.mesh import Streams, keep_pages
 from sixfold.parallel import (
     Deferral,
+    ModelBalance,
     ModelCut,
     ModuleFacts,
     Routing,
@@ -149,6 +150,9 @@ def initialize(
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))
+    balance = ModelBalance.find(model) if loss_fn is None else None
+    if balance is not None:
+        ending.callback(balance.remove)
     ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
@@ -210,7 +214,7 @@ def initialize(
             scaler=scaler,
             loss_form=loss_form,
             sequences=SequenceCut(model, axes.attention, place),
-            routing=Routing(model, mesh, parted=asked.layout.sequence_parallel),
+            routing=Routing(model, mesh, balance, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(
             model,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -111,14 +111,13 @@ class Playing:
         if not self._loss_form.is_settled:
             self._settle(batch)
         most = self._state.largest(what, len(micros))
-        agreed = self._agree(batch)
-        if self._mesh.num_fed > self._mesh.pipe_ranks:
-            agreed()  # ranks meet inside of passes; in a pipeline there is time until the first transfer
+        self._compare(batch)
         if len(micros) < common:
             micros = self._cut_into(batch, common)
         # Some ranks have the same batch, and one of those with the loss answers for it.
         counts = Counts.of(batch) if self._answers else Counts()
         scale = self._loss_form.scale(counts, last_weight, self._mesh)
+        self.routing.begin(batch, self.scaler.scale, answers=self._answers)
         if len(self._stages) > 1 or not self._has_loss:
             self.routing.scale_penalties(self.scaler.scale / scale)
         # Where something is sent in the middle of passes, all data ranks keep to the program of the longest.
@@ -133,12 +132,14 @@ class Playing:
         def run(stage: int, micro: int, received: Any) -> Any:
             return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
 
-        kinds = [self._kind(piece.batch) for piece in pieces]
-        work = Work(run, scale, counts, agreed, kinds, lambda micro: cut.enter(pieces[micro]))
+        kinds = [self._kind(piece.batch) for piece in pieces] if self._mesh.pipe_ranks > 1 else ()
+        enter = (lambda micro: cut.enter(pieces[micro])) if cut.is_cut else None
+        work = Work(run, scale, counts, kinds, enter)
         try:
             return self.player.play(programs[self._mesh.pipe_rank], work)
         finally:
-            cut.enter(None)
+            if enter is not None:
+                cut.enter(None)
 
     @contextmanager
     def recording(self) -> Iterator[list[Timeline]]:
@@ -159,8 +160,7 @@ class Playing:
 
     def stream(self, step: int, micro: int, forward: int = 0, stage: int = 0) -> AbstractContextManager[None]:
         """Around one forward: its random numbers."""
-        replica = self._mesh.geometry.replica(self._mesh.rank)
-        return self._streams.keyed("step", step, replica, micro, forward, stage)
+        return self._streams.keyed("step", step, self._mesh.replica, micro, forward, stage)
 
     def _run(
         self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
@@ -173,43 +173,37 @@ class Playing:
 
     def _arguments(self, piece: Piece, scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The loss function sees targets and weights as they were given; only the module's inputs are cast.
-        inputs = to_device(piece.batch, self._mesh.device, self.cast)
+        inputs = piece.batch if self.cast is None else to_device(piece.batch, self._mesh.device, self.cast)
         args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self._loss_form.loss_fn is None)
-        if self._loss_form.counts_items:
+        if self._loss_form.shift is not None:
             kwargs["num_items_in_batch"] = scale
         return args, kwargs
 
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
         return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
 
-    def _agree(self, batch: Batch) -> Callable[[], None]:
-        """Start to compare the batches of ranks that are to have the same; the function returned waits, and
-        judges. A collective.
+    def _compare(self, batch: Batch) -> None:
+        """Compare the batches of ranks that are to have the same, before anything is sent whose shape follows
+        from them. A collective.
 
         Raises:
             ModelError: they differ; on every rank.
         """
         mesh = self._mesh
         if mesh.num_fed == 1:
-            return lambda: None
+            return
         # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
         weight = mesh.num_fed - 1 if is_first else -1
-        sums = mesh.start_total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
-
-        @cache
-        def agreed() -> None:
-            (difference,) = sums()
-            if difference:
-                raise ModelError(
-                    f"{mesh.num_fed} ranks that work on the same samples were given different batches",
-                    rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
-                    "global one it is says engine.data_rank of engine.data_ranks, not the rank",
-                    fix="draw it by engine.data_rank, for example DistributedSampler(data, "
-                    "num_replicas=engine.data_ranks, rank=engine.data_rank)",
-                )
-
-        return agreed
+        (difference,) = mesh.total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
+        if difference:
+            raise ModelError(
+                f"{mesh.num_fed} ranks that work on the same samples were given different batches",
+                rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
+                "global one it is says engine.data_rank of engine.data_ranks, not the rank",
+                fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+                "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+            )
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
@@ -237,7 +231,7 @@ class Playing:
         # Models that count their targets need not be able to run without any sample.
         return [
             without_targets(micro, IGNORED)
-            if self._loss_form.counts_items and not num_samples(micro)
+            if self._loss_form.shift is not None and not num_samples(micro)
             else micro
             for micro in divide(batch, parts)
         ]
@@ -246,7 +240,7 @@ class Playing:
         if self._sequences.is_cut:
             if num_samples(batch):
                 self._sequences.piece(batch, shift=None)  # refuses what cannot be cut at all
-            self._agree(batch)()
+            self._compare(batch)
         short = self._sequences.short(batch)
         found_on = to_device(short, self._mesh.device, self.cast)
 
@@ -270,7 +264,7 @@ class Playing:
             yield lambda: self._state.arrive(what)
             return
         most = self._state.largest(what, num_trials)
-        self._agree(batch)()
+        self._compare(batch)
         if self._residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):

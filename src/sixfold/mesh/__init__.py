@@ -5,7 +5,7 @@ Formed once by the engine and passed down; never global.
 
 from sixfold.mesh.agreement import agree
 from sixfold.mesh.cut import Cut
-from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
+from sixfold.mesh.dispatch import NOTHING, Carried, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import Host, HostGroup
 from sixfold.mesh.link import Link, is_duplex
@@ -16,6 +16,7 @@ from sixfold.mesh.scratch import Scratch
 from sixfold.mesh.streams import Streams, key_of
 
 __all__ = [
+    "NOTHING",
     "Carried",
     "Cut",
     "Dispatcher",

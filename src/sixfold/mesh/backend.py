@@ -17,6 +17,8 @@ from sixfold.mesh.dispatch import Carried
 
 ProcessGroup = dist.ProcessGroup | None
 """None is everyone."""
+Piece = tuple[int, torch.Tensor]
+"""A rank, and what is sent to it or arrives from it."""
 
 
 def join(
@@ -44,23 +46,25 @@ def start_copy(tensor: torch.Tensor, source: int, group: ProcessGroup = None) ->
     return _begun(dist.broadcast(tensor, src=source, group=group, async_op=True))
 
 
-def start_send(tensor: torch.Tensor, rank: int, tag: int) -> list[Carried]:
-    """Send a tensor to a rank; without elements nothing is sent."""
-    return _begun(dist.isend(tensor, rank, tag=tag)) if tensor.numel() else []
-
-
-def start_receive(tensor: torch.Tensor, rank: int, tag: int) -> list[Carried]:
-    """Receive a tensor from a rank, likewise."""
-    return _begun(dist.irecv(tensor, rank, tag=tag)) if tensor.numel() else []
+def start_pieces(arriving: Sequence[Piece], sent: Sequence[Piece], tag: int) -> list[Carried]:
+    """Receive tensors from some ranks and send some, each by itself; what is empty is left out."""
+    works: list[Carried] = []
+    for rank, tensor in arriving:
+        if tensor.numel() and (work := dist.irecv(tensor, rank, tag=tag)) is not None:
+            works.append(work)
+    for rank, tensor in sent:
+        if tensor.numel() and (work := dist.isend(tensor, rank, tag=tag)) is not None:
+            works.append(work)
+    return works
 
 
 def start_swap(
-    arriving: Sequence[tuple[int, torch.Tensor]],
-    sent: Sequence[tuple[int, torch.Tensor]],
+    arriving: Sequence[Piece],
+    sent: Sequence[Piece],
     tag: int,
     group: ProcessGroup = None,
 ) -> list[Carried]:
-    """Receive from some ranks of the world and send to some, all at once; what is empty is left out."""
+    """The same as one call of a process group, in which no receive waits for a send."""
     calls = [
         dist.P2POp(call, tensor, rank, group, tag)
         for call, pieces in ((dist.irecv, arriving), (dist.isend, sent))

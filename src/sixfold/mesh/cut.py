@@ -6,7 +6,6 @@ state engine for working parameters. It never decides when they are whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,7 +18,7 @@ class Cut(Protocol):
 
     Attributes:
         whole: [numel]. To be read from `gather` to `drop`. What is written into it, this rank alone sees; it
-            is lost with the next `gather` where the whole is a copy, else with the next `publish`.
+            is lost with the next `gather` where the whole is a copy, else when a part is published.
         part: this rank's part, which it keeps. Written only while nobody gathers or reads.
     """
 
@@ -39,10 +38,6 @@ class Cut(Protocol):
     def forget(self) -> None:
         """What this rank has written into `whole` is not there after the next `gather`."""
 
-    def publish(self, before: Pending) -> Pending:
-        """Start to let everyone gather what `part` holds once `before` is over. A collective; when it has
-        ended, nobody reads what was published before."""
-
 
 class Copied:
     """A whole of its own on each rank, filled by exchanges.
@@ -51,7 +46,7 @@ class Copied:
         whole: [numel].
         part: [size]; the same memory as `whole` where nothing is cut.
         place: where the part lies in the whole.
-        spread_out: starts to fill the whole, in which this rank's part is in its place.
+        filling: fills the whole, in which this rank's part is in its place.
     """
 
     def __init__(
@@ -59,13 +54,13 @@ class Copied:
         whole: torch.Tensor,
         part: torch.Tensor,
         place: slice,
-        spread_out: Callable[[torch.Tensor], Pending],
+        filling: Pending,
     ) -> None:
         self.whole = whole
         self.part = part
         self._place = place
         self._num_bytes = whole.untyped_storage().nbytes()
-        self._spread_out = spread_out
+        self._filling = filling
 
     def gather(self) -> Pending:
         """See `Cut`."""
@@ -73,7 +68,7 @@ class Copied:
         if not storage.nbytes():
             storage.resize_(self._num_bytes)
         self.whole[self._place].copy_(self.part)
-        return self._spread_out(self.whole)
+        return self._filling.start()
 
     def drop(self) -> None:
         """See `Cut`."""
@@ -81,7 +76,3 @@ class Copied:
 
     def forget(self) -> None:
         """See `Cut`."""
-
-    def publish(self, before: Pending) -> Pending:
-        """See `Cut`."""
-        return before

@@ -1,8 +1,8 @@
 """The dispatcher: every exchange between ranks goes through it, whatever carries it.
 
-`Mesh` and `Group` start their exchanges here. Each is numbered within its group and recorded, with what
-is sent and the source line, before it starts, when it is waited for and when it has ended; so whoever
-reads the ring of a rank knows what it did last. It never decides what is sent and never waits itself.
+`Mesh` and `Group` prepare their exchanges here, for all updates or for one use. Each is numbered within its
+group and recorded, with what is sent and the source line, before it starts, when it is waited for and when it
+has ended; so whoever reads the ring of a rank knows what it did last. It never decides what is sent.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
-from typing import Protocol
-from zlib import crc32
+from time import perf_counter, time
+from typing import Protocol, Self
 
 import torch
 
 from sixfold.base.errors import MeshError
 from sixfold.base.places import place_of
-from sixfold.base.ring import Block, Ring, content_text, differs, exchange_text, ranks_of
+from sixfold.base.ring import OVER, SLOTS, WANTED, Block, Ring, Topic, differs, ranks_of
 
 
 class Carried(Protocol):
@@ -41,6 +40,7 @@ class Dispatcher:
         phase_name: what the rank is doing at large; timeouts depend on it.
         on_broken: called with the error when an exchange breaks; it may end the process.
         neighbours: the rings of other ranks on this host, by rank, as far as they are known.
+        counts: how many exchanges were started in each group.
     """
 
     def __init__(self) -> None:
@@ -49,62 +49,41 @@ class Dispatcher:
         self.phase_name = "start"
         self.on_broken: Callable[[RuntimeError], None] | None = None
         self.neighbours: dict[int, Block] = {}
-        self._counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
         self._members: dict[str, list[int]] = {}
-        self._under_way: deque[tuple[int, Sequence[Carried]]] = deque()
+        self._lingering: deque[tuple[int, int, Sequence[Carried]]] = deque()
 
     @property
     def num_exchanges(self) -> int:
         """How many were started so far."""
         return self.ring.num_posted
 
-    def start(
-        self,
-        op: str,
-        group: str,
-        tensor: torch.Tensor | Sequence[torch.Tensor],
-        call: Callable[[], Sequence[Carried | None]],
-        finish: Callable[[], None] | None = None,
-    ) -> Pending:
-        """Start one exchange of a group.
+    def prepare(
+        self, op: str, group: str, tensor: torch.Tensor | Sequence[torch.Tensor], carrier: Carrier
+    ) -> Exchange:
+        """One exchange of a group, to be started as often as it is needed.
 
         Args:
             op: its name, "all-reduce" say.
             group: its ranks, as `ranks_text` writes them; ":lane" after it where exchanges of the same
                 ranks may overtake each other. Order is kept, and numbers count, within one lane.
-            tensor: what is exchanged, or what is sent to each of the others; recorded by size and type.
-            call: starts it; one exchange may be carried in several pieces.
-            finish: what is left to do when all pieces have arrived.
-
-        Raises:
-            MeshError: another rank of this host exchanges something else in this place. Nothing was sent:
-                backends abort the process that receives what it does not expect, or give wrong sums.
+            tensor: what is exchanged, or several of one type at once, or what is sent to each of the others;
+                recorded by size and type.
         """
-        number = self._counts.get(group, 0) + 1
-        self._counts[group] = number
         tensors = [tensor] if isinstance(tensor, torch.Tensor) else tensor
-        numel, dtype = sum(each.numel() for each in tensors), str(tensors[0].dtype)
-        place = place_of(sys._getframe(2), besides="mesh")
-        ring = self.ring
-        text = exchange_text(number, op, numel, dtype, numel * tensors[0].itemsize, group, place)
-        serial = ring.want(ring.post(text), text)  # a backend may block here already
-        strangers = self._strangers(group, number, content_text(op, numel, dtype))
-        if strangers:
-            self._broken(RuntimeError("ranks differ"))
-            raise MeshError(
-                f"{op} #{number} of {numel} x {dtype} at {place}, where rank(s) {strangers} have another",
-                rule="the ranks of a group issue the same exchanges in the same order",
-                fix="call it on every rank, with tensors of one size and type",
-            )
-        began = perf_counter()
-        try:
-            works = [work for work in call() if work is not None]
-        except RuntimeError as error:
-            self._broken(error)
-            raise
-        self.blocked_s += perf_counter() - began
-        ring.leave(serial)
-        return Pending(works, finish, (self, serial, text))
+        numel, dtype = sum(each.numel() for each in tensors), tensors[0].dtype
+        return Exchange(self, Topic(op, numel, str(dtype), numel * dtype.itemsize, group), carrier)
+
+    def start(
+        self,
+        op: str,
+        group: str,
+        tensor: torch.Tensor | Sequence[torch.Tensor],
+        call: Callable[[], Sequence[Carried]],
+        finish: Callable[[], None] | None = None,
+    ) -> Pending:
+        """Prepare an exchange that calls of a backend carry, and start it, once; see `prepare`, `Called`."""
+        return self.prepare(op, group, tensor, Called(call, finish)).start()
 
     def enter(self, name: str) -> None:
         """From now on exchanges have the patience of another phase."""
@@ -121,84 +100,214 @@ class Dispatcher:
         finally:
             self.enter(before)
 
+    def linger(self, serial: int, at: int, left: Sequence[Carried]) -> None:
+        """Keep in mind an exchange that was waited for, though a device has yet to do it; see `Exchange`."""
+        self._lingering.append((serial, at, left))
+        self.settle()
+
     def settle(self) -> None:
         """Note what has ended on a device by now though nobody blocked for it; they end in order."""
-        while self._under_way and all(work.is_completed() for work in self._under_way[0][1]):
-            self.ring.over(self._under_way.popleft()[0])
+        while self._lingering and all(work.is_completed() for work in self._lingering[0][2]):
+            serial, at, _ = self._lingering.popleft()
+            if self.ring.num_posted - serial < SLOTS:
+                self.ring.times[at + OVER] = time()
 
-    def finish(
-        self, serial: int, text: str, works: Sequence[Carried], rest: Callable[[], None] | None
-    ) -> None:
-        """Block until an exchange that `start` began has ended, and note it; called by `Pending` alone."""
-        serial = self.ring.want(serial, text)
-        began = perf_counter()
-        try:
-            for work in works:
-                work.wait()
-            if rest is not None:
-                rest()
-        except RuntimeError as error:
-            self._broken(error)
-            raise
-        self.blocked_s += perf_counter() - began
-        if all(work.is_completed() for work in works):
-            self.ring.over(serial)
-        else:  # on a GPU waiting only orders streams
-            self._under_way.append((serial, works))
-            self.settle()
-
-    def _strangers(self, group: str, number: int, content: str) -> list[int]:
-        """The members on this host that are known to exchange something else under this number."""
-        group_key, content_key = crc32(group.encode()), crc32(content.encode())
-        self.ring.announce(group_key, number, content_key)
-        members = self._members.get(group)
+    def compare(self, topic: Topic, number: int, place: str) -> None:
+        """Raise MeshError where members on this host are known to exchange something else under a number."""
+        members = self._members.get(topic.group)
         if members is None:
-            members = self._members[group] = ranks_of(group)
-        return [
-            rank
-            for rank in members
-            if rank in self.neighbours and differs(self.neighbours[rank], group_key, number, content_key)
-        ]
+            members = self._members[topic.group] = ranks_of(topic.group)
+        strangers = []
+        for rank in members:
+            block = self.neighbours.get(rank)
+            if block is not None and differs(block, topic, number):
+                strangers.append(rank)
+        if strangers:
+            self.broken(RuntimeError("ranks differ"))
+            raise MeshError(
+                f"{topic.op} #{number} of {topic.numel} x {topic.dtype} at {place}, where rank(s) "
+                f"{strangers} have another",
+                rule="the ranks of a group issue the same exchanges in the same order",
+                fix="call it on every rank, with tensors of one size and type",
+            )
 
-    def _broken(self, error: RuntimeError) -> None:
+    def broken(self, error: RuntimeError) -> None:
+        """An exchange has broken."""
         if self.on_broken is not None:
             self.on_broken(error)
 
 
-class Pending:
-    """An exchange under way; `wait` returns when its tensor may be used.
+class Carrier(Protocol):
+    """How a transport carries one exchange, as often as it is started."""
+
+    def start(self) -> object:
+        """Begin to send."""
+
+    def wait(self) -> Sequence[Carried]:
+        """Block until the tensor may be used; returns what a device has yet to do, nothing on a CPU."""
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would not block, apart from what is left to do then."""
+
+
+class Called:
+    """A carrier made of calls of a backend.
 
     Args:
-        works: its pieces.
-        finish: what is left to do when they have arrived.
-        record: the dispatcher, and serial and text under which it is recorded; None where nothing is sent,
-            and for several exchanges that are waited for as one.
+        call: starts it; one exchange may be carried in several pieces.
+        finish: what is left to do when all pieces have arrived.
     """
 
     def __init__(
-        self,
-        works: Sequence[Carried] = (),
-        finish: Callable[[], None] | None = None,
-        record: tuple[Dispatcher, int, str] | None = None,
+        self, call: Callable[[], Sequence[Carried]], finish: Callable[[], None] | None = None
     ) -> None:
-        self._works = works
+        self._call = call
         self._finish = finish
-        self._record = record
+        self._works: Sequence[Carried] = ()
+
+    def start(self) -> None:
+        """See `Carrier`."""
+        self._works = self._call()
+
+    def wait(self) -> Sequence[Carried]:
+        """See `Carrier`."""
+        works, self._works = self._works, ()
+        for work in works:
+            work.wait()
+        if self._finish is not None:
+            self._finish()
+        for work in works:
+            if not work.is_completed():
+                return works
+        return ()
+
+    def is_completed(self) -> bool:
+        """See `Carrier`."""
+        return all(work.is_completed() for work in self._works)
+
+
+class Pending:
+    """What is prepared once and started as often as is wanted; by itself nothing, where nothing is sent.
+
+    Args:
+        act: what this rank does alone when it starts.
+    """
+
+    def __init__(self, act: Callable[[], object] | None = None) -> None:
+        self._act = act
+
+    def start(self) -> Self:
+        """Begin; what was started and never waited for is given up."""
+        if self._act is not None:
+            self._act()
+        return self
+
+    def wait(self) -> None:
+        """Block until it has finished, when its tensor may be used; at once where that was so before."""
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not block, apart from what is left to do then."""
-        return all(work.is_completed() for work in self._works)
+        return True
+
+
+NOTHING = Pending()
+"""Where nothing is sent, ever."""
+
+
+class InTurn(Pending):
+    """Several, each of which starts when the one before has finished."""
+
+    def __init__(self, steps: Sequence[Pending]) -> None:
+        super().__init__()
+        self._first, *self._later = steps
+        self._is_under_way = False
+
+    def start(self) -> Self:
+        """See `Pending`."""
+        self._is_under_way = True
+        self._first.start()
+        return self
 
     def wait(self) -> None:
-        """Block until it has finished; at once when nothing was sent or it was waited for before."""
-        works, self._works = self._works, ()
-        finish, self._finish = self._finish, None
-        record, self._record = self._record, None
-        if record is not None:
-            dispatcher, serial, text = record
-            dispatcher.finish(serial, text, works, finish)
+        """See `Pending`."""
+        if self._is_under_way:
+            self._is_under_way = False
+            self._first.wait()
+            for step in self._later:
+                step.start().wait()
+
+    def has_arrived(self) -> bool:
+        """See `Pending`."""
+        return not self._is_under_way
+
+
+class Exchange(Pending):
+    """One exchange of a group: what stays the same of it, and where it is when it is under way.
+
+    Args:
+        dispatcher: whose ring it is recorded in.
+        topic: what it is.
+        carrier: carries it.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, topic: Topic, carrier: Carrier) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+        self.topic = topic
+        self._carrier = carrier
+        self._is_under_way = False
+        self._number = 0
+        self._place = ""
+        self._at = 0  # its slot in the ring, and what the ring had posted then
+        self._serial = 0
+
+    def start(self) -> Self:
+        """See `Pending`.
+
+        Raises:
+            MeshError: another rank of this host exchanges something else in this place. Nothing was sent:
+                backends abort the process that receives what it does not expect, or give wrong sums.
+        """
+        dispatcher, topic, ring = self._dispatcher, self.topic, self._dispatcher.ring
+        self._number = dispatcher.counts[topic.group] = dispatcher.counts.get(topic.group, 0) + 1
+        self._place = place_of(sys._getframe(1), besides="mesh")
+        self._at = ring.post(topic, self._number, self._place)
+        self._serial = ring.num_posted
+        if dispatcher.neighbours:
+            dispatcher.compare(topic, self._number, self._place)
+        began = perf_counter()
+        try:
+            self._carrier.start()
+        except RuntimeError as error:
+            dispatcher.broken(error)
+            raise
+        dispatcher.blocked_s += perf_counter() - began
+        ring.times[self._at + WANTED] = 0.0
+        self._is_under_way = True
+        return self
+
+    def wait(self) -> None:
+        """See `Pending`."""
+        if not self._is_under_way:
             return
-        for work in works:
-            work.wait()
-        if finish is not None:
-            finish()
+        self._is_under_way = False
+        dispatcher, ring = self._dispatcher, self._dispatcher.ring
+        if ring.num_posted - self._serial >= SLOTS:  # so many came since that its slot belongs to another
+            self._at = ring.post(self.topic, self._number, self._place)
+            self._serial = ring.num_posted
+        ring.times[self._at + WANTED] = time()
+        began = perf_counter()
+        try:
+            left = self._carrier.wait()
+        except RuntimeError as error:
+            dispatcher.broken(error)
+            raise
+        dispatcher.blocked_s += perf_counter() - began
+        if left:
+            dispatcher.linger(self._serial, self._at, left)
+        elif ring.num_posted - self._serial < SLOTS:
+            ring.times[self._at + OVER] = time()
+
+    def has_arrived(self) -> bool:
+        """See `Pending`."""
+        return not self._is_under_way or self._carrier.is_completed()

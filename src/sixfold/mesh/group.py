@@ -1,20 +1,22 @@
 """Some of the ranks, and what they exchange: equal slices of flat tensors, or a tensor for each member.
 
-Made by the mesh. Without a native backend (gloo) sums and gathers are a point-to-point exchange, which
-measured about three times faster than gloo's own, and sums are taken in one fixed order. A group of
-one rank sends nothing and runs the same lines. It never decides what to exchange.
+Made by the mesh. Without a native backend (gloo) sums and gathers go from member to member (`carriers.py`),
+and sums are taken in one fixed order. A group of one rank sends nothing and runs the same lines. It never
+decides what to exchange.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import start_copy, start_receive, start_send, start_sum, start_swap
-from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
+from sixfold.mesh.backend import Piece, start_copy, start_pieces, start_sum, start_swap
+from sixfold.mesh.carriers import Swap, SwapSum, Then
+from sixfold.mesh.dispatch import Called, Carried, Carrier, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
 _UPDATE = ("all", "shard", "copies", "world", "ties")
@@ -75,8 +77,10 @@ class Group:
         size = -(-whole.numel() // self.num_ranks)
         return whole[place * size : (place + 1) * size]
 
-    def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
-        """Start to sum everyone's `whole` into slices.
+    # Each may be prepared once and started for every update, or be started at once.
+
+    def prepare_reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
+        """Sum everyone's `whole` into slices.
 
         Args:
             into: where this member's goes, [size]; None: into its place in `whole`.
@@ -84,42 +88,32 @@ class Group:
         mine = self.slice_of(whole, self.place)
         into = mine if into is None else into
         if self.num_ranks == 1:
-            if into is not mine:
-                into.copy_(mine)
+            return Pending(None if into is mine else partial(into.copy_, mine))
+        return self._dispatcher.prepare("reduce-scatter", self._sums, whole, self._summing(whole, into))
+
+    def prepare_all_gather(self, *wholes: torch.Tensor) -> Pending:
+        """Fill `wholes`, of one type, with everyone's slices; this member's lie in their places already."""
+        if self.num_ranks == 1:
             return Pending()
-        arriving = self._arriving(whole)
-        return self._dispatcher.start(
-            "reduce-scatter",
-            self._sums,
-            whole,
-            lambda: self._reduce(whole, arriving, into),
-            lambda: self._add(mine, arriving, into),
-        )
+        return self._dispatcher.prepare("all-gather", self._gathers, wholes, self._filling(*wholes))
+
+    def prepare_all_reduce(self, whole: torch.Tensor) -> Pending:
+        """Sum `whole`, in place: the same bits on every member."""
+        if self.num_ranks == 1:
+            return Pending()
+        return self._dispatcher.prepare("all-reduce", self._sums, whole, self._reducing(whole))
+
+    def reduce_scatter(self, whole: torch.Tensor, into: torch.Tensor | None = None) -> Pending:
+        """Start `prepare_reduce_scatter`."""
+        return self.prepare_reduce_scatter(whole, into).start()
 
     def all_gather(self, whole: torch.Tensor) -> Pending:
-        """Start to fill `whole` with everyone's slice; this member's lies in its place already."""
-        if self.num_ranks == 1:
-            return Pending()
-        return self._dispatcher.start("all-gather", self._gathers, whole, lambda: self._gather(whole))
+        """Start `prepare_all_gather`."""
+        return self.prepare_all_gather(whole).start()
 
     def all_reduce(self, whole: torch.Tensor) -> Pending:
-        """Start to sum `whole`, in place: the same bits on every member."""
-        if self.num_ranks == 1:
-            return Pending()
-        if self._native is not None:
-            return self._dispatcher.start(
-                "all-reduce", self._sums, whole, lambda: start_sum(whole, self._native)
-            )
-        arriving, mine = self._arriving(whole), self.slice_of(whole, self.place)
-
-        def spread() -> None:
-            self._add(mine, arriving, mine)
-            for work in self._gather(whole):
-                work.wait()
-
-        return self._dispatcher.start(
-            "all-reduce", self._sums, whole, lambda: self._reduce(whole, arriving, mine), spread
-        )
+        """Start `prepare_all_reduce`."""
+        return self.prepare_all_reduce(whole).start()
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first member's `tensor` into everyone's, in place."""
@@ -149,40 +143,40 @@ class Group:
         if self._native is not None:
             return start_copy(tensor, first, self._native)
         if self.place > 0:
-            return start_receive(tensor, first, self._gather_tag)
-        return [work for _, rank in self._others() for work in start_send(tensor, rank, self._gather_tag)]
+            return start_pieces([(first, tensor)], (), self._gather_tag)
+        return start_pieces((), [(rank, tensor) for _, rank in self._others()], self._gather_tag)
 
-    def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """Where the others' parts of this member's slice are put; nowhere where the backend adds."""
-        num_others = 0 if self._native is not None else self.num_ranks - 1
-        size = self.slice_of(whole, self.place).numel()
-        return [self._scratch.take(size, whole.dtype) for _ in range(num_others)]
+    # How sums into slices, sums and gathers of slices are carried.
 
-    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> list[Carried]:
+    def _summing(self, whole: torch.Tensor, into: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
-        sent = [self.slice_of(whole, place) for place, _ in self._others()]
-        return self._swap(arriving, sent, self._reduce_tag)
+            return Called(
+                lambda: [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
+            )
+        sent = [(rank, self.slice_of(whole, place)) for place, rank in self._others()]
+        return SwapSum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self._scratch)
 
-    def _add(self, mine: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> None:
-        for piece in arriving:
-            mine = torch.add(mine, piece, out=into)
-            self._scratch.give(piece)
+    def _reducing(self, whole: torch.Tensor) -> Carrier:
+        if self._native is not None:
+            return Called(lambda: start_sum(whole, self._native))
+        return Then(self._summing(whole, self.slice_of(whole, self.place)), self._filling(whole))
 
-    def _gather(self, whole: torch.Tensor) -> list[Carried]:
+    def _filling(self, *wholes: torch.Tensor) -> Carrier:
+        if self._native is not None:
+            return Called(lambda: [self._start_native_gather(whole) for whole in wholes])
+        arriving: list[Piece] = []
+        sent: list[Piece] = []
+        for whole in wholes:
+            mine = self.slice_of(whole, self.place)
+            for place, rank in self._others():
+                arriving.append((rank, self.slice_of(whole, place)))
+                sent.append((rank, mine))
+        return Swap(self._gather_tag, arriving, sent)
+
+    def _start_native_gather(self, whole: torch.Tensor) -> Carried:
         mine = self.slice_of(whole, self.place)
-        if self._native is not None:
-            return [dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)]
-        arriving = [self.slice_of(whole, place) for place, _ in self._others()]
-        return self._swap(arriving, [mine] * len(arriving), self._gather_tag)
-
-    def _swap(self, arriving: list[torch.Tensor], sent: list[torch.Tensor], tag: int) -> list[Carried]:
-        """Start to exchange one tensor each with every other member."""
-        return [
-            work
-            for (_, rank), theirs, mine in zip(self._others(), arriving, sent, strict=True)
-            for work in (*start_receive(theirs, rank, tag), *start_send(mine, rank, tag))
-        ]
+        work: Carried = dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)
+        return work
 
     def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
         others = self._others()
@@ -200,9 +194,10 @@ class Group:
 class World(Group):
     """All ranks, over the network: sums and copies of whole tensors are the backend's own."""
 
-    def all_reduce(self, whole: torch.Tensor) -> Pending:
-        """Start to sum `whole`, in place: the same bits on every member."""
-        return self._dispatcher.start("all-reduce", self._everyone, whole, lambda: start_sum(whole))
+    def prepare_all_reduce(self, whole: torch.Tensor) -> Pending:
+        """Sum `whole`, in place: the same bits on every member."""
+        carrier = Called(partial(start_sum, whole))
+        return self._dispatcher.prepare("all-reduce", self._everyone, whole, carrier)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first member's `tensor` into everyone's, in place."""

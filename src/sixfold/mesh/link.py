@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import start_receive, start_send
+from sixfold.mesh.backend import start_pieces
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 
 _TAG = 0  # groups have those from 1
@@ -50,7 +50,7 @@ class Link:
         return self._dispatcher.start("transfer", self._inwards, tensor, lambda: self._start_receive(tensor))
 
     def _start_send(self, tensor: torch.Tensor) -> list[Carried]:
-        return start_send(tensor, self._other, _TAG)
+        return start_pieces((), [(self._other, tensor)], _TAG)
 
     def _start_receive(self, tensor: torch.Tensor) -> list[Carried]:
-        return start_receive(tensor, self._other, _TAG)
+        return start_pieces([(self._other, tensor)], (), _TAG)

@@ -7,7 +7,7 @@ With one rank along an axis nothing is sent and the same lines run. It never dec
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,32 +106,32 @@ class Mesh:
         )
         return replace(self, host=host)
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """Ranks in all."""
         return self.geometry.world_size
 
-    @property
+    @cached_property
     def data_rank(self) -> int:
         """Which part of the global batch this rank feeds."""
         return self.geometry.coordinate(self.rank, "data")
 
-    @property
+    @cached_property
     def data_ranks(self) -> int:
         """Parts that the global batch is divided into."""
         return self.geometry.degree("data")
 
-    @property
+    @cached_property
     def num_fed(self) -> int:
         """Ranks that are given the same part of the global batch."""
         return self.world_size // self.data_ranks
 
-    @property
+    @cached_property
     def pipe_rank(self) -> int:
         """Where this rank stands in its pipeline, from the input."""
         return self.geometry.coordinate(self.rank, "pipe")
 
-    @property
+    @cached_property
     def pipe_ranks(self) -> int:
         """Ranks of a pipeline."""
         return self.geometry.degree("pipe")
@@ -173,7 +173,7 @@ class Mesh:
         """
         return self.dispatcher.phase(name)
 
-    @property
+    @cached_property
     def exchangeable(self) -> Scratch:
         """Buffers that exchanges send from without a copy, for gradients; what a sum was sent from is
         written again after `reclaim`."""
@@ -256,32 +256,43 @@ class Mesh:
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over all ranks, in fp64, the same on every rank."""
-        return self.start_total(*numbers)()
+        if (prepared := self._totals.get(len(numbers))) is None:
+            row = self.exchangeable.take(len(numbers), torch.float64)
+            prepared = self._totals[len(numbers)] = row, self._world.prepare_all_reduce(row)
+        row, summing = prepared
+        row.copy_(torch.tensor(numbers, dtype=torch.float64))
+        summing.start().wait()
+        return row.tolist()
 
-    def start_total(self, *numbers: float) -> Callable[[], list[float]]:
-        """Start to sum a few numbers; the function returned waits for the sums."""
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        pending = self._world.all_reduce(tensor)
-
-        def sums() -> list[float]:
-            pending.wait()
-            return [float(number) for number in tensor.tolist()]
-
-        return sums
+    @cached_property
+    def _totals(self) -> dict[int, tuple[torch.Tensor, Pending]]:
+        """By how many numbers they sum."""
+        return {}
 
     def largest(self, number: int) -> int:
         """The largest of the replicas' numbers."""
-        return round(max(row[0] for row in self.everyones(number)))
+        return round(max(self.everyones(number))[0])
 
     def everyones(self, *numbers: float) -> list[list[float]]:
         """Each replica's few numbers, in their order; ranks that come from different engines meet too."""
-        num_replicas = len(self._peers)
-        if num_replicas == 1:
+        if len(self._peers) == 1:
             return [list(numbers)]
-        table = torch.zeros(num_replicas, len(numbers), dtype=torch.float64, device=self.device)
-        table[self.geometry.replica(self.rank)] = torch.tensor(numbers, dtype=torch.float64)
-        self._meetings.all_reduce(table.view(-1)).wait()
-        return [[float(number) for number in row] for row in table.tolist()]
+        if (prepared := self._tables.get(len(numbers))) is None:
+            table = torch.zeros(len(self._peers), len(numbers), dtype=torch.float64, device=self.device)
+            prepared = self._tables[len(numbers)] = table, self._meetings.prepare_all_reduce(table.view(-1))
+        table, summing = prepared
+        table.zero_()[self.replica].copy_(torch.tensor(numbers, dtype=torch.float64))
+        summing.start().wait()
+        return table.tolist()
+
+    @cached_property
+    def _tables(self) -> dict[int, tuple[torch.Tensor, Pending]]:
+        return {}
+
+    @cached_property
+    def replica(self) -> int:
+        """Which of the replicas this rank is."""
+        return self.geometry.replica(self.rank)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""

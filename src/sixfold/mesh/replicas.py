@@ -6,6 +6,7 @@ exchange through it. With one rank nothing is sent and the same lines run. It ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
@@ -13,7 +14,7 @@ from math import prod
 import torch
 
 from sixfold.mesh.cut import Copied, Cut
-from sixfold.mesh.dispatch import Pending
+from sixfold.mesh.dispatch import InTurn, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import HostGroup
 from sixfold.mesh.pages import untouched_zeros
@@ -90,8 +91,8 @@ class Replicas:
             is_read: whether others gather slices of what this rank keeps, by `spread_out`.
             is_blank: the whole is dropped before anything reads it; else it is zeros like the part.
         """
-        if spread == GROUP and isinstance(self.shard, HostGroup):
-            return self.shard.common(numel, dtype)
+        if (sharing := self._sharing(spread)) is not None:
+            return sharing.common(numel, dtype)
         size, place = numel // self.num_parts(spread), self.place_in(spread)
         if is_read:
             part = self.exchangeable.take(size, dtype).zero_()
@@ -100,60 +101,78 @@ class Replicas:
         make, whole = torch.empty if is_blank else torch.zeros, part
         if spread:
             whole = make(numel, dtype=dtype, device=self.device)  # it comes and goes, so malloc has it
-        return Copied(
-            whole,
-            part,
-            slice(place * size, (place + 1) * size),
-            lambda whole: self.spread_out(whole, spread, ()),
-        )
+        filling = self.prepare_spread_out([whole], spread, ())
+        return Copied(whole, part, slice(place * size, (place + 1) * size), filling)
 
-    def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
-        """Start to sum everyone's `partial`, in place: whole, or this rank's slice in its place.
+    # Each may be prepared once and started for every update, or be started at once.
+
+    def prepare_sum_up(
+        self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None
+    ) -> Pending:
+        """Sum everyone's `partial`, in place: whole, or this rank's slice in its place.
 
         Args:
             into: where the slice goes instead; one pass over it less.
         """
         if not after:
             assert into is None, "a sum that is whole stays where it is"
-            return self.all.all_reduce(partial)
+            return self.all.prepare_all_reduce(partial)
         if self.copies.num_ranks == 1:
-            return self.shard.reduce_scatter(partial, into)
-        summed, mine = self.shard.reduce_scatter(partial), self.shard.slice_of(partial, self.shard.place)
-
-        def across() -> None:
-            summed.wait()
-            if "data" in after:
-                self.copies.reduce_scatter(mine, into).wait()
-                return
-            self.copies.all_reduce(mine).wait()
+            return self.shard.prepare_reduce_scatter(partial, into)
+        mine = self.shard.slice_of(partial, self.shard.place)
+        steps = [self.shard.prepare_reduce_scatter(partial)]
+        if "data" in after:
+            steps.append(self.copies.prepare_reduce_scatter(mine, into))
+        else:
+            steps.append(self.copies.prepare_all_reduce(mine))
             if into is not None:
-                into.copy_(mine)
+                steps.append(Pending(functools.partial(into.copy_, mine)))
+        return InTurn(steps)
 
-        return Pending(finish=across)
-
-    def spread_out(self, tensor: torch.Tensor, before: Spread, after: Spread) -> Pending:
-        """Start to fill `tensor`, in place, from what each rank has of it.
+    def prepare_spread_out(self, tensors: Sequence[torch.Tensor], before: Spread, after: Spread) -> Pending:
+        """Fill `tensors`, of one type, in place, from what each rank has of them.
 
         Args:
-            tensor: what each rank shall have, cut over `after`; the part cut over `before` is in its place.
+            tensors: what each rank shall have, cut over `after`; the parts cut over `before` are in place.
         """
-        levels = [axis for axis in before if axis not in after]
-        parts = [tensor]
-        for axis in levels[:-1]:
-            parts.append(self._along(axis).slice_of(parts[-1], self._along(axis).place))
-        if not levels:
-            return Pending()
-        finest = self._along(levels[-1]).all_gather(parts[-1])
-        if len(levels) == 1:
-            return finest
+        steps: list[Pending] = []
+        for axis in before:
+            if axis not in after:
+                group = self._along(axis)
+                steps.insert(0, group.prepare_all_gather(*tensors))  # the finest level comes first
+                tensors = [group.slice_of(tensor, group.place) for tensor in tensors]
+        return InTurn(steps) if len(steps) > 1 else next(iter(steps), Pending())
 
-        def outwards() -> None:
-            finest.wait()
-            for axis, part in zip(reversed(levels[:-1]), reversed(parts[:-1]), strict=True):
-                self._along(axis).all_gather(part).wait()
+    def prepare_publish(self, cuts: Sequence[Cut], before: Spread, after: Spread) -> Pending:
+        """Let everyone gather what is in the `part` of each of `cuts`, of one type. When it has ended, nobody
+        reads what was published before.
 
-        return Pending(finish=outwards)
+        Args:
+            before: over what the parts are cut where they have been written; filled from there.
+            after: over what they are cut.
+        """
+        filling = self.prepare_spread_out([cut.part for cut in cuts], before, after)
+        if (sharing := self._sharing(after)) is None:
+            return filling
+
+        def forget() -> None:
+            for cut in cuts:
+                cut.forget()
+
+        return InTurn([filling, Pending(forget), sharing.prepare_meeting()])
+
+    def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
+        """Start `prepare_sum_up`."""
+        return self.prepare_sum_up(partial, after, into).start()
+
+    def spread_out(self, tensor: torch.Tensor, before: Spread, after: Spread) -> Pending:
+        """Start `prepare_spread_out`."""
+        return self.prepare_spread_out([tensor], before, after).start()
 
     def align(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first one's `tensor` into everyone's, in place."""
         return self.all.broadcast(tensor)
+
+    def _sharing(self, spread: Spread) -> HostGroup | None:
+        """Ranks in whose common memory what is cut over `spread` is whole."""
+        return self.shard if spread == GROUP and isinstance(self.shard, HostGroup) else None

@@ -17,7 +17,7 @@ import torch
 
 def key_of(*parts: object) -> int:
     """A 63-bit seed from any printable parts, the same on every machine and in every version."""
-    text = "/".join(str(part) for part in parts)
+    text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -37,13 +37,10 @@ class Streams:
     def keyed(self, *parts: object) -> Iterator[None]:
         """Draw from the stream of (seed, *parts) inside the block; restore the state after it."""
         devices = [self.device] if self.device.type != "cpu" else []
-        with torch.random.fork_rng(devices=devices, device_type=_fork_type(self.device)):
+        # fork_rng wants the name of an accelerator even where none of its devices is forked.
+        kind = self.device.type if devices else "cuda"
+        with torch.random.fork_rng(devices=devices, device_type=kind):
             # torch.manual_seed also queues the seed, with a stack trace, for devices not in use.
             seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
             seed(key_of(self.seed, *parts))
             yield
-
-
-def _fork_type(device: torch.device) -> str:
-    # fork_rng wants the name of an accelerator even where none of its devices is forked.
-    return device.type if device.type != "cpu" else "cuda"

@@ -78,12 +78,17 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), BLOCK_ROWS):
             rows, aims, part = (each[start : start + BLOCK_ROWS] for each in (scores, targets, slope))
             counts, place = (aims >= 0).unsqueeze(1), aims.clamp_min(0).unsqueeze(1)
-            shares = torch.softmax(rows, 1, dtype=wide)
+            # Where the scores are wide themselves, nothing lives beside them and the gradient.
+            made = part if part.dtype == wide else None
+            shares = torch.softmax(rows, 1, dtype=wide, out=made)
             # The largest share is at least 1 / vocab_size, so its logarithm is exact enough for all of them.
             normaliser = rows.amax(1, keepdim=True).to(wide) - shares.amax(1, keepdim=True).log()
             sums.append(((normaliser - rows.gather(1, place).to(wide)) * counts).sum())
             shares.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
-            part.copy_(shares.mul_(counts) if not counts.all() else shares)
+            if not counts.all():
+                shares.mul_(counts)
+            if made is None:
+                part.copy_(shares)
         ctx.save_for_backward(slope)
         return torch.stack(sums).sum() if sums else scores.new_zeros((), dtype=wide)
 

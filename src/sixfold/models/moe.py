@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +77,42 @@ class RoutingStatistics:
         return max(self.load) * len(self.load)
 
 
+class Penalised(Protocol):
+    """What knows the gradient of what is minimised by summed penalties."""
+
+    penalty_scale: Tensor | float
+
+
+def tally_of(experts: Tensor, kept: Tensor, probabilities: Tensor) -> Tensor:
+    """Choices of each expert, choices without room, tokens, entropy in ENTROPY_UNIT: integers.
+
+    Args:
+        experts: [tokens, choices].
+        kept: which of them found room, likewise.
+        probabilities: [tokens, experts].
+    """
+    entropy = torch.special.entr(probabilities).sum(-1) / ENTROPY_UNIT
+    rest = torch.stack(
+        [(~kept).sum(), kept.new_tensor(len(kept), dtype=torch.int64), entropy.round().long().sum()]
+    )
+    return torch.cat([torch.bincount(experts.flatten(), minlength=probabilities.shape[1]), rest])
+
+
+def statistics_of(tally: Tensor) -> RoutingStatistics | None:
+    """What a sum of `tally_of` says; None where there were no tokens."""
+    *counts, dropped, num_tokens, entropy = tally.tolist()
+    total = sum(counts)
+    if total == 0:
+        return None
+    load = tuple(count / total for count in counts)
+    return RoutingStatistics(load, dropped / total, entropy * ENTROPY_UNIT / num_tokens)
+
+
 class Router(nn.Module):
     """Chooses experts for tokens, and tallies its choices.
 
     Attributes:
-        tally: integers since the last update: choices of each expert, choices without room, tokens, entropy
-            in ENTROPY_UNIT. Whoever trains on several ranks sums it over them.
+        tally: sum of `tally_of` since the last update. Whoever trains on several ranks sums it over them.
         load: choices of each expert in the last update.
         bias_steps: moves of each expert's bias so far, up less down.
         penalty_scale: gradient of what is minimised by the model's summed loss; penalties are summed too.
@@ -130,38 +160,28 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         kept = within_capacity(experts, x.shape[0], config)
         if self.training and torch.is_grad_enabled():
-            self._count(experts, kept, probabilities.detach())
+            self.tally += tally_of(experts, kept, probabilities.detach())
             weights = with_penalty(weights, self._penalty(scores, probabilities), self)
         return experts.masked_fill(~kept, config.num_experts), weights * kept
 
     def end_update(self, tally: Tensor) -> None:
         """Take in what was tallied in an update, on all ranks together, and begin a new tally."""
-        num_experts = self.config.num_experts
-        counts, (dropped, num_tokens, entropy) = tally[:num_experts].clone(), tally[num_experts:].tolist()
+        summed = tally.clone()
         self.tally.zero_()  # which may be what was given
-        total = int(counts.sum())
-        if total == 0:
+        self.last = statistics_of(summed)
+        if self.last is None:
             return
+        counts = summed[: self.config.num_experts]
         self.load.copy_(counts)
         # Towards an equal share: up where there is less, down where there is more.
-        self.bias_steps += (total - num_experts * counts).sign()
-        load = tuple(count / total for count in counts.tolist())
-        self.last = RoutingStatistics(load, dropped / total, entropy * ENTROPY_UNIT / num_tokens)
-
-    def _count(self, experts: Tensor, kept: Tensor, probabilities: Tensor) -> None:
-        num_experts = self.config.num_experts
-        self.tally[:num_experts] += torch.bincount(experts.flatten(), minlength=num_experts)
-        self.tally[num_experts] += (~kept).sum()
-        self.tally[num_experts + 1] += len(experts)
-        entropy = torch.special.entr(probabilities).sum(-1)
-        self.tally[num_experts + 2] += (entropy / ENTROPY_UNIT).round().long().sum()
+        self.bias_steps += (counts.sum() - self.config.num_experts * counts).sign()
 
     def _penalty(self, scores: Tensor, probabilities: Tensor) -> Tensor | None:
         """Summed over tokens, so that a batch may be cut anywhere; None where nothing is penalised."""
-        config, total = self.config, int(self.load.sum())
+        config = self.config
         penalty = None
-        if config.balance == "loss" and total:
-            load = self.load.to(scores.dtype) / total
+        if config.balance == "loss":
+            load = self.load.to(scores.dtype) / self.load.sum().clamp_min(1)
             penalty = config.balance_rate * config.num_experts * (probabilities @ load).sum()
         if config.z_weight:
             spread = config.z_weight * scores.logsumexp(-1).square().sum()
@@ -187,6 +207,8 @@ class Experts(nn.Module):
         """As `FeedForward.draw_output`."""
         nn.init.normal_(self.down_proj, std=(2 * self.down_proj.shape[2] * num_branches) ** -0.5)
 
+    # How many rows each expert has is known only as it runs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: Tensor,
@@ -252,7 +274,9 @@ def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) ->
     return kept.flatten().index_copy(0, order, place < room).view(experts.shape)
 
 
-def with_penalty(weights: Tensor, penalty: Tensor | None, router: Router) -> Tensor:
+# What a graph finds in an attribute when it is made, it keeps for good.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def with_penalty(weights: Tensor, penalty: Tensor | None, router: Penalised) -> Tensor:
     """`weights`, whose backward goes through `penalty` as well."""
     if penalty is None:
         return weights
@@ -271,7 +295,7 @@ class _Attached(torch.autograd.Function):
     recomputed with it, and stays with its stage of a pipeline."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, penalty: Tensor, router: Router) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, penalty: Tensor, router: Penalised) -> Tensor:
         ctx.router, ctx.penalty = router, penalty.detach()
         return weights.view_as(weights)
 

@@ -4,10 +4,11 @@ The engine calls it between plan and state; it moves no state and sends nothing.
 """
 
 from sixfold.parallel.axes import decide_axes
+from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -32,6 +33,7 @@ __all__ = [
     "AxisChange",
     "ContextAttention",
     "Deferral",
+    "ModelBalance",
     "ModelCut",
     "ModuleFacts",
     "Product",
@@ -47,6 +49,7 @@ __all__ = [
     "decide_axes",
     "dtype_name",
     "handed_bytes",
+    "length_limits",
     "materialize",
     "measured_costs",
     "module_facts",

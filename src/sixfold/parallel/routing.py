@@ -6,13 +6,14 @@ batch, however it was cut. It chooses no experts and sends no tokens.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sixfold.mesh import Mesh
 from sixfold.models.moe import RoutingStatistics
+from sixfold.parallel.balance import ModelBalance, num_tokens_of
 
 
 @runtime_checkable
@@ -38,11 +39,19 @@ class Routing:
 
     Args:
         model: whose modules they are; others than routers are left alone.
+        balance: the loss of a model that balances all layers together.
         parted: whether each rank of the tensor axis routes its part of the sequence alone.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, *, parted: bool = False) -> None:
-        self._routers = {name: part for name, part in model.named_modules() if isinstance(part, Tallying)}
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, balance: ModelBalance | None = None, *, parted: bool = False
+    ) -> None:
+        self._routers: dict[str, Tallying] = {
+            name: part for name, part in model.named_modules() if isinstance(part, Tallying)
+        }
+        self._balance, self._mesh = balance, mesh
+        if balance is not None:
+            self._routers["all layers"] = balance
         groups = [mesh.replicas.all, *([mesh.along("tensor")] if parted else [])]
         self._groups = groups if self._routers else []
 
@@ -50,6 +59,31 @@ class Routing:
         """Tell stages of a pipeline without the loss what its gradient is."""
         for router in self._routers.values():
             router.penalty_scale = scale
+
+    def refuse_written_out(self) -> None:
+        """Raise ModelError where an update has to be known as a whole."""
+        if self._balance is not None:
+            self._balance.refuse_written_out()
+
+    def begin(self, batch: Any, scale: float, *, answers: bool) -> None:
+        """An update begins, of which this rank has a part.
+
+        Args:
+            scale: gradient of what is minimised by the model's loss.
+            answers: whether no other rank counts the same part.
+        """
+        if self._balance is not None:
+            (tokens,) = self._mesh.total(num_tokens_of(batch) if answers else 0.0)
+            self._balance.begin(scale, tokens)
+
+    def state(self) -> list[int] | None:
+        """What goes on from update to update and is no buffer of the model."""
+        return None if self._balance is None else self._balance.load.tolist()
+
+    def load(self, state: list[int] | None) -> None:
+        """Go on from what `state` gave."""
+        if self._balance is not None and state is not None:
+            self._balance.load.copy_(torch.tensor(state))
 
     def end_update(self) -> None:
         """Sum the tallies, all of them together."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -20,19 +20,22 @@ Batch = Any
 """A tensor, or a mapping, tuple or list of fields, nested at will."""
 
 
-def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
     """All tensors of a batch with at least one dim, in order."""
-    if isinstance(batch, torch.Tensor):
-        if batch.dim() > 0:
-            yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for field in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_of(field)
+    found, left = list[torch.Tensor](), [batch]
+    while left:
+        field = left.pop()
+        if isinstance(field, torch.Tensor):
+            if field.dim() > 0:
+                found.append(field)
+        elif isinstance(field, Mapping | tuple | list):
+            left.extend(reversed(list(field.values() if isinstance(field, Mapping) else field)))
+    return found
 
 
 def lengths_of(batch: Batch) -> list[int]:
     """The different lengths that the tensors of a batch have along dim 0, in rising order."""
-    return sorted({tensor.shape[0] for tensor in tensors_of(batch)})
+    return sorted(set(map(len, tensors_of(batch))))
 
 
 _NUM_CHECKED = 4096
@@ -59,14 +62,14 @@ def num_samples(batch: Batch) -> int:
     """
     if batch is None or (isinstance(batch, Mapping | tuple | list) and not batch):
         return 0
-    lengths = lengths_of(batch)
-    if not lengths:
+    tensors = tensors_of(batch)
+    if not tensors:
         raise ModelError(
             f"a batch of {type(batch).__name__} without any tensor",
             rule="samples lie along dim 0 of the tensors of a batch",
             fix="hand over tensors, for example torch.as_tensor(values)",
         )
-    return lengths[0]
+    return min(map(len, tensors))
 
 
 def split(batch: Batch, micro: int | None) -> list[Batch]:

@@ -18,12 +18,9 @@ def clip_factors(norms: Sequence[float], own: Sequence[float | None], shared: fl
         own: bounds of groups that are clipped each by its own norm.
         shared: bound on the norm of all other groups together; None for no bound.
     """
-    rest = math.hypot(*(norm for norm, bound in zip(norms, own, strict=True) if bound is None))
-    return [
-        _factor(rest, shared) if bound is None else _factor(norm, bound)
-        for norm, bound in zip(norms, own, strict=True)
-    ]
-
-
-def _factor(norm: float, bound: float | None) -> float:
-    return 1.0 if bound is None else min(1.0, bound / (norm + 1e-6))
+    rest = math.hypot(*[norm for norm, bound in zip(norms, own, strict=True) if bound is None])
+    factors = []
+    for norm, bound in zip(norms, own, strict=True):
+        norm, bound = (rest, shared) if bound is None else (norm, bound)
+        factors.append(1.0 if bound is None else min(1.0, bound / (norm + 1e-6)))
+    return factors

@@ -111,12 +111,16 @@ class LossForm:
     Args:
         module: the model; asked for `num_items_in_batch` where its forward takes it.
         loss_fn: `loss_fn(output, batch)`, in place of the model's own loss.
+
+    Attributes:
+        shift: labels that the model leaves out at the beginning of each sequence, where it divides its summed
+            loss by `num_items_in_batch`; None where it does not, or it is not known.
     """
 
     def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Batch], Any] | None) -> None:
         self._module = module
         self.loss_fn = loss_fn
-        self._shift: int | None = None
+        self.shift: int | None = None
         self.is_settled = False
 
     def num_trials(self, batch: Batch) -> int:
@@ -153,18 +157,8 @@ class LossForm:
         votes = mesh.total(float(found == 0), float(found == 1), float(has_vote))
         for shift in (0, 1):
             if votes[shift] and votes[shift] == votes[2]:
-                self._shift = shift
+                self.shift = shift
         self.is_settled = votes[2] > 0
-
-    @property
-    def counts_items(self) -> bool:
-        """Whether the model divides its summed loss by `num_items_in_batch`."""
-        return self._shift is not None
-
-    @property
-    def shift(self) -> int | None:
-        """Labels that the model leaves out at the beginning of each sequence; None: not known."""
-        return self._shift
 
     def scale(self, counts: Counts, last_weight: float | None, mesh: Mesh) -> float:
         """P of an update: its targets where the model divides by them, else the last update's weight.
@@ -173,10 +167,10 @@ class LossForm:
             counts: this rank's own.
             last_weight: global weight of the update before; None for the first, which takes samples.
         """
-        if last_weight is not None and not self.counts_items:
+        if last_weight is not None and self.shift is None:
             return last_weight
         update = Counts(*mesh.total(*counts.numbers()))
-        return self._items(update) if self.counts_items else update.samples
+        return self._items(update) if self.shift is not None else update.samples
 
     def read(
         self, output: Any, batch: Batch, scale: float, *, part: float = 1.0, items: float | None = None
@@ -192,7 +186,7 @@ class LossForm:
         if isinstance(result, tuple | list) and len(result) == 2:
             return Share(number_of(result[0], "the first of a tuple of 2") / scale, weight_of(result[1]))
         value = number_of(result, "the loss")
-        if self.counts_items:
+        if self.shift is not None:
             return Share(value, self._items(Counts.of(batch)) if items is None else items)
         lengths = lengths_of(batch)
         if len(lengths) > 1:
@@ -214,7 +208,7 @@ class LossForm:
         return Share(value * (samples / scale), samples, is_mean=True)
 
     def _items(self, counts: Counts) -> float:
-        return counts.shifted if self._shift == 1 else counts.targets
+        return counts.shifted if self.shift == 1 else counts.targets
 
 
 def _labels_of(batch: Batch) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from sixfold.base.errors import ProgramError
 from sixfold.parallel import Deferral
 from sixfold.pipeline.scaling import LossScaler
-from sixfold.pipeline.step import Place, Step
+from sixfold.pipeline.step import Step
 from sixfold.pipeline.transfers import Received, Transfers, form_of, received
 from sixfold.program import WEIGHT_PARTS, Instruction, Op
 from sixfold.state import ModelState
@@ -48,12 +48,12 @@ class Passes:
         self.perform: dict[Op, Callable[[Step, Instruction], None]] = {
             Op.FORWARD: self.forward,
             Op.BACKWARD: self.backward,
-            Op.SERVE_FORWARD: lambda step, instruction: self._state.serve_forward(_stage(instruction)),
+            Op.SERVE_FORWARD: lambda step, instruction: self._state.serve_forward(instruction.place[0]),
             Op.SERVE_BACKWARD: self.serve_backward,
-            Op.GATHER: lambda step, instruction: self._state.keep(_stage(instruction), is_kept=True),
-            Op.DROP: lambda step, instruction: self._state.keep(_stage(instruction), is_kept=False),
+            Op.GATHER: lambda step, instruction: self._state.keep(instruction.place[0], is_kept=True),
+            Op.DROP: lambda step, instruction: self._state.keep(instruction.place[0], is_kept=False),
             Op.REDUCE: self.reduce,
-            Op.PUBLISH: lambda step, instruction: self._state.publish(_stage(instruction)),
+            Op.PUBLISH: lambda step, instruction: self._state.publish(instruction.place[0]),
         }
         """By kind of instruction, those that can be played in this layout."""
         if transfers is not None:
@@ -70,19 +70,19 @@ class Passes:
             }
 
     def begin(self, step: Step) -> None:
-        """Gradients of the last update go, once a step."""
-        if not step.accumulates:
-            self._state.begin()
-            step.accumulates = True
+        """Gradients of the last update go; once a step."""
+        self._state.begin()
+        step.accumulates = True
 
     def forward(self, step: Step, instruction: Instruction) -> None:
         """Run a stage on what it has received."""
-        stage, micro = place = _place(instruction)
+        stage, micro = place = instruction.place
         taken = step.inputs.pop(place, Received())  # from another stage of this rank
         if message := step.messages.pop((Op.RECEIVE_ACTIVATION, *place), None):
             taken = self._between.take_activation(stage, message)
             step.ready = time.monotonic()
-        step.work.enter(micro)
+        if step.work.enter is not None:
+            step.work.enter(micro)
         result = step.work.run(stage, micro, taken.value)
         if torch.is_grad_enabled():
             step.inputs[place] = taken
@@ -97,41 +97,43 @@ class Passes:
             step.outputs[place] = result
 
     def _send_activation(self, step: Step, instruction: Instruction) -> None:
-        stage, micro = place = _place(instruction)
+        stage, micro = place = instruction.place
         self._between.send_activation(stage, micro, step.work.kinds[micro], step.outputs[place])
         if not torch.is_grad_enabled():
             del step.outputs[place]
 
     def _receive_activation(self, step: Step, instruction: Instruction) -> None:
-        stage, micro = _place(instruction)
+        stage, micro = instruction.place
         message = self._between.receive_activation(stage, step.work.kinds[micro])
         step.messages[instruction.op, stage, micro] = message
 
     def _send_gradient(self, step: Step, instruction: Instruction) -> None:
-        place = _place(instruction)
+        place = instruction.place
         self._between.send_gradient(*place, step.inputs.pop(place).gradients())
 
     def _receive_gradient(self, step: Step, instruction: Instruction) -> None:
-        stage, micro = place = _place(instruction)
+        stage, micro = place = instruction.place
         message = self._between.receive_gradient(stage, _learning(step.outputs[place]))
         step.messages[instruction.op, stage, micro] = message
 
     def backward(self, step: Step, instruction: Instruction, *, retain_graph: bool = False) -> None:
         """Run it backward."""
-        self.begin(step)
-        with self._state.backward(_stage(instruction)):
+        if not step.accumulates:
+            self.begin(step)
+        with self._state.backward(instruction.place[0]):
             self._run_backward(step, instruction, retain_graph=retain_graph)
 
     def _backward_input(self, step: Step, instruction: Instruction) -> None:
         assert self._deferral is not None, "performed only with one"
-        self.begin(step)
-        place = _place(instruction)
+        if not step.accumulates:
+            self.begin(step)
+        place = instruction.place
         with self._state.backward_input(place[0]), self._deferral.put_off() as queue:
             self._run_backward(step, instruction)
         step.put_off[place] = queue
 
     def _backward_weight(self, step: Step, instruction: Instruction) -> None:
-        place = _place(instruction)
+        place = instruction.place
         with torch.no_grad():
             queue = step.put_off.pop(place)
             while queue:
@@ -140,7 +142,7 @@ class Passes:
         self._state.complete(place[0])
 
     def _run_backward(self, step: Step, instruction: Instruction, *, retain_graph: bool = False) -> None:
-        stage, micro = place = _place(instruction)
+        stage, micro = place = instruction.place
         if stage == self._last_stage:
             share = step.shares.pop(micro, None)
             if share is None:
@@ -157,7 +159,8 @@ class Passes:
                 gradients = self._between.take_gradient(stage, micro, message)
                 step.ready = time.monotonic()
             roots = _learning(step.outputs.pop(place))
-        step.work.enter(micro)  # parts of the forward may run again
+        if step.work.enter is not None:
+            step.work.enter(micro)  # parts of the forward may run again
         if roots:
             torch.autograd.backward(roots, gradients, retain_graph=retain_graph)
         if stage > 0 and self._between.is_local(stage, stage - 1):
@@ -170,28 +173,19 @@ class Passes:
 
     def serve_backward(self, step: Step, instruction: Instruction) -> None:
         """Take part in the backward of other data ranks."""
-        self.begin(step)
-        self._state.serve_backward(_stage(instruction), puts_off=self._deferral is not None)
+        if not step.accumulates:
+            self.begin(step)
+        self._state.serve_backward(instruction.place[0], puts_off=self._deferral is not None)
 
     def reduce(self, step: Step, instruction: Instruction) -> None:
         """Open a reduction window."""
-        self.begin(step)
-        stage, following = _stage(instruction), step.following
+        if not step.accumulates:
+            self.begin(step)
+        stage, following = instruction.place[0], step.following
         self._state.open_reduce(stage)
         ends = (*WEIGHT_PARTS, Op.SERVE_BACKWARD)
         if following is None or following.stage != stage or following.op not in ends:
             self._state.complete(stage)  # nothing comes into this window here, whatever others have
-
-
-def _place(instruction: Instruction) -> Place:
-    assert instruction.stage is not None, "instructions check their own numbers"
-    assert instruction.micro is not None, "as above"
-    return instruction.stage, instruction.micro
-
-
-def _stage(instruction: Instruction) -> int:
-    assert instruction.stage is not None, "instructions check their own numbers"
-    return instruction.stage
 
 
 def _learning(output: Any) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -22,7 +22,7 @@ from sixfold.pipeline.loss import Counts, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.scaling import LossScaler
 from sixfold.pipeline.step import Step, StepResult, Work
-from sixfold.program import RECEIVES, SENDS, Instruction, Op, Program
+from sixfold.program import Instruction, Op, Program
 from sixfold.state import BoundOptimizer, ModelState
 
 
@@ -59,6 +59,7 @@ class Player:
         self._passes = passes
         self.record: list[tuple[Instruction, float, float]] | None = None
         self._step: Step | None = None
+        self._tells_loss = mesh.place("tensor") == 0  # ranks along the tensor axis have the same one
         self._perform = {**self._passes.perform, Op.STEP: self._update}
 
     def play(self, program: Program, work: Work) -> StepResult:
@@ -75,7 +76,7 @@ class Player:
             self._perform_all(program)
             if self._step.result is None:
                 self._state.finish_reduce()
-                self._step.result = self._start_totals(self._step)()
+                self._step.result, _ = self._totals(self._step)
             return replace(self._step.result, compute_s=self._step.compute_s)
         finally:
             if self._step.accumulates:
@@ -102,7 +103,7 @@ class Player:
 
     def perform(self, instruction: Instruction) -> None:
         """Perform one instruction of the step under way; the first one starts a step."""
-        step = self._begun()
+        step = self._step or self._begun()
         if instruction.op not in self._perform:
             raise ProgramError(
                 f"{instruction} cannot be played here",
@@ -110,8 +111,6 @@ class Player:
                 "zero-bubble schedules, and shifts not yet",
                 fix="play sixfold.program.training for this layout; sixfold.simulate times the others",
             )
-        if instruction.op in (*SENDS, *RECEIVES, Op.STEP):
-            step.work.agreed()
         dispatcher = self._mesh.dispatcher
         step.ready = began = time.monotonic()
         blocked = dispatcher.blocked_s
@@ -131,7 +130,8 @@ class Player:
         step = self._begun()
         step.count(share)
         step.shares[micro] = share
-        self._passes.begin(step)
+        if not step.accumulates:
+            self._passes.begin(step)
         if self._state.reduces_with_backward:
             self._state.open_reduce()
         self._passes.backward(step, Instruction(Op.BACKWARD, 0, micro), retain_graph=retain_graph)
@@ -150,7 +150,8 @@ class Player:
         try:
             step = self._begun()
             step.counts, step.has_means = counts, has_means
-            self._passes.begin(step)
+            if not step.accumulates:
+                self._passes.begin(step)
             reduce = "" if self._state.reduces_with_backward else "reduce 0 |"
             for instruction in Program.parse(f"{reduce} step | publish 0").instructions:
                 self.perform(instruction)
@@ -167,12 +168,11 @@ class Player:
         return self._step is None
 
     def _update(self, step: Step, instruction: Instruction) -> None:
-        # The sums travel behind the gradients, so that ranks meet once.
-        self._state.flush_reduce()
-        sums = self._start_totals(step)
         self._state.finish_reduce()
         self._state.sums.share()
-        totals = sums()
+        own_bounds = self._optimizer.clip_norms
+        # Norms and losses are summed together, so that ranks meet once.
+        totals, squares = self._totals(step, self._state.sums.squares(len(own_bounds)))
         if totals.weight == 0:
             raise ModelError(
                 f"the global weight of this update is {totals.weight:g}: no rank had a sample or target, or "
@@ -182,8 +182,7 @@ class Player:
                 "global batches; check the labels (-100 is left out)",
             )
         factor = step.work.scale / (totals.weight * self._scaler.scale)
-        own_bounds = self._optimizer.clip_norms
-        norms = tuple(norm * abs(factor) for norm in self._state.sums.norms(len(own_bounds)))
+        norms = tuple([math.sqrt(square) * abs(factor) for square in squares])
         grad_norm = math.hypot(*norms)
         step.result = replace(totals, grad_norm=grad_norm, group_norms=norms, loss_scale=self._scaler.scale)
         if not math.isfinite(grad_norm):
@@ -196,27 +195,21 @@ class Player:
         self._state.sums.scale([factor * clip for clip in clips])
         self._optimizer.step()
 
-    def _start_totals(self, step: Step) -> Callable[[], StepResult]:
-        """Start to sum what the ranks hold; the function returned waits, and judges the sums."""
-        step.work.agreed()
-        # Ranks along the tensor axis have the same loss.
-        is_first = self._mesh.place("tensor") == 0
-        sums = self._mesh.start_total(
-            sum(float(value) for value in step.losses) * is_first,
-            sum(float(value) for value in step.weights) * is_first,
+    def _totals(self, step: Step, squares: Sequence[float] = ()) -> tuple[StepResult, list[float]]:
+        """Sums of what the ranks hold, judged, and of each rank's `squares`."""
+        counted = step.counts.numbers()
+        loss, weight, has_means, *numbers = self._mesh.total(
+            sum(map(float, step.losses)) * self._tells_loss,
+            sum(map(float, step.weights)) * self._tells_loss,
             float(step.has_means),
-            *step.counts.numbers(),
+            *counted,
+            *squares,
         )
-
-        def result() -> StepResult:
-            loss, weight, has_means, *numbers = sums()
-            counts = Counts(*numbers)
-            if has_means:
-                counts.refuse_ragged()
-            mean = loss * step.work.scale / weight if weight else math.nan
-            return StepResult(mean, weight, round(counts.samples))
-
-        return result
+        counts = Counts(*numbers[: len(counted)])
+        if has_means:
+            counts.refuse_ragged()
+        mean = loss * step.work.scale / weight if weight else math.nan
+        return StepResult(mean, weight, round(counts.samples)), numbers[len(counted) :]
 
 
 def _unasked(stage: int, micro: int, received: Any) -> Any:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.parallel import ContextAttention, Sequences, cut_rows, num_rows
+from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows
 from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
 from sixfold.pipeline.loss import IGNORED
 
@@ -61,11 +61,9 @@ class SequenceCut:
         self._module = module
         self._attention = attention
         self._device = device
-
-    @property
-    def is_cut(self) -> bool:
+        self._limits = {} if attention is None else length_limits(module)
+        self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
-        return self._attention is not None
 
     def enter(self, piece: Piece | None) -> None:
         """From now on modules run on this piece; None: on whole sequences."""
@@ -102,6 +100,15 @@ class SequenceCut:
                 fix=f"give sequences of {2 * num_ranks} tokens or more, or set layout.context = "
                 f"{max(1, length // 2)}",
             )
+        for name, limit in self._limits.items():
+            if length > limit:
+                raise ModelError(
+                    f"sequences of {length} tokens over layout.context = {num_ranks} with {name} {limit} in "
+                    f"the configuration of {type(self._module).__name__}",
+                    rule="such a model treats longer sequences otherwise, and does not see from a part how "
+                    "long it is",
+                    fix=f"give sequences of at most {limit} tokens, or {OFF}",
+                )
         spans = self._attention.spans_in(length)
 
         def cut(tensor: Tensor) -> Tensor:
@@ -219,7 +226,8 @@ class SequenceCut:
             fields["attention_mask"] = torch.ones(len(like), length, dtype=kind, device=like.device)
         labels = fields.get("labels")
         if shift == 1 and isinstance(labels, Tensor) and labels.shape == (len(like), length):
-            fields["labels"] = fields["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            shifted = fields.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+            fields["labels"] = fields["shift_labels"] = shifted
         return fields, documents, keys
 
 

@@ -56,18 +56,15 @@ class Work:
             share of the loss at the last stage, else to what is sent on.
         scale: P, by which the shares are divided already.
         counts: samples and targets that this rank answers for.
-        agreed: returns when it is known that all ranks which are to have this batch do, or raises; called
-            before anything is sent whose shape follows from it.
         kinds: of each micro-batch, what the shapes in it depend on.
-        enter: called before a pass of a micro-batch, forward or backward.
+        enter: what is called before a pass of a micro-batch, forward or backward.
     """
 
     run: Callable[[int, int, Any], Any]
     scale: float = 1.0
     counts: Counts = field(default_factory=Counts)
-    agreed: Callable[[], None] = lambda: None
     kinds: Sequence[Kind] = ()
-    enter: Callable[[int], None] = lambda micro: None
+    enter: Callable[[int], None] | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from sixfold.base.errors import ProgramError
 
@@ -103,6 +104,11 @@ class Instruction:
                 rule=f"{self.op.value} takes {FIELDS[self.op]} number(s): stage, then micro-batch",
                 fix="give exactly those numbers",
             )
+
+    @cached_property
+    def place(self) -> tuple[int, int]:
+        """Stage and micro-batch; -1 for what it has not."""
+        return -1 if self.stage is None else self.stage, -1 if self.micro is None else self.micro
 
     @property
     def partner(self) -> Instruction | None:

@@ -47,12 +47,12 @@ _SECONDS: dict[Op, Callable[[StageCosts], float]] = {
 def simulate(programs: tuple[Program, ...], costs: Costs) -> Timeline:
     """Play the programs of all ranks of a pipeline on a clock.
 
-    A transfer occupies its lane on both ranks for the same time, one for each kind of transfer; where things
-    overlap, a receive is posted one pass ahead of its place. A window's first pass waits for its
-    whole gather. A reduction starts when the first of the stage's units is complete and ends no earlier
-    than its last unit can be reduced. `step` starts when all ranks are at it and have no reduction
-    under way. Sent data and what the collectives need in between are not counted as memory; a received
-    activation or gradient is from the start of its transfer.
+    A transfer occupies its lane on both ranks for the same time, one for each kind of transfer. Where things
+    overlap, a receive is posted one pass ahead of its place, and handing over and asking take their time
+    between passes. A window's first pass waits for its whole gather. A reduction starts when the first of the
+    stage's units is complete and ends no earlier than its last unit can be reduced. `step` starts when all
+    ranks are at it and have no reduction under way. Sent data and what the collectives need in between are
+    not counted as memory; a received activation or gradient is from the start of its transfer.
 
     Args:
         costs: of as many stages as the programs have.
@@ -154,6 +154,9 @@ class _Clock:
         seconds = self.costs.transfer(min(send.stage, receive.stage))
         self._record(rank, send, start, seconds)
         self._record(other, receive, start, seconds)
+        if self.costs.overlap:
+            self.issued[rank] += self._costs_of(send).send
+            self.issued[other] += self._costs_of(receive).receive
 
     def _step(self, rank: int, instruction: Instruction) -> None:
         if self.meeting is None:

@@ -24,6 +24,8 @@ class StageCosts:
         publish: of bringing the update into its parameters.
         gather: of making its cut parameters whole.
         shift: of moving its state to or from its home.
+        send: of handing one message to its transfer, in which nothing else is computed.
+        receive: of asking for one, likewise.
         num_units: units of equal size that are reduced one by one as a weight part completes them.
         output_bytes: sent to the next stage; the gradient that comes back is as large.
         activation_bytes: kept from a forward to the end of its backward, or of its input part.
@@ -39,6 +41,8 @@ class StageCosts:
     publish: float = 0.0
     gather: float = 0.0
     shift: float = 0.0
+    send: float = 0.0
+    receive: float = 0.0
     num_units: int = 1
     output_bytes: int = 0
     activation_bytes: int = 0

@@ -21,6 +21,9 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
     In `step` ranks wait for each other, and only the last one's seconds are its cost: of each recorded step
     the least of all ranks'.
 
+    A recorded send is the time in which it was handed over, and a recorded receive that in which it was asked
+    for; what they were waited for is in no figure.
+
     A backward that was not split counts as its input part. Reductions are left out: what is left of them
     when the last backward is over is in the seconds of `step`.
 
@@ -32,7 +35,8 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
         updates: list[float] = []
         for event in timeline.events:
             op, stage = event.instruction.op, event.instruction.stage
-            (updates if op is Op.STEP else seconds[op, stage]).append(event.stop - event.start)
+            kind = next((kinds[0] for kinds in (SENDS, RECEIVES) if op in kinds), op)
+            (updates if op is Op.STEP else seconds[kind, stage]).append(event.stop - event.start)
         if updates:
             seconds[Op.STEP, None].append(min(updates))
 
@@ -46,6 +50,8 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
             backward_input=cost(Op.BACKWARD, stage) or cost(Op.BACKWARD_INPUT, stage),
             backward_weight=cost(Op.BACKWARD_WEIGHT, stage),
             publish=cost(Op.PUBLISH, stage),
+            send=cost(SENDS[0], stage),
+            receive=cost(RECEIVES[0], stage),
         )
         for stage in range(num_stages)
     )
@@ -54,7 +60,7 @@ def measured_costs(steps: Sequence[Timeline], *, latency: float = 0.0) -> Costs:
 
 def simulated_again(step: Timeline) -> Timeline:
     """A recorded step as the simulator plays it, at the median costs of its own passes: what the schedule
-    comes to where passes of a stage take equally long and transfers no time.
+    comes to where passes of a stage take equally long and nothing is waited for but them.
 
     Args:
         step: of all ranks of a pipeline, each one's events in the order of its program.

@@ -107,36 +107,23 @@ class Mask:
         names: theirs.
 
     Attributes:
-        is_on: whether they have none.
+        is_on: whether they have none. Who asks for what needs no numbers takes it off for that moment.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
-        self._parameters = parameters
-        self._own = [type(parameter) for parameter in parameters]
+        self._own = [(parameter, type(parameter)) for parameter in parameters]
         by_id = {id(parameter): name for parameter, name in zip(parameters, names, strict=True)}
-        self._absent = [absent_class(parameter, by_id) for parameter in parameters]
+        self._absent = [(parameter, absent_class(parameter, by_id)) for parameter in parameters]
         self.is_on = False
 
     def put_on(self) -> None:
         """The parameters raise when their numbers are touched."""
-        self._give(self._absent)
         self.is_on = True
+        for parameter, kind in self._absent:
+            parameter.__class__ = kind
 
     def take_off(self) -> None:
         """They are used again."""
         self.is_on = False
-        self._give(self._own)
-
-    def lift(self) -> None:
-        """Their own classes for a moment: what is asked till `lower` needs no numbers."""
-        if self.is_on:
-            self._give(self._own)
-
-    def lower(self) -> None:
-        """The end of that moment."""
-        if self.is_on:
-            self._give(self._absent)
-
-    def _give(self, classes: Sequence[type[nn.Parameter]]) -> None:
-        for parameter, kind in zip(self._parameters, classes, strict=True):
+        for parameter, kind in self._own:
             parameter.__class__ = kind

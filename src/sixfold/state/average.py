@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from sixfold.state.publishing import Publication
 from sixfold.state.unit import Unit
 
 
@@ -27,6 +28,7 @@ class Average:
     def __init__(self, units: Sequence[Unit], decay: float) -> None:
         self._decay = decay
         self.numbers: Mapping[Unit, torch.Tensor] = {unit: unit.master.clone() for unit in units}
+        self._publication = Publication(units)
 
     def update(self) -> None:
         """Take in the masters as they are now."""
@@ -39,8 +41,7 @@ class Average:
         this rank has to find its way out, at the end; what was there is kept for that time."""
         kept = {unit: unit.part.clone() for unit in self.numbers}
         try:
-            for pending in [unit.present(average) for unit, average in self.numbers.items()]:
-                pending.wait()
+            self._publication.run(self.numbers)
             yield
             for pending in [unit.settle() for unit in kept]:
                 pending.wait()

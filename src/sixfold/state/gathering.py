@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from zlib import crc32
 
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sixfold.base.errors import StateError
-from sixfold.mesh import Mesh
+from sixfold.mesh import NOTHING, Mesh
 from sixfold.state.passes import (
     BACKWARD,
     EVALUATION,
@@ -99,12 +100,8 @@ class Gathering:
         for name in self._users:
             block = module.get_submodule(name)
             handles += [
-                block.register_forward_pre_hook(
-                    lambda block, args, name=name: self._block_begins(name), prepend=True
-                ),
-                block.register_forward_hook(
-                    lambda block, args, output, name=name: self._block_ends(name, output), always_call=True
-                ),
+                block.register_forward_pre_hook(partial(self._block_begins, name), prepend=True),
+                block.register_forward_hook(partial(self._block_ends, name), always_call=True),
             ]
         return handles
 
@@ -289,6 +286,7 @@ class Gathering:
 
     def _need(self, units: Iterable[Unit]) -> None:
         """Have `units` whole."""
+        has_advanced = False
         for unit in units:
             if unit in self._present:
                 continue
@@ -304,7 +302,8 @@ class Gathering:
                 self._negotiate(current, unit)
             else:
                 self._advance(current, unit)
-        if self._pass is not None:
+                has_advanced = True
+        if self._pass is not None and not has_advanced:
             self._look_ahead(self._pass)
 
     def _negotiate(self, current: Pass, wanted: Unit | None) -> None:
@@ -330,7 +329,8 @@ class Gathering:
         while current.place < len(current.todo):
             unit = current.todo[current.place]
             current.place += 1
-            self._leave_all_before(current, unit)
+            if unit in current.leaving:
+                self._leave_all_before(current, unit)
             self._complete(current, unit, keep=unit is wanted)
             self._look_ahead(current)
             if unit is wanted:
@@ -345,9 +345,7 @@ class Gathering:
             )
 
     def _leave_all_before(self, current: Pass, unit: Unit) -> None:
-        """Backward has come to `unit`: it is through with the blocks before."""
-        if unit not in current.leaving:
-            return
+        """Backward has come to `unit`, one of those to leave: it is through with the blocks before."""
         while not set(current.leaving[0].plan.blocks) & set(unit.plan.blocks):
             left = current.leaving.pop(0)
             self._leave(left)
@@ -357,7 +355,8 @@ class Gathering:
     def _complete(self, current: Pass, unit: Unit, *, keep: bool) -> None:
         was_present = unit in self._present
         pending = current.under_way.pop(unit, None) or unit.gather()
-        pending.wait()
+        if pending is not NOTHING:
+            pending.wait()
         unit.show()
         self._present.add(unit)
         if not keep and not was_present and unit not in current.stays:
@@ -367,9 +366,9 @@ class Gathering:
         """Start to gather what comes next."""
         ahead = 0
         for unit in current.todo[current.place :]:
-            ahead += unit.working_bytes
-            limit = unit.working_bytes if self._prefetch_bytes is None else self._prefetch_bytes
-            if ahead > limit:
+            size = unit.working_bytes
+            ahead += size
+            if ahead > (size if self._prefetch_bytes is None else self._prefetch_bytes):
                 break
             if unit not in current.under_way:
                 current.under_way[unit] = unit.gather()
@@ -389,7 +388,7 @@ class Gathering:
         if self._depth == 0 and not has_failed and self._pass is not None and self._pass.kind != BACKWARD:
             self.close()
 
-    def _block_begins(self, name: str) -> None:
+    def _block_begins(self, name: str, block: nn.Module, args: object) -> None:
         if self._running and self._pass is not None:  # a block inside a block: the outer one goes on after it
             self._pass.stays.update(self._users[self._running[-1]])
             self._holding.update(self._users[self._running[-1]])
@@ -399,22 +398,24 @@ class Gathering:
         else:
             self._need(self._users[name])
 
-    def _block_ends(self, name: str, output: object) -> None:
+    def _block_ends(self, name: str, block: nn.Module, args: object, output: object) -> None:
         if self._running:
             self._running.pop()
         current = self._pass
-        in_graph = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn]
-        for tensor in in_graph:
-            tensor.register_hook(lambda grad: self._gradient_reaches(name))  # type: ignore[no-untyped-call]
+        is_in_graph = False
+        for tensor in tensors_in(output):
+            if tensor.requires_grad and tensor.grad_fn:
+                is_in_graph = True
+                tensor.register_hook(partial(self._gradient_reaches, name))  # type: ignore[no-untyped-call]
         if current is not None and current.kind == FORWARD:
-            (self._reached if in_graph else self._unreached).update(self._users[name])
+            (self._reached if is_in_graph else self._unreached).update(self._users[name])
         if current is None or current.kind == BACKWARD:
             return  # recompute: the block's backward follows
         for unit in self._users[name]:
             if unit.plan.blocks[-1] == name and unit not in current.stays and unit in self._present:
                 self._drop(unit)
 
-    def _gradient_reaches(self, name: str) -> None:
+    def _gradient_reaches(self, name: str, gradient: torch.Tensor) -> None:
         if torch.is_grad_enabled() and not self._is_held:
             raise StateError(
                 f"a backward with create_graph=True through {name}",
@@ -432,7 +433,7 @@ class Gathering:
         current = self._pass
         assert current is not None, "opened above"
         users = self._users[name]
-        if any(unit not in self._present for unit in users):
+        if not self._present.issuperset(users):
             for unit in current.behind.intersection(self._present).difference(users, current.stays):
                 self._drop(unit)
         current.behind.update(users)

@@ -8,6 +8,7 @@ decides when to reduce.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -36,6 +37,8 @@ class Gradients:
         segments: each optimizer group's part of `reduced`, where this rank has one.
         squares: sum of squares of each segment, in fp64.
         local_sum: sum of this rank's own gradients; not finite where one of them is not.
+        local: [numel], this rank's own gradients until they are reduced; see `open`.
+        reduces_each: whether those of each micro-batch are reduced by themselves.
     """
 
     def __init__(
@@ -48,13 +51,16 @@ class Gradients:
         mask: Mask,
         replicas: Replicas,
     ) -> None:
-        self._plan = plan
-        self._residency = residency
+        self.plan = plan
+        self.reduces_each = residency.reduces_each
+        self._spread = residency.optimizer
+        self._may_land = bool(residency.gradients)
         self._parameters = parameters
         self._own = own
         self._mask = mask
         self._replicas = replicas
-        self._sum_dtype = DTYPES[precision.reduce]
+        self._dtype, self._sum_dtype = DTYPES[precision.grad], DTYPES[precision.reduce]
+        self._wide = torch.promote_types(self._dtype, torch.float32)
         start, stop = own.start, own.stop
         self.segments = [
             (group, slice(max(begin, start) - start, min(end, stop) - start))
@@ -63,20 +69,15 @@ class Gradients:
         ]
         self.squares = torch.zeros(len(self.segments), dtype=torch.float64)
         self.local_sum = torch.zeros(())
-        self._local: torch.Tensor | None = None  # [numel]: this rank's own gradients until they are reduced
-        self._views: list[torch.Tensor] = []
-        self._views_at: dict[int, list[torch.Tensor]] = {}  # by address: a few buffers come again and again
+        self._buffers: dict[int, _Buffer] = {}  # by address: a few come again and again
+        self.local: _Buffer | None = None
         self._has_sum = False
         self._is_landing = False  # whether what is on its way arrives in `reduced`
-        self._sent: torch.Tensor | None = None
-        self._pending = Pending()
-        dtype = DTYPES[precision.grad]
-        if residency.reduces_each:
-            self.reduced = untouched_zeros(stop - start, dtype, replicas.device)
+        self._sent: _Buffer | None = None
+        if self.reduces_each:
+            self.reduced = untouched_zeros(stop - start, self._dtype, replicas.device)
         else:
-            self._local = replicas.exchangeable.take(plan.numel, dtype).zero_()
-            self._views = views_of(self._local, plan.slots)
-            self.reduced = self._local[own]
+            self.reduced = self.open().flat.zero_()[own]
 
     def adopt(self) -> None:
         """Have the parameters accumulate into the buffer, where it is there from the start."""
@@ -84,33 +85,42 @@ class Gradients:
             parameter.grad = None
             if self.reduced.dtype != parameter.dtype:
                 parameter.grad_dtype = self.reduced.dtype
-        for parameter, view in zip(self._parameters, self._views, strict=False):
-            parameter.grad = view
+        if self.local is not None:
+            for parameter, view in zip(self._parameters, self.local.views, strict=True):
+                parameter.grad = view
 
     def drop(self) -> None:
-        """Start a new accumulation.
+        """Start a new accumulation; called while the parameters have their own classes.
 
-        Nothing is zeroed: autograd hands over each first gradient, and `home` copies it over the old one.
-        That moves fewer bytes than zeroing and adding.
+        Nothing is zeroed: autograd hands over each first gradient, and it is copied over the old one. That
+        moves fewer bytes than zeroing and adding.
         """
         self._has_sum = False
         self.local_sum = torch.zeros((), device=self._replicas.device)
-        if self._sent is not None and self._residency.reduces_each:
+        if self._sent is not None and self.reduces_each:
             # An error left it on its way: memory that others may still write into is not used again.
-            self._sent, self._local, self._views = None, None, []
-        elif self._local is not None:
-            self._replicas.exchangeable.reclaim(self._local)
-        self._release()
-
-    def _release(self) -> None:
-        """Let go of this rank's own gradients: the parameters show none, borrowed memory goes back."""
-        self._mask.lift()
+            self._buffers.pop(self._sent.flat.data_ptr())
+            self._sent = None
+        if self.local is not None:
+            if self.reduces_each:
+                self._replicas.exchangeable.give(self.local.flat)
+                self.local = None
+            else:
+                self._replicas.exchangeable.reclaim(self.local.flat)
         for parameter in self._parameters:
             parameter.grad = None
-        self._mask.lower()
-        if self._residency.reduces_each and self._local is not None:
-            self._replicas.exchangeable.give(self._local)
-            self._local, self._views = None, []
+
+    def open(self) -> _Buffer:
+        """Have memory for this rank's own gradients."""
+        flat = self._replicas.exchangeable.take(self.plan.numel, self._dtype)
+        self.local = local = self._buffers.get(flat.data_ptr()) or self._buffer(flat)
+        for start, stop in self.plan.gaps:
+            flat[start:stop] = 0
+        return local
+
+    def _buffer(self, flat: torch.Tensor) -> _Buffer:
+        made = self._buffers[flat.data_ptr()] = _Buffer(flat, views_of(flat, self.plan.slots))
+        return made
 
     def home(self, index: int) -> None:
         """Bring one parameter's gradient, if it lives elsewhere, into its place in the buffer.
@@ -118,80 +128,98 @@ class Gradients:
         A parameter without gradient counts as zeros: the order and size of what is sent never
         depend on which parameters were used.
         """
-        if self._local is None:
-            self._local = self._replicas.exchangeable.take(self._plan.numel, self.reduced.dtype)
-            place = self._local.data_ptr()
-            if place not in self._views_at:
-                self._views_at[place] = views_of(self._local, self._plan.slots)
-            self._views = self._views_at[place]
-            for start, stop in self._plan.gaps:
-                self._local[start:stop] = 0
-        parameter, view = self._parameters[index], self._views[index]
-        grad = parameter.grad
-        if grad is view:
-            return
-        if grad is None:
-            view.zero_()
-        elif grad.is_sparse:
-            view.zero_().add_(grad)
-        else:
-            view.copy_(grad)
-        parameter.grad = view
-
-    def home_all(self) -> None:
-        """Bring all gradients into the buffer."""
-        self._mask.lift()
-        is_new, views = self._local is None, self._views
-        for index, parameter in enumerate(self._parameters):
-            if is_new or parameter.grad is not views[index]:
-                self.home(index)
-        self._mask.lower()
+        _bring(self._parameters[index], (self.local or self.open()).views[index])
 
     def start_reduce(self) -> None:
-        """Start to sum gradients over the replicas, in the reduce type."""
-        assert self._local is not None, "gradients are brought home first"
+        """Bring all gradients home, and start to sum them over the replicas, in the reduce type.
+
+        Where this rank will not have the whole sum its parameters show none from here on; where each
+        micro-batch is reduced, gradients of the next one have other memory.
+        """
+        mask, local = self._mask, self.local or self.open()
+        stays = not (self._spread or self.reduces_each)
+        is_dropped = mask.is_on
+        if is_dropped:
+            mask.take_off()
+        for parameter, view in zip(self._parameters, local.views, strict=True):
+            if parameter.grad is not view:
+                _bring(parameter, view)
+            if not stays:
+                parameter.grad = None
+        if is_dropped:
+            mask.put_on()
         # Once they are summed over ranks, nothing else tells whose gradients were not finite.
-        self.local_sum = self.local_sum + self._local.sum(dtype=_wide(self._local.dtype))
+        self.local_sum = self.local_sum + local.flat.sum(dtype=self._wide)
         # One rank has nobody to send to, but the rounding must be that of every other layout.
-        self._sent = self._local
-        is_wide = self._sum_dtype == self._local.dtype
-        if not is_wide:
-            narrow = self._replicas.exchangeable.take(self._plan.numel, self._sum_dtype)
-            self._sent = narrow.copy_(self._local)
-        self._is_landing = bool(self._residency.gradients) and not self._has_sum and is_wide
-        self._pending = self._replicas.sum_up(
-            self._sent, self._residency.optimizer, self.reduced if self._is_landing else None
-        )
+        sent, is_alike = local, self._sum_dtype == self._dtype
+        if not is_alike:
+            flat = self._replicas.exchangeable.take(self.plan.numel, self._sum_dtype).copy_(local.flat)
+            sent = self._buffers.get(flat.data_ptr()) or self._buffer(flat)
+            if self.reduces_each:
+                self._replicas.exchangeable.give(local.flat)
+        if self.reduces_each:
+            self.local = None
+        self._sent, self._is_landing = sent, is_alike and self._may_land and not self._has_sum
+        pending = sent.sums.get(self._is_landing)
+        if pending is None:
+            into = self.reduced if self._is_landing else None
+            pending = self._replicas.prepare_sum_up(sent.flat, self._spread, into)
+            sent.sums[self._is_landing] = pending
+        pending.start()
 
     def finish_reduce(self) -> None:
         """Wait for the sum; afterwards `reduced` and `squares` hold it.
 
         Where each micro-batch is reduced, sums of one update add up and this rank's own gradients go.
         """
-        self._pending.wait()
-        arrived, self._sent = self._sent, None
-        if arrived is not None:
-            mine = arrived[self._own]
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.sums[self._is_landing].wait()
+            mine = sent.flat[self._own]
             if self._has_sum:
                 self.reduced.add_(mine)
             elif not self._is_landing and mine.data_ptr() != self.reduced.data_ptr():
                 self.reduced.copy_(mine)
-            self._has_sum = self._residency.reduces_each
-            if arrived is not self._local:
-                self._replicas.exchangeable.give(arrived)
-            if self._residency.optimizer or self._residency.reduces_each:
-                self._release()
+            self._has_sum = self.reduces_each
+            if sent is not self.local:
+                self._replicas.exchangeable.give(sent.flat)
         self.take_norms()
 
     def take_norms(self) -> None:
         """Note the squares of `reduced` in `squares`."""
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
-        wide = _wide(self.reduced.dtype)
-        norms = [torch.linalg.vector_norm(self.reduced[part], dtype=wide) for _, part in self.segments]
+        norms = []
+        for _, part in self.segments:
+            norms.append(torch.linalg.vector_norm(self.reduced[part], dtype=self._wide))
         if norms:
             self.squares = torch.stack(norms).double().square()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+@dataclass(frozen=True, eq=False)
+class _Buffer:
+    """Memory of gradients for some time.
+
+    Args:
+        flat: [numel].
+        views: of the parameters.
+        sums: what sums it up over the replicas, by whether the sum lands in `Gradients.reduced`; in place
+            otherwise.
+    """
+
+    flat: torch.Tensor
+    views: list[torch.Tensor]
+    sums: dict[bool, Pending] = field(default_factory=dict)
+
+
+def _bring(parameter: nn.Parameter, view: torch.Tensor) -> None:
+    grad = parameter.grad
+    if grad is view:
+        return
+    if grad is None:
+        view.zero_()
+    elif grad.is_sparse:
+        view.zero_().add_(grad)
+    else:
+        view.copy_(grad)
+    parameter.grad = view

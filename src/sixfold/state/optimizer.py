@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +58,12 @@ class _Run:
         offset = self.unit.own.start
         return mine[self.start - offset : self.stop - offset].view(self.tensor.shape)
 
+    @cached_property
+    def grad(self) -> torch.Tensor:
+        """Its reduced gradients."""
+        assert self.unit.grads is not None, "only trainable units are bound"
+        return self.part_of(self.unit.grads)
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the optimizer keeps for it."""
         state = self.optimizer.state.get(self.tensor, {})
@@ -82,6 +89,7 @@ class BoundOptimizer:
         self._state = state
         self.average = average
         self._is_stepping = False
+        self._num_bound = {inner: sum(run.optimizer is inner for run in runs) for inner in inners}
         for inner in inners:
             inner.register_step_pre_hook(self._before_step)
         self.base_lrs = [float(group["lr"]) for group in self._groups()]
@@ -97,9 +105,7 @@ class BoundOptimizer:
     def step(self) -> None:
         """Update the master buffers from the reduced gradients."""
         for run in self._runs:
-            grads = run.unit.grads
-            assert grads is not None, "only trainable units are bound"
-            grad = run.part_of(grads)
+            grad = run.grad
             run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)
         self._is_stepping = True
         try:
@@ -113,8 +119,10 @@ class BoundOptimizer:
             self.average.update()
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
-        bound = sum(run.optimizer is optimizer for run in self._runs)
+        held = 0
+        for group in optimizer.param_groups:
+            held += len(group["params"])
+        bound = self._num_bound[optimizer]
         if not self._is_stepping or held != bound:
             what = f"{held - bound} tensor(s) were added to it" if self._is_stepping else "called alone"
             raise StateError(
@@ -132,7 +140,11 @@ class BoundOptimizer:
     @property
     def clip_norms(self) -> list[float | None]:
         """Each group's own bound on its gradient norm; None where the global one holds."""
-        return [group.get("clip_norm") for group in self._groups()]
+        bounds = []
+        for inner in self.inners:
+            for group in inner.param_groups:
+                bounds.append(group.get("clip_norm"))
+        return bounds
 
     @property
     def lr(self) -> float:

@@ -7,7 +7,7 @@ settles the order for all later ones. Nothing here gathers or sends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -111,17 +111,18 @@ def disagreement(mesh: Mesh, call: str) -> MeshError:
     )
 
 
-def tensors_in(output: object) -> Iterator[torch.Tensor]:
+def tensors_in(output: object) -> list[torch.Tensor]:
     """All tensors of a module's output: a tensor, a mapping, a sequence, or an object with fields."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
-    elif hasattr(output, "__dict__"):
-        for value in vars(output).values():
-            if isinstance(value, torch.Tensor | tuple | list | Mapping):
-                yield from tensors_in(value)
+    found, left = list[torch.Tensor](), [output]
+    while left:
+        part = left.pop()
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif isinstance(part, Mapping):
+            left.extend(part.values())
+        elif isinstance(part, tuple | list):
+            left.extend(part)
+        elif hasattr(part, "__dict__"):
+            fields = vars(part).values()
+            left.extend([each for each in fields if isinstance(each, torch.Tensor | tuple | list | Mapping)])
+    return found

@@ -9,7 +9,7 @@ collectives only through the mesh and never looks at a loss.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from sixfold.state.catalog import make_catalog
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
+from sixfold.state.publishing import Publication
 from sixfold.state.sums import GradientSums
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
@@ -80,11 +81,14 @@ class ModelState:
         self.catalog = make_catalog(names, self.units, mesh)
         places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
         self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
+        own_ids = {id(parameter) for unit in self.units for parameter in unit.parameters}
+        self._known = own_ids | self.foreign.ids
         self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
         self._windows: dict[int, ReduceWindow] = {}
         self._gatherings: dict[int, Gathering] = {}
+        self._publications: dict[int, Publication] = {}
         for stage in stages:
             units = [unit for unit in self.units if unit.plan.stage == stage.number]
             window = ReduceWindow(
@@ -92,6 +96,7 @@ class ModelState:
                 by_arrival=not self.residency.parameters and not puts_off,
             )
             self._windows[stage.number] = window
+            self._publications[stage.number] = Publication([u for u in units if u.plan.trainable])
             self._gatherings[stage.number] = Gathering(
                 stage.module,
                 units if self.residency.parameters else [],
@@ -100,6 +105,7 @@ class ModelState:
                 window.hand_over,
                 prefetch_bytes,
             )
+        self._gathering = [each for each in self._gatherings.values() if each.has_units]
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
@@ -116,7 +122,7 @@ class ModelState:
         self._meeting.meet(what)
 
     def _close_passes(self) -> None:
-        for gathering in self._gatherings.values():
+        for gathering in self._gathering:
             gathering.close()
 
     def largest(self, what: str, num_micro: int) -> int:
@@ -133,14 +139,15 @@ class ModelState:
     def by_program(self) -> Iterator[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
         with ExitStack() as stack:
-            for gathering in self._gatherings.values():
+            for gathering in self._gathering:
                 stack.enter_context(gathering.by_program())
             yield
 
     @contextmanager
     def backward(self, stage: int = 0) -> Iterator[None]:
         """Inside, the one backward pass that this rank makes now; a window that is open is its own."""
-        with self._gatherings[stage].backward():
+        gathering = self._gatherings[stage]
+        with gathering.backward() if gathering.has_units else nullcontext():
             yield
         self.complete(stage)
 
@@ -223,7 +230,7 @@ class ModelState:
         # Whole parameters are there twice for that time; cut ones still have their part.
         kept = {} if self.residency.parameters else {unit: unit.part.clone() for unit in units}
         with torch.no_grad(), ExitStack() as stack:
-            for gathering in self._gatherings.values():
+            for gathering in self._gathering:
                 stack.enter_context(gathering.held(units))
             everyones = self._module.named_parameters()
             names = None if asked is None else {name for name, each in everyones if id(each) in asked}
@@ -271,10 +278,7 @@ class ModelState:
         self._is_reduced = set()
         self._check_module()
         for unit in self.units:
-            unit.check_home()
-            unit.absorb_noted_edits()
-        for gradients in self._gradients:
-            gradients.drop()
+            unit.begin()
         self._is_begun = True
 
     def end(self) -> None:
@@ -282,8 +286,10 @@ class ModelState:
         self._is_begun = False
 
     def _check_module(self) -> None:
-        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
-        strangers = [name for name, part in self._module.named_parameters() if id(part) not in known]
+        strangers = []
+        for name, parameter in self._module.named_parameters():
+            if id(parameter) not in self._known:
+                strangers.append(name)
         if strangers:
             raise StateError(
                 f"{len(strangers)} parameter(s) came into the module after initialize: "
@@ -305,33 +311,26 @@ class ModelState:
                 rule="gradients that are held whole are summed over ranks once, when they are complete",
                 fix='write one reduce for each stage, or set layout.reduce = "each"',
             )
-        self._windows[stage].close()
         self._windows[stage].open()
         self._is_reduced.add(stage)
 
-    def flush_reduce(self) -> None:
-        """Start to reduce what has not been since `open_reduce`."""
-        for window in self._windows.values():
-            window.flush()
-
     def finish_reduce(self) -> None:
-        """Flush, and wait for all of it."""
+        """Start to reduce what has not been since `open_reduce`, and wait for all of it."""
         for window in self._windows.values():
             window.close()
 
     def publish(self, stage: int) -> None:
         """Bring a stage's updated state into its working parameters."""
-        self._publish([unit for unit in self.trained if unit.plan.stage == stage])
+        self._publish(self._publications[stage])
 
     def publish_all(self) -> None:
         """The same for frozen parameters too, after `Unit.fill_own`."""
-        self._publish(self.units)
+        self._publish(Publication(self.units))
 
-    def _publish(self, units: Iterable[Unit]) -> None:
-        for gathering in self._gatherings.values():
+    def _publish(self, publication: Publication) -> None:
+        for gathering in self._gathering:
             gathering.refresh()
-        for pending in [unit.publish() for unit in units]:
-            pending.wait()
+        publication.run()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:
         """Every parameter's unit and place."""
@@ -374,7 +373,7 @@ class ModelState:
         """Take the hooks off the module; its parameters stay usable."""
         for window in self._windows.values():
             window.remove()
-        for gathering in self._gatherings.values():
+        for gathering in self._gathering:
             gathering.remove()
 
 

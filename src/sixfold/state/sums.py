@@ -1,13 +1,12 @@
 """Gradients that have been summed over replicas: what is left to do before the update.
 
 Made by `ModelState`, called by the player in this order: sums over other ranks that hold the same weights,
-norms, the search for what is not finite, and scaling. It reduces nothing over replicas and updates nothing.
+squares of norms, the search for what is not finite, and scaling. It reduces nothing over replicas.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -39,6 +38,15 @@ class GradientSums:
             if unit.plan.partial
         ]
         self._ties = tied_groups(units, plan.stages, mesh)
+        geometry, cut = mesh.geometry, self._residency.optimizer
+        is_cut = bool(cut) or geometry.cuts_model
+        # Every rank has the squares of its slices, and some have the same ones; of what all have, the first
+        # rank tells all, which is exact.
+        self._counted = [
+            (gradients, geometry.num_holders(cut, unit.plan.cut) if is_cut else 1)
+            for unit, gradients in zip(units, self._gradients, strict=True)
+            if not unit.plan.is_copy and (is_cut or mesh.rank == 0)
+        ]
         self._is_checked = False
 
     def share(self) -> None:
@@ -58,20 +66,13 @@ class GradientSums:
             check_wholeness(self._units, self._mesh)
             self._is_checked = True
 
-    def norms(self, num_groups: int) -> list[float]:
-        """The 2-norm of each optimizer group's reduced gradients, the same on every rank."""
-        squares, geometry = [0.0] * num_groups, self._mesh.geometry
-        is_cut = bool(self._residency.optimizer) or geometry.cuts_model
-        for unit, gradients in zip(self._units, self._gradients, strict=True):
-            if unit.plan.is_copy:
-                continue
-            # Every rank has the squares of its slices, and some have the same ones.
-            holders = geometry.num_holders(self._residency.optimizer, unit.plan.cut) if is_cut else 1
+    def squares(self, num_groups: int) -> list[float]:
+        """This rank's share of the square of the 2-norm of each optimizer group's reduced gradients."""
+        squares = [0.0] * num_groups
+        for gradients, holders in self._counted:
             for (group, _), square in zip(gradients.segments, gradients.squares.tolist(), strict=True):
                 squares[group] += square / holders
-        if is_cut:
-            squares = self._mesh.total(*squares)
-        return [math.sqrt(square) for square in squares]
+        return squares
 
     def non_finite(self, grad_norm: float, loss_scale: float, step: int | None) -> ModelError:
         """The error for a gradient that is not finite. A collective.

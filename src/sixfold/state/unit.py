@@ -52,7 +52,7 @@ class Unit:
         self.precision = precision
         self.residency = residency
         self.parameters = [parameters[slot.name] for slot in plan.slots]
-        self._replicas = replicas
+        self.replicas = replicas
         self.spread = residency.optimizer if plan.trainable else residency.parameters
         """Over what `held`, `master` and reduced gradients are cut."""
         self.own = self._range_of(self.spread)
@@ -60,16 +60,16 @@ class Unit:
         self.kept = self._range_of(residency.parameters)
         """Elements of the unit in `part`."""
         compute = DTYPES[precision.compute] if precision else self.parameters[0].dtype
-        self._cut = replicas.cut(
+        self.cut = replicas.cut(
             plan.numel,
             compute,
             residency.parameters,
             is_read=self.spread != residency.parameters,
             is_blank=is_blank,
         )
-        self.working = self._cut.whole
+        self.working = self.cut.whole
         """What forward and backward read: [numel] in the compute type; not to be read while it is dropped."""
-        self.part = self._cut.part
+        self.part = self.cut.part
         """What this rank keeps of it: [kept]."""
         self.held = self.part[self.own.start - self.kept.start : self.own.stop - self.kept.start]
         """What this rank publishes of it: [own]."""
@@ -84,12 +84,14 @@ class Unit:
             else None
         )
         """None for frozen units."""
+        self.working_bytes = self.working.numel() * self.working.element_size()
+        """Size of `working` while it is whole."""
         self._adopt(is_blank=is_blank)
         self._versions = [parameter._version for parameter in self.parameters]
 
     def _range_of(self, spread: Spread) -> slice:
-        size = self.plan.numel // self._replicas.num_parts(spread)
-        place = self._replicas.place_in(spread)
+        size = self.plan.numel // self.replicas.num_parts(spread)
+        place = self.replicas.place_in(spread)
         return slice(place * size, (place + 1) * size)
 
     def _adopt(self, *, is_blank: bool) -> None:
@@ -105,10 +107,10 @@ class Unit:
         # The first one's numbers, in the master's type: the master takes them before their rounding.
         whole = self.working
         if self.master is not self.held:
-            whole = torch.zeros(self.plan.numel, dtype=self.master.dtype, device=self._replicas.device)
+            whole = torch.zeros(self.plan.numel, dtype=self.master.dtype, device=self.replicas.device)
         for view, parameter in zip(views_of(whole, self.plan.slots), self.parameters, strict=True):
             view.copy_(parameter)
-        self._replicas.align(whole).wait()
+        self.replicas.align(whole).wait()
         self.part.copy_(whole[self.kept])
         self.master.copy_(whole[self.own])
         self.settle().wait()
@@ -134,7 +136,7 @@ class Unit:
             return mine
         whole = torch.zeros(self.plan.numel, dtype=mine.dtype, device=mine.device)
         whole[self.own] = mine
-        self._replicas.spread_out(whole, self.spread, ()).wait()
+        self.replicas.spread_out(whole, self.spread, ()).wait()
         return whole
 
     @property
@@ -142,33 +144,28 @@ class Unit:
         """The elements of `own` that this rank writes into a checkpoint: replicas that hold the same ones
         divide them among themselves; of those that others hold too, the first one's do."""
         same = tuple(axis for axis in ALL if axis not in self.spread)
-        place, count = self._replicas.place_in(same), self._replicas.num_parts(same)
+        place, count = self.replicas.place_in(same), self.replicas.num_parts(same)
         size = 0 if self.plan.is_copy or not self._is_first else _length(self.own)
         return slice(self.own.start + size * place // count, self.own.start + size * (place + 1) // count)
 
     def fill_own(self, mine: torch.Tensor) -> None:
-        """Take over numbers [own] as master; `publish` brings them into the working copy."""
+        """Take over numbers [own] as master; publishing brings them into the working copy."""
         self.master.copy_(mine)
 
     # Where working parameters are cut: they come and go.
 
-    @property
-    def working_bytes(self) -> int:
-        """Size of `working` while it is whole."""
-        return self.working.numel() * self.working.element_size()
-
     def gather(self) -> Pending:
         """Start to make `working` whole; the parameters can be used after `show`."""
-        return self._cut.gather()
+        return self.cut.gather()
+
+    def show(self) -> None:
+        """Let the parameters be used: `working` is whole."""
+        self._mask.take_off()
 
     @property
     def is_dropped(self) -> bool:
         """Whether the parameters have no numbers now."""
         return self._mask.is_on
-
-    def show(self) -> None:
-        """Let the parameters be used: `working` is whole."""
-        self._mask.take_off()
 
     def drop(self) -> None:
         """Free `working`; its parameters raise when they are touched.
@@ -176,7 +173,9 @@ class Unit:
         Raises:
             StateError: a parameter was edited since `show`, which would be lost.
         """
-        versions = [parameter._version for parameter in self.parameters]
+        versions = []
+        for parameter in self.parameters:
+            versions.append(parameter._version)
         if versions != self._versions:
             edited = [
                 slot.name
@@ -190,68 +189,48 @@ class Unit:
                 fix="edit inside `with engine.gathered():`, or set layout.zero = 2",
             )
         self._mask.put_on()
-        self._cut.drop()
+        self.cut.drop()
 
-    def check_home(self) -> None:
-        """Raise if a parameter was frozen, unfrozen, or moved out of the working buffer by the user.
+    def begin(self) -> None:
+        """Before an update: gradients of the last one go, and edits that torch has counted since then
+        (`load_state_dict`, `mul_`, ...) are taken over.
 
-        Such a change would otherwise be trained past: its gradients would go nowhere.
+        Raises:
+            StateError: a parameter was frozen, unfrozen, or moved out of the working buffer by the user. It
+                would be trained past: its gradients would go nowhere.
         """
-        self._mask.lift()
+        trainable, base, size = self.plan.trainable, self.working.data_ptr(), self.working.element_size()
+        mask, versions = self._mask, []
+        is_dropped = mask.is_on
+        if is_dropped:
+            mask.take_off()
         try:
-            self._refuse_strangers()
+            for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
+                versions.append(parameter._version)
+                if parameter.requires_grad is not trainable:
+                    raise _changed(slot, parameter)
+                # Without numbers there is nothing that could have been replaced.
+                if not is_dropped and slot.numel and parameter.data_ptr() != base + slot.offset * size:
+                    raise _replaced(slot, parameter)
+            if self.gradients is not None:
+                self.gradients.drop()
         finally:
-            self._mask.lower()
-
-    def _refuse_strangers(self) -> None:
-        base, size = self.working.data_ptr(), self.working.element_size()
-        for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
-            if parameter.requires_grad is not self.plan.trainable:
-                raise StateError(
-                    f"{slot.name}.requires_grad became {parameter.requires_grad} after initialize",
-                    rule="what is trained is decided once, when units and optimizer are made",
-                    fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
-                )
-            if self.is_dropped:
-                continue  # without numbers there is nothing that could have been replaced
-            if slot.numel and parameter.data_ptr() != base + slot.offset * size:
-                raise StateError(
-                    f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
-                    f"(now {parameter.dtype} on {parameter.device})",
-                    rule="parameters are views of the engine's buffers; type and device are set by the plan",
-                    fix="change values in place (parameter.copy_(...)), types with precision.compute, and "
-                    "devices with sixfold.initialize(device=...)",
-                )
+            if is_dropped:
+                mask.put_on()
+        if versions != self._versions and not self.residency.parameters:  # else `drop` has looked
+            if trainable:
+                self.absorb_edits()
+            self._versions = versions
 
     def settle(self) -> Pending:
         """Start to wait until all ranks have come here and read what was published; `part` may then be
         written."""
-        return self._cut.publish(Pending())
-
-    def publish(self) -> Pending:
-        """Start to bring the updated master into the working parameters."""
-        return self.present(self.master)
-
-    def present(self, numbers: torch.Tensor) -> Pending:
-        """Start to bring `numbers` [own], this rank's part of everyone's, into the working parameters."""
-        if numbers is not self.held:
-            self.held.copy_(numbers)
-        arriving = self._replicas.spread_out(self.part, self.spread, self.residency.parameters)
-        return self._cut.publish(arriving)
+        cut = self.residency.parameters
+        return self.replicas.prepare_publish([self.cut], cut, cut).start()
 
     def align_edits(self) -> Pending:
         """Start to give every replica the first one's `working`."""
-        return self._replicas.align(self.working)
-
-    def absorb_noted_edits(self) -> None:
-        """Take over edits that torch has counted since the last call (`load_state_dict`, `mul_`, ...)."""
-        if self.residency.parameters:
-            return  # `drop` has looked
-        versions = [parameter._version for parameter in self.parameters]
-        if versions != self._versions:
-            if self.plan.trainable:
-                self.absorb_edits()
-            self._versions = versions
+        return self.replicas.align(self.working)
 
     def absorb_edits(self) -> None:
         """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
@@ -266,9 +245,27 @@ class Unit:
 
     def forget_edits(self) -> None:
         """What was written into `working` is lost, unless it was absorbed."""
-        self._cut.forget()
+        self.cut.forget()
         self._versions = [parameter._version for parameter in self.parameters]
 
 
 def _length(part: slice) -> int:
     return int(part.stop - part.start)
+
+
+def _changed(slot: Slot, parameter: nn.Parameter) -> StateError:
+    return StateError(
+        f"{slot.name}.requires_grad became {parameter.requires_grad} after initialize",
+        rule="what is trained is decided once, when units and optimizer are made",
+        fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
+    )
+
+
+def _replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
+    return StateError(
+        f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
+        f"(now {parameter.dtype} on {parameter.device})",
+        rule="parameters are views of the engine's buffers; type and device are set by the plan",
+        fix="change values in place (parameter.copy_(...)), types with precision.compute, and "
+        "devices with sixfold.initialize(device=...)",
+    )

@@ -32,21 +32,25 @@ class ReduceWindow:
     """
 
     def __init__(self, units: list[Unit], *, by_arrival: bool) -> None:
-        self._units = list(reversed(units))
+        self._all = [unit.gradients for unit in reversed(units) if unit.gradients is not None]
         self._by_arrival = by_arrival
-        self._left: list[Unit] = []
+        self._left: list[Gradients] = []
         self._under_way: list[Gradients] = []
-        self._missing: dict[Unit, int] = {}
+        self._missing: dict[Gradients, int] = {}
         self._open = False
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._arrival(unit.gradients, index))  # type: ignore[no-untyped-call]
             for unit in units
+            if unit.gradients is not None
             for index, parameter in enumerate(unit.parameters)
         ]
 
     def open(self) -> None:
-        self._missing = {unit: len(unit.parameters) for unit in self._units}
-        self._left, self._under_way = list(self._units), []
+        if self._open:
+            self.close()
+        for each in self._all:
+            self._missing[each] = len(each.plan.slots)
+        self._left, self._under_way = list(self._all), []
         self._open = True
 
     def abandon(self) -> None:
@@ -55,8 +59,8 @@ class ReduceWindow:
 
     def hand_over(self, unit: Unit) -> None:
         """Backward has left `unit`, on every rank; without an open window nothing happens."""
-        if self._open and unit in self._left:
-            self._start(unit)
+        if self._open and unit.gradients in self._left:
+            self._start(unit.gradients)
 
     def flush(self) -> None:
         while self._open and self._left:
@@ -65,7 +69,8 @@ class ReduceWindow:
     def close(self) -> None:
         if not self._open:
             return
-        self.flush()
+        if self._left:
+            self.flush()
         while self._under_way:
             self._under_way.pop(0).finish_reduce()
         self._open = False
@@ -74,19 +79,17 @@ class ReduceWindow:
         for handle in self._handles:
             handle.remove()
 
-    def _start(self, unit: Unit) -> None:
-        self._left.remove(unit)
-        gradients = _gradients_of(unit)
-        gradients.home_all()
+    def _start(self, gradients: Gradients) -> None:
+        self._left.remove(gradients)
         gradients.start_reduce()
         self._under_way.append(gradients)
-        if unit.residency.reduces_each and len(self._under_way) > MOST_UNDER_WAY:
+        if gradients.reduces_each and len(self._under_way) > MOST_UNDER_WAY:
             self._under_way.pop(0).finish_reduce()
 
-    def _arrival(self, unit: Unit, index: int) -> Callable[[nn.Parameter], None]:
+    def _arrival(self, gradients: Gradients, index: int) -> Callable[[nn.Parameter], None]:
         # A hook hangs on its parameter where the garbage collector cannot follow: held firmly, a unit would
         # never be freed. All in one function, because it runs for every parameter.
-        window, home = weakref.ref(self), weakref.ref(unit)
+        window, home = weakref.ref(self), weakref.ref(gradients)
 
         def arrived(parameter: nn.Parameter) -> None:
             here, its = window(), home()
@@ -96,7 +99,12 @@ class ReduceWindow:
                 if its not in here._left or (here._by_arrival and here._missing[its] == 0):
                     raise here._late(its.plan.slots[index].name)
                 here._missing[its] -= 1
-            _gradients_of(its).home(index)
+            view, grad = (its.local or its.open()).views[index], parameter.grad
+            if grad is None or grad.is_sparse:
+                its.home(index)
+            elif grad is not view:  # as `home` does, without a call for each of them
+                view.copy_(grad)
+                parameter.grad = view
             while here._open and here._by_arrival and here._left and here._missing[here._left[0]] == 0:
                 here._start(here._left[0])
 
@@ -116,8 +124,3 @@ class ReduceWindow:
             "an earlier block",
             fix="name a part that holds all uses of it in layout.blocks, or set layout.zero = 2",
         )
-
-
-def _gradients_of(unit: Unit) -> Gradients:
-    assert unit.gradients is not None, "only trained units are reduced"
-    return unit.gradients

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sixfold.base.errors import MeshError
 from sixfold.base.units import bytes_text
-from sixfold.mesh.dispatch import Pending
+from sixfold.mesh.dispatch import NOTHING, Pending
 from sixfold.mesh.host.memory import tensor_in
 
 
@@ -27,12 +26,10 @@ class Common:
     Args:
         part: [size].
         whole: [n * size]: what all ranks have written, and what this rank alone has since `forget`.
-        tell: starts to tell the others that `part` is written; waiting for it, that all have told so.
     """
 
     part: torch.Tensor
     whole: torch.Tensor
-    tell: Callable[[], Pending]
     _window: mmap.mmap
 
     @classmethod
@@ -45,20 +42,17 @@ class Common:
         *,
         place: int,
         count: int,
-        tell: Callable[[], Pending],
     ) -> Common:
         """The numbers [numel] at `offset` of a shared file, of `count` equal slices the one at `place`."""
         size = numel // count
         window, start = _window(path, offset, numel * dtype.itemsize, is_own=True)
         mine = offset + place * size * dtype.itemsize
         part, part_start = _window(path, mine, size * dtype.itemsize, is_own=False)
-        return cls(
-            tensor_in(part, part_start, size, dtype), tensor_in(window, start, numel, dtype), tell, window
-        )
+        return cls(tensor_in(part, part_start, size, dtype), tensor_in(window, start, numel, dtype), window)
 
     def gather(self) -> Pending:
         """See `Cut`."""
-        return Pending()
+        return NOTHING
 
     def drop(self) -> None:
         """See `Cut`."""
@@ -66,16 +60,6 @@ class Common:
     def forget(self) -> None:
         """See `Cut`: every page is read from shared memory again."""
         self._window.madvise(mmap.MADV_DONTNEED)
-
-    def publish(self, before: Pending) -> Pending:
-        """See `Cut`."""
-
-        def told() -> None:
-            before.wait()
-            self.forget()
-            self.tell().wait()
-
-        return Pending(finish=told)
 
 
 def _window(path: str, offset: int, num_bytes: int, *, is_own: bool) -> tuple[mmap.mmap, int]:

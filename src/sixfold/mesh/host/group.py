@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
+from sixfold.mesh.carriers import Together
+from sixfold.mesh.dispatch import Carried, Carrier, Dispatcher, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
-from sixfold.mesh.host.parts import packed, part_of
+from sixfold.mesh.host.parts import listed, packed, part_of, parts_at
 from sixfold.mesh.host.scratch import SharedScratch
 from sixfold.mesh.host.signals import Row
 
@@ -65,44 +66,47 @@ class HostGroup(Group):
     # How the exchanges of `Group` are carried here. Where a sum was sent from shared memory, `reclaim` tells
     # when it may be written again.
 
-    def _arriving(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return []  # read where it lies
-
-    def _reduce(self, whole: torch.Tensor, arriving: list[torch.Tensor], into: torch.Tensor) -> list[Carried]:
-        return [self._start_sum(whole, into)]
-
-    def _gather(self, whole: torch.Tensor) -> list[Carried]:
-        return [self._start_gather(whole)]
-
-    def _start_sum(self, whole: torch.Tensor, into: torch.Tensor) -> Work:
-        mine, offered = self.slice_of(whole, self.place), whole
-        if not self._shared.holds(whole):
-            offered = self._shared.take(whole.numel(), whole.dtype).copy_(whole)
+    def _summing(self, whole: torch.Tensor, into: torch.Tensor, then: Work | None = None) -> Work:
+        mine, seen = self.slice_of(whole, self.place), dict[Offer, torch.Tensor]()
 
         def add(offers: list[Offer]) -> None:
             summed = mine
             for offer in offers:
-                theirs = self.slice_of(offer.tensor(whole.numel(), whole.dtype), self.place)
+                theirs = seen.get(offer)
+                if theirs is None:
+                    whole_there = offer.tensor(whole.numel(), whole.dtype)
+                    theirs = seen[offer] = self.slice_of(whole_there, self.place)
                 summed = torch.add(summed, theirs, out=into)
-            if offered is not whole:
-                self._shared.give(offered)
 
-        return self._sum_lane.issue("sum", offered, add)
+        return Work(self._sum_lane, "sum", whole, add, then=then)
 
-    def _start_gather(self, whole: torch.Tensor) -> Work:
-        mine = self.slice_of(whole, self.place)
-        in_place = self._shared.holds(whole)
-        offered = mine if in_place else self._shared.take(mine.numel(), mine.dtype).copy_(mine)
+    def _reducing(self, whole: torch.Tensor) -> Carrier:
+        return self._summing(whole, self.slice_of(whole, self.place), self._gathering(whole))
+
+    def _filling(self, *wholes: torch.Tensor) -> Carrier:
+        if len(wholes) > 1 and not all(self._shared.holds(whole) for whole in wholes):
+            return Together([self._gathering(whole) for whole in wholes])
+        return self._gathering(*wholes)
+
+    def _gathering(self, *wholes: torch.Tensor) -> Work:
+        is_list = len(wholes) > 1
+        places = [self.place, *(member.place for member in self._gather_lane.members)]
+        slices = {place: [self.slice_of(whole, place) for whole in wholes] for place in places}
+        offered = listed(slices[self.place], self._shared) if is_list else slices[self.place][0]
+        seen = dict[Offer, list[torch.Tensor]]()
 
         def fill(offers: list[Offer]) -> None:
             for offer in offers:
-                theirs = self.slice_of(whole, offer.member.place)
-                theirs.copy_(offer.tensor(theirs.numel(), theirs.dtype))
-            if not in_place:
-                self._shared.give(offered)
+                mine, theirs = slices[offer.member.place], seen.get(offer)
+                if theirs is None:
+                    one = mine[0]
+                    theirs = parts_at(offer, mine) if is_list else [offer.tensor(one.numel(), one.dtype)]
+                    seen[offer] = theirs
+                for into, part in zip(mine, theirs, strict=True):
+                    into.copy_(part)
 
         # What others read where it lies is not handed back before they have.
-        return self._gather_lane.issue("slices", offered, fill, hold=in_place)
+        return Work(self._gather_lane, "lists" if is_list else "slices", offered, fill, holds=True)
 
     def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
         nothing = sent[self.place].new_empty(0)
@@ -116,7 +120,7 @@ class HostGroup(Group):
                 into.view(-1).copy_(part_of(offer, self.place, into.numel(), into.dtype))
             self._shared.give(offered)
 
-        return [self._gather_lane.issue("parts", offered, fill)]
+        return [Work(self._gather_lane, "parts", offered, fill).start()]
 
     def common(self, numel: int, dtype: torch.dtype) -> Common:
         """Memory that all members map: [numel] zeros, a multiple of their number. A collective.
@@ -133,19 +137,12 @@ class HostGroup(Group):
             else:
                 offers[0].tensor(numel, dtype)  # checks that all mean the same
                 path, offset = offers[0].member.peer.memory.path, offers[0].offset
-            found.append(
-                Common.open(
-                    path, offset, numel, dtype, place=self.place, count=self.num_ranks, tell=self._tell
-                )
-            )
+            found.append(Common.open(path, offset, numel, dtype, place=self.place, count=self.num_ranks))
 
-        self._gather_lane.issue("common memory", made, open_it).wait()
+        Work(self._gather_lane, "common memory", made, open_it).start().wait()
         return found[0]
 
-    def _tell(self) -> Pending:
-        return self._dispatcher.start(
-            "meeting",
-            self._gathers,
-            torch.empty(0),
-            lambda: [self._gather_lane.issue("meeting", None, lambda offers: None)],
-        )
+    def prepare_meeting(self) -> Pending:
+        """Wait until all members have come here."""
+        meeting = Work(self._gather_lane, "meeting", None, lambda offers: None)
+        return self._dispatcher.prepare("meeting", self._gathers, torch.empty(0), meeting)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sixfold.mesh.dispatch import Carried, Dispatcher
-from sixfold.mesh.host.lane import Lane, Member, Offer, Peer
+from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
 from sixfold.mesh.host.scratch import SharedScratch
 from sixfold.mesh.host.signals import Row
 from sixfold.mesh.link import Link
@@ -50,8 +50,9 @@ class HostLink(Link):
 
     def _start_send(self, tensor: torch.Tensor) -> list[Carried]:
         self._out_lane.catch_up()  # what the other has read meanwhile can be used again
+        # It is read from a copy, so that the tensor is free at once.
         offered = self._shared.take(tensor.numel(), tensor.dtype).copy_(tensor.view(-1))
-        self._out_lane.issue("transfer", offered, lambda offers: None)
+        Work(self._out_lane, "transfer", offered, lambda offers: None).start()
         self._shared.give(offered)
         return []
 
@@ -59,4 +60,4 @@ class HostLink(Link):
         def copy(offers: list[Offer]) -> None:
             tensor.view(-1).copy_(offers[0].tensor(tensor.numel(), tensor.dtype))
 
-        return [self._in_lane.issue("transfer", None, copy)]
+        return [Work(self._in_lane, "transfer", None, copy).start()]

@@ -15,6 +15,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from sixfold.base.errors import LinkError
 from sixfold.base.units import duration_text
@@ -27,16 +28,16 @@ from sixfold.base.units import duration_text
 _FUTEX, _WAIT, _WAKE = 202, 0, 1  # system call and operations, Linux x86-64
 _EVERYBODY = 2**31 - 1
 _NUM_YIELDS = 100
-_LOOK_UP_S = 0.05
-"""How long a sleeper sleeps before it looks whether the other process lives."""
 
 OFFERED, DONE = 0, 8
 """Words of the counters, on cache lines of their own: exchanges that a member has offered, and that it has
 finished reading."""
-_FIRST_OFFER, _OFFER_WORDS = 16, 4
 NUM_OFFERS = 2032
 """Exchanges that may be under way in one group."""
-ROW_BYTES = 8 * (_FIRST_OFFER + _OFFER_WORDS * NUM_OFFERS)
+FIRST_OFFER, OFFER_WORDS = 16, 4
+"""Where offers begin, that of exchange n at the place n % NUM_OFFERS: its kind, where in the memory of who
+offers, and how many bytes."""
+ROW_BYTES = 8 * (FIRST_OFFER + OFFER_WORDS * NUM_OFFERS)
 
 
 class _Time(ctypes.Structure):
@@ -49,6 +50,10 @@ def _system_call() -> Callable[..., int]:
     return call
 
 
+_LOOK_UP = _Time(0, 50_000_000)
+"""How long a sleeper sleeps before it looks whether the other process lives."""
+
+
 class Row:
     """One member's counters and offers in one group, seen by itself or by another member.
 
@@ -58,38 +63,24 @@ class Row:
         offset: where the row begins in it.
 
     Attributes:
-        words: the counters, by their places, and the offers; read as they are, because waiting reads often.
+        words: the counters, by their places, and the offers; read as they are, because waiting reads often. A
+            rank writes its own row alone, the offer of an exchange before OFFERED grows, and others read
+            that offer after it has grown.
+        places: where the counters are in the memory of this process, for calls of the system.
+        wake: by counter, the call that wakes who waits for it.
     """
 
     def __init__(self, memory: mmap.mmap, address: int, offset: int) -> None:
         self.words = memoryview(memory)[offset : offset + ROW_BYTES].cast("Q")
-        self._address = address + offset
-
-    def raise_to(self, counter: int, value: int) -> None:
-        """Set a counter of this rank's own row, and wake who waits for it."""
-        self.words[counter] = value
-        # Always called: who is about to sleep cannot be known without a barrier, and this call is one.
-        self._futex(counter, _WAKE, _EVERYBODY, None)
-
-    def sleep(self, counter: int, value: int, limit_s: float) -> None:
-        """Return when the counter is no longer `value`, or the limit is over."""
-        limit = _Time(int(limit_s), int(limit_s % 1 * 1e9))
-        self._futex(counter, _WAIT, value & 0xFFFFFFFF, ctypes.byref(limit))
-
-    def write_offer(self, number: int, *words: int) -> None:
-        """Say where the others find what exchange `number` is about; before OFFERED grows."""
-        start = _FIRST_OFFER + number % NUM_OFFERS * _OFFER_WORDS
-        for place, word in enumerate(words):
-            self.words[start + place] = word
-
-    def read_offer(self, number: int) -> tuple[int, ...]:
-        """What `write_offer` has written; after OFFERED has grown beyond `number`."""
-        start = _FIRST_OFFER + number % NUM_OFFERS * _OFFER_WORDS
-        return tuple(self.words[start : start + _OFFER_WORDS])
-
-    def _futex(self, counter: int, operation: int, value: int, limit: object) -> None:
-        address = ctypes.c_void_p(self._address + 8 * counter)
-        _system_call()(_FUTEX, address, operation, value, limit, None, 0)
+        self.places = {
+            counter: ctypes.c_void_p(address + offset + 8 * counter) for counter in (OFFERED, DONE)
+        }
+        # To be called whenever a counter was raised: who is about to sleep cannot be known without a barrier,
+        # and this call is one.
+        self.wake = {
+            counter: partial(_system_call(), _FUTEX, place, _WAKE, _EVERYBODY, None, None, 0)
+            for counter, place in self.places.items()
+        }
 
 
 class Process:
@@ -98,18 +89,17 @@ class Process:
     Args:
         rank: what it is in the world.
         pid: its process.
+
+    Attributes:
+        ended: polls whether it has ended, cleaned up after or not.
     """
 
     def __init__(self, rank: int, pid: int) -> None:
         self.rank = rank
         handle = os.pidfd_open(pid)
         weakref.finalize(self, os.close, handle)
-        self._ended = select.poll()
-        self._ended.register(handle, select.POLLIN)
-
-    def has_ended(self) -> bool:
-        """Whether it has, cleaned up after or not."""
-        return bool(self._ended.poll(0))
+        self.ended = select.poll()
+        self.ended.register(handle, select.POLLIN)
 
 
 def wait_beyond(row: Row, counter: int, number: int, owner: Process, limit_s: float) -> None:
@@ -128,9 +118,10 @@ def wait_beyond(row: Row, counter: int, number: int, owner: Process, limit_s: fl
         os.sched_yield()
     began = time.monotonic()
     while (seen := row.words[counter]) <= number:
-        row.sleep(counter, seen, _LOOK_UP_S)
+        place, low_half = row.places[counter], seen & 0xFFFFFFFF
+        _system_call()(_FUTEX, place, _WAIT, low_half, ctypes.byref(_LOOK_UP), None, 0)
         # What it did before its end counts, so its end is looked at first.
-        has_ended, waited = owner.has_ended(), time.monotonic() - began
+        has_ended, waited = owner.ended.poll(0), time.monotonic() - began
         if row.words[counter] > number:
             return
         if has_ended or waited > limit_s:

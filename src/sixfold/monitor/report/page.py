@@ -158,7 +158,7 @@ def _lanes(stories: Sequence[Story]) -> str:
         drawn.append(f"<p>{told}</p>{lanes(story.lanes())}")
     note = (
         "<p>The ranks of the first pipeline, by their places in it. Simulated: the same schedule where each "
-        "pass takes the median of its kind and transfers take no time. Numbers are micro-batches; forwards "
+        "pass takes the median of its kind and messages arrive at once. Numbers are micro-batches; forwards "
         "are blue, backwards or their input parts orange, weight parts green, the step red.</p>"
     )
     return "".join(drawn) + note if drawn else ""

@@ -38,8 +38,15 @@ def decide_context_axis(
     """See `parallel.axes`.
 
     Raises:
-        ModelError: the model takes batch statistics, or its attention cannot be had by torch's function.
+        ModelError: the model takes batch statistics, or its attention cannot be had by torch's function, or
+            its loss is no sum over tokens.
     """
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ModelError(
+            f"layout.context = {layout.context} with {type(model).__name__} and output_router_logits",
+            rule="a penalty on how all tokens are routed is no sum over the parts of a sequence",
+            fix=f"set output_router_logits = False in the model's configuration, or {OFF}",
+        )
     norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     if norms:
         raise ModelError(

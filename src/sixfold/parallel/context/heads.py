@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sixfold.mesh import Group
+from sixfold.parallel.context.parcels import packed, unpacked
 from sixfold.parallel.context.spans import chunk
 
 
@@ -48,26 +49,29 @@ class Swap:
         first, second = (stop - start for start, stop in spans)
         return first, second
 
+    def rows(self, place: int) -> int:
+        """Both together."""
+        return sum(self.halves(place))
+
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """[batch, heads, own rows, width] each to [batch, heads / num, rows of all members, width], in the
         order of the sequence."""
-        sent = [[part.contiguous() for part in each.chunk(self.num, 1)] for each in tensors]
-        shapes = {
-            place: [(*each[0].shape[:2], sum(self.halves(place)), each[0].shape[-1]) for each in sent]
-            for place in self.members
-        }
-        arrived = self._exchange([list(parts) for parts in zip(*sent, strict=True)], shapes)
-        return [self._in_order([parts[number] for parts in arrived]) for number in range(len(tensors))]
+        sent = [each.chunk(self.num, 1) for each in tensors]
+        arrived = self._exchange(
+            list(zip(*sent, strict=True)),
+            [
+                [torch.Size((*parts[0].shape[:2], rows, parts[0].shape[-1])) for parts in sent]
+                for rows in map(self.rows, self.members)
+            ],
+        )
+        return [self._in_order(parts) for parts in zip(*arrived, strict=True)]
 
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The way back."""
-        pieces = [self._of_members(each) for each in tensors]
-        rows = sum(self.halves(self.group.place))
-        shapes = {
-            place: [(*each.shape[:2], rows, each.shape[-1]) for each in tensors] for place in self.members
-        }
-        arrived = self._exchange([list(parts) for parts in zip(*pieces, strict=True)], shapes)
-        return [torch.cat([parts[number] for parts in arrived], 1) for number in range(len(tensors))]
+        sent, rows = [self._of_members(each) for each in tensors], self.rows(self.group.place)
+        shapes = [torch.Size((*each.shape[:2], rows, each.shape[-1])) for each in tensors]
+        arrived = self._exchange(list(zip(*sent, strict=True)), [shapes] * self.num)
+        return [torch.cat(parts, 1) for parts in zip(*arrived, strict=True)]
 
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
         halves = [
@@ -82,23 +86,20 @@ class Swap:
         return [torch.cat([pieces[each], pieces[-1 - each]], 2) for each in range(self.num)]
 
     def _exchange(
-        self, sent: Sequence[Sequence[Tensor]], shapes: dict[int, list[tuple[int, ...]]]
+        self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]
     ) -> list[list[Tensor]]:
-        """Send each member its tensors; returns those of each."""
+        """Send each member its tensors; returns those of each.
+
+        Args:
+            shapes: of the tensors from each member.
+        """
         nothing = sent[0][0].new_empty(0)
         outwards, inwards = [nothing] * self.group.num_ranks, [nothing] * self.group.num_ranks
-        sizes = {place: [torch.Size(shape).numel() for shape in shapes[place]] for place in self.members}
-        for place, parts in zip(self.members, sent, strict=True):
-            outwards[place] = torch.cat([part.reshape(-1) for part in parts])
-            inwards[place] = nothing.new_empty(sum(sizes[place]))
+        for place, parts, coming in zip(self.members, sent, shapes, strict=True):
+            outwards[place] = packed(parts)
+            inwards[place] = nothing.new_empty(sum(shape.numel() for shape in coming))
         self.group.all_to_all(outwards, inwards).wait()
-        return [
-            [
-                piece.view(shape)
-                for piece, shape in zip(torch.split(inwards[place], sizes[place]), shapes[place], strict=True)
-            ]
-            for place in self.members
-        ]
+        return [unpacked(inwards[place], coming) for place, coming in zip(self.members, shapes, strict=True)]
 
 
 def to_heads(swap: Swap, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sixfold.mesh import Group, Pending
 from sixfold.parallel.context.kernels import kernel_for, wide
+from sixfold.parallel.context.parcels import packed, unpacked
 from sixfold.parallel.context.spans import Pair, Sequences, Span, num_rows
 
 
@@ -80,7 +81,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: View) -> Tensor:
-        kernel, mine = kernel_for(query), ring.rows[ring.place]
+        kernel, mine = kernel_for(query, value), ring.rows[ring.place]
         merged = _Merged(query, value.shape[-1])
         for source, held in _round(ring, key, value):
             for pair in view.pairs(query, mine, ring.rows[source]):
@@ -97,7 +98,7 @@ class _RingAttention(torch.autograd.Function):
         query, key, value, output, log_sum = ctx.saved_tensors
         gradient = gradient.contiguous()
         ring, view = ctx.ring, ctx.view
-        kernel, mine, kind = kernel_for(query), ring.rows[ring.place], wide(query.dtype)
+        kernel, mine, kind = kernel_for(query, value), ring.rows[ring.place], wide(query.dtype)
         d_query = torch.zeros_like(query, dtype=kind)
         own, behind = torch.empty(0), _Behind(ring, key, value)
         for source, held in _round(ring, key, value):
@@ -117,12 +118,12 @@ class _RingAttention(torch.autograd.Function):
                 d_query[:, :, rows] += d_rows
                 for total, part in zip(sums, d_held, strict=True):
                     total[:, :, pair.keys] += part
-            flat = _packed(sums)
+            flat = packed(sums)
             if source == ring.place:
                 own = flat
             else:
                 behind.follow(source, flat)
-        d_key, d_value = _unpacked(behind.join(own), key.shape, value.shape)
+        d_key, d_value = unpacked(behind.join(own), (key.shape, value.shape))
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
@@ -134,12 +135,12 @@ def _round(ring: Ring, key: Tensor, value: Tensor) -> Iterator[tuple[int, list[T
         if step + 1 == ring.num_ranks:
             yield source, held
             return
-        sent, shapes = _packed(held), _shapes_at(ring, coming, key, value)
+        sent, shapes = packed(held), _shapes_at(ring, coming, key, value)
         arriving = sent.new_empty(sum(shape.numel() for shape in shapes))
         pending = ring.pass_on(sent, arriving)
         yield source, held
         pending.wait()
-        held, source = _unpacked(arriving, *shapes), coming
+        held, source = unpacked(arriving, shapes), coming
 
 
 class _Behind:
@@ -205,12 +206,3 @@ def _rows(held: Sequence[Tensor], rows: slice) -> list[Tensor]:
 def _shapes_at(ring: Ring, place: int, *like: Tensor) -> list[torch.Size]:
     rows = num_rows(ring.rows[place])
     return [torch.Size((*each.shape[:2], rows, each.shape[-1])) for each in like]
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.reshape(-1) for each in tensors])
-
-
-def _unpacked(flat: Tensor, *shapes: torch.Size) -> list[Tensor]:
-    pieces = torch.split(flat, [shape.numel() for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
