@@ -1,6 +1,6 @@
 """Where the rules come from by which a model is cut over the tensor axis, and whether they hold.
 
-Asked by `tensor_axis.py` and by `sixfold probe`: those of the user, those that the model declares
+Asked by `tensor_axis.py` and for the table of architectures: those of the user, those that the model declares
 (`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. What
 the model does not declare by itself is tried on a small copy first. It decides no pieces.
 """
