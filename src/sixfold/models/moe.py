@@ -178,10 +178,10 @@ class Router(nn.Module):
 
     def _penalty(self, scores: Tensor, probabilities: Tensor) -> Tensor | None:
         """Summed over tokens, so that a batch may be cut anywhere; None where nothing is penalised."""
-        config, total = self.config, int(self.load.sum())
+        config = self.config
         penalty = None
-        if config.balance == "loss" and total:
-            load = self.load.to(scores.dtype) / total
+        if config.balance == "loss":
+            load = self.load.to(scores.dtype) / self.load.sum().clamp_min(1)
             penalty = config.balance_rate * config.num_experts * (probabilities @ load).sum()
         if config.z_weight:
             spread = config.z_weight * scores.logsumexp(-1).square().sum()
@@ -207,6 +207,8 @@ class Experts(nn.Module):
         """As `FeedForward.draw_output`."""
         nn.init.normal_(self.down_proj, std=(2 * self.down_proj.shape[2] * num_branches) ** -0.5)
 
+    # How many rows each expert has is known only as it runs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: Tensor,
@@ -272,6 +274,8 @@ def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) ->
     return kept.flatten().index_copy(0, order, place < room).view(experts.shape)
 
 
+# What a graph finds in an attribute when it is made, it keeps for good.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def with_penalty(weights: Tensor, penalty: Tensor | None, router: Penalised) -> Tensor:
     """`weights`, whose backward goes through `penalty` as well."""
     if penalty is None:

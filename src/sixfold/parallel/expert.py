@@ -119,6 +119,7 @@ def _apply(found: Any, mesh: Mesh) -> Callable[[], None]:
 def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Callable[..., Tensor]:
     share = num_experts // group.num_ranks
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self: nn.Module,
         hidden_states: Tensor,
@@ -141,7 +142,7 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         result = order.put_back(back.receive(back.send(mine)), top_k_weights)
         return result if extra is None else result + extra
 
-    return forward
+    return forward  # type: ignore[no-any-return]
 
 
 def _tell_counts(group: Group, counts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
