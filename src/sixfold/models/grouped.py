@@ -49,14 +49,34 @@ class Order:
 
     def take(self, tokens: Tensor) -> Tensor:
         """The row of each choice, from those of tokens [tokens, width]."""
-        # Each repeated row has one reader, so its gradient is a sum in one fixed order.
-        return tokens.repeat_interleave(self.num_choices, 0).index_select(0, self.choices)
+        rows: Tensor = _Taken.apply(tokens, self)  # type: ignore[no-untyped-call]
+        return rows
 
     def put_back(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Rows [choices, width] of each token, weighted by [tokens, choices] and summed: [tokens, width]."""
-        spread = rows.new_zeros(weights.numel(), rows.shape[1]).index_copy(0, self.choices, rows)
-        spread = spread.view(*weights.shape, rows.shape[1])
+        spread = self.spread(rows, len(weights))
         return (spread * weights.to(rows.dtype).unsqueeze(2)).sum(1)
+
+    def spread(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """Rows [choices, width] in the places of their tokens, [tokens, num_choices, width]; 0 elsewhere."""
+        places = num_tokens * self.num_choices
+        make = rows.new_zeros if places > len(rows) else rows.new_empty
+        put = make(places, rows.shape[1]).index_copy_(0, self.choices, rows)
+        return put.view(num_tokens, self.num_choices, rows.shape[1])
+
+
+class _Taken(torch.autograd.Function):
+    """Rows of tokens; the gradients of a token's rows are summed in one fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Order) -> Tensor:
+        ctx.order, ctx.num_tokens = order, len(tokens)
+        return tokens.index_select(0, order.choices // order.num_choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.order.spread(gradient, ctx.num_tokens).sum(1), None
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:

@@ -225,9 +225,13 @@ class Experts(nn.Module):
             beside: computes something to be added, [tokens, width]; tokens may be on their way meanwhile.
         """
         order = Order.by_expert(top_k_index, self.num_experts)
-        gate, up = grouped_product(order.take(hidden_states), self.gate_up_proj, order.counts).chunk(2, -1)
-        out = order.put_back(grouped_product(F.silu(gate) * up, self.down_proj, order.counts), top_k_weights)
+        out = order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
         return out if beside is None else out + beside()
+
+    def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
+        gate, up = grouped_product(rows, self.gate_up_proj, counts).chunk(2, -1)
+        return grouped_product(F.silu(gate) * up, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):
