@@ -19,6 +19,7 @@ from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.moe import Experts, ExpertsConfig, Router
 from sixfold.plan import dispatch_traffic, persistent_memory
 from sixfold.testing import Pool
+from sixfold.testing.exchanges import noted_exchanges
 from tests.covering import Case, all_cases, covering, label
 
 SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 8, 19, 4
@@ -207,9 +208,7 @@ class InTurn(Router):
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("recompute", [None, "full"])
-def test_the_plan_says_what_goes_to_experts(
-    recompute: str | None, num_ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_says_what_goes_to_experts(recompute: str | None, num_ranks: int) -> None:
     case = {name: values[0] for name, values in FACTORS.items()}
     case |= {"expert": num_ranks, "ranks": num_ranks, "recompute": recompute}
     model = build("loss")
@@ -217,16 +216,9 @@ def test_the_plan_says_what_goes_to_experts(
         if isinstance(part, Router):
             part.__class__ = InTurn
     engine = start(case, model)
-    sent = []
-    exchange = engine.mesh.dispatcher.start
-
-    def counted(op: str, group: str, tensors: Any, *rest: Any) -> Any:
-        if op == "all-to-all":
-            sent.append(sum(tensor.nbytes for tensor in tensors))
-        return exchange(op, group, tensors, *rest)
-
-    monkeypatch.setattr(engine.mesh.dispatcher, "start", counted)
-    engine.train_step({"tokens": batch(0)[: SAMPLES // 3]})
+    with noted_exchanges() as topics:
+        engine.train_step({"tokens": batch(0)[: SAMPLES // 3]})
+    sent = [topic.num_bytes for topic in topics if topic.op == "all-to-all"]
     layer = dispatch_traffic(
         engine.plan.geometry,
         choices=SAMPLES // 3 * LENGTH * 2,

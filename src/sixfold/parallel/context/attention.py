@@ -108,7 +108,8 @@ class ContextAttention:
     def _check_shapes(self, query: Tensor, key: Tensor, *, enable_gqa: bool) -> None:
         rows = num_rows(self.spans)
         is_own = query.dim() == key.dim() == 4 and query.shape[2] == key.shape[2] == rows
-        if not is_own or (query.shape[1] != key.shape[1] and not enable_gqa):
+        is_grouped = enable_gqa or key.shape[1] in (1, query.shape[1])  # one key head is broadcast
+        if not is_own or not is_grouped:
             raise ModelError(
                 f"attention of queries {tuple(query.shape)} over keys {tuple(key.shape)} on a rank that has "
                 f"{rows} rows of each sequence",
