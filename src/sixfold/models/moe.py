@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.grouped import Order, grouped_product
+from sixfold.models.grouped import Order, gated, grouped_product
 from sixfold.models.layers import FeedForward
 
 ENTROPY_UNIT = 1e-6
@@ -230,8 +230,8 @@ class Experts(nn.Module):
 
     def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
         """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
-        gate, up = grouped_product(rows, self.gate_up_proj, counts).chunk(2, -1)
-        return grouped_product(F.silu(gate) * up, self.down_proj, counts)
+        inner = gated(grouped_product(rows, self.gate_up_proj, counts))
+        return grouped_product(inner, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):
