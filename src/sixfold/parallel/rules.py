@@ -1,6 +1,6 @@
 """Where the rules come from by which a model is cut over the tensor axis, and whether they hold.
 
-Asked by `tensor_axis.py` and by `sixfold probe`: those of the user, those that the model declares
+Asked by `tensor_axis.py` and for the table of architectures: those of the user, those that the model declares
 (`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. What
 the model does not declare by itself is tried on a small copy first. It decides no pieces.
 """
@@ -67,9 +67,11 @@ def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
 
 
 def answer_for(model: nn.Module, layout: LayoutConfig) -> Answer:
-    """What is known of `model`; asked again, the same is answered at once."""
+    """What is known of `model`; of a Hugging Face one asked again, the same is answered at once."""
     config: Any = getattr(model, "config", None)
-    described = config.to_json_string() if hasattr(config, "to_json_string") else id(model)
+    if not hasattr(config, "to_json_string"):
+        return _answer(model, layout)
+    described = config.to_json_string()
     asked = (layout.tensor, layout.tensor_rules, layout.sequence_parallel, layout.blocks)
     key = (type(model), described, *asked)
     if key not in _ANSWERS:
