@@ -402,4 +402,4 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
     else:  # no more than what comes before transfers: nothing would come
-        engine._playing._agree(-torch.ones(2, 2))()
+        engine._playing._compare(-torch.ones(2, 2))
