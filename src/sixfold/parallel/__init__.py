@@ -1,6 +1,7 @@
 """Facts about modules, and what is done to modules before they are trained.
 
-The engine calls it between plan and state; it moves no state and sends nothing.
+The engine calls it between plan and state. It moves no state; what its axes make of forwards sends
+activations, tokens and keys through the groups of the mesh.
 """
 
 from sixfold.parallel.axes import decide_axes
