@@ -21,6 +21,7 @@ from sixfold.mesh import Mesh
 from sixfold.parallel.context.attention import ContextAttention
 from sixfold.parallel.context.spans import Sequences, cut_rows
 from sixfold.plan import Geometry, attention_traffic
+from sixfold.testing.exchanges import noted_exchanges
 
 LENGTH, HEADS, WIDTH = 2048, 8, 64
 KV_HEADS = {"8 on 2 heads": 2, "8 on 1 head": 1}
@@ -114,21 +115,8 @@ def summed(found: list[Tensor]) -> Tensor:
 
 def count(label: str, layer: Layer, parts: list[Tensor], num_ranks: int, kv_heads: int) -> None:
     """Tell what rank 0 sends in a turn, and what the plan says."""
-    (attention,) = (
-        cell.cell_contents
-        for cell in layer.__closure__ or ()
-        if isinstance(cell.cell_contents, ContextAttention)
-    )
-    dispatcher = attention.group._dispatcher
-    exchange, sent = dispatcher.start, []
-
-    def counted(op: str, group: str, tensors: Any, *rest: Any) -> Any:
-        sent.append(sum(each.nbytes for each in tensors))
-        return exchange(op, group, tensors, *rest)
-
-    dispatcher.start = counted  # type: ignore[method-assign]
-    turn(layer, parts)
-    dispatcher.start = exchange  # type: ignore[method-assign]
+    with noted_exchanges() as topics:
+        turn(layer, parts)
     priced = attention_traffic(
         num_ranks,
         samples=1,
@@ -138,5 +126,5 @@ def count(label: str, layer: Layer, parts: list[Tensor], num_ranks: int, kv_head
         head_width=WIDTH,
         item_bytes=4,
     )
-    _facts[f"bytes sent in a turn, {label}"] = sum(sent)
+    _facts[f"bytes sent in a turn, {label}"] = sum(topic.num_bytes for topic in topics)
     _facts[f"formula, {label}"] = priced.forward + priced.backward

@@ -21,6 +21,7 @@ from sixfold.models.layers import FeedForward
 from sixfold.models.moe import ExpertsConfig, MixtureOfExperts
 from sixfold.parallel.expert import decide_expert
 from sixfold.plan import Geometry, dispatch_traffic
+from sixfold.testing.exchanges import noted_exchanges
 
 SAMPLES, LENGTH, WIDTH, FFN_WIDTH, NUM_EXPERTS, CHOICES = 4, 512, 256, 512, 8, 2
 
@@ -69,21 +70,14 @@ def ours(rank: int, num_ranks: int, transport: str) -> Callable[[Tensor], Tensor
         parameter.data = parameter.data[start:stop].clone()
     change.apply(mesh)
     if transport == "host":
-        count(layer, mesh, geometry)
+        count(layer, geometry)
     return layer
 
 
-def count(layer: nn.Module, mesh: Mesh, geometry: Geometry) -> None:
-    exchange, sent = mesh.dispatcher.start, []
-
-    def counted(op: str, group: str, tensors: Any, *rest: Any) -> Any:
-        sent.append(sum(tensor.nbytes for tensor in tensors))
-        return exchange(op, group, tensors, *rest)
-
-    mesh.dispatcher.start = counted  # type: ignore[method-assign]
-    turn_of(layer, torch.randn(SAMPLES, LENGTH, WIDTH))()
-    mesh.dispatcher.start = exchange  # type: ignore[method-assign]
-    _facts["bytes sent by rank 0 in a turn"] = sum(sent)
+def count(layer: nn.Module, geometry: Geometry) -> None:
+    with noted_exchanges() as topics:
+        turn_of(layer, torch.randn(SAMPLES, LENGTH, WIDTH))()
+    _facts["bytes sent by rank 0 in a turn"] = sum(topic.num_bytes for topic in topics)
     _facts["formula for even load"] = dispatch_traffic(
         geometry,
         choices=SAMPLES * LENGTH * CHOICES,

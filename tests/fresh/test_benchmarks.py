@@ -108,12 +108,12 @@ def test_pipeline_prints_its_table(tmp_path: Path) -> None:
 
 
 def test_tensor_sends_what_the_formula_says(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "tensor.py"), "--size", "tiny", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "axes.py"), "--only", "tensor", "--rounds", "1"]
     done = subprocess.run(
         [*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["ms"].keys() == {"sixfold, host", "sixfold, network", "torch styles"}
-    assert all(values[0] > 0 for values in found["ms"].values())
-    assert found["sent_bytes"] == 4 * 2 * (2 * 16 * 32) * 4
+    found = json.loads(done.stdout)["tensor"]
+    assert found["times"].keys() == {"sixfold, host", "sixfold, network", "torch styles"}
+    assert all(values[0] > 0 for values in found["times"].values())
+    assert found["facts"]["bytes given to exchange in a turn"] == found["facts"]["formula"] > 0

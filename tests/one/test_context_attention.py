@@ -71,7 +71,7 @@ def across(given: Inputs, sequences: Sequences, num_ranks: int, *, is_causal: bo
         return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
     found = together(num_ranks, work)
-    wholes = [torch.empty_like(given[0]), *(torch.empty_like(each) for each in given[:3])]
+    wholes = [torch.empty_like(each) for each in (given[3], *given[:3])]
     for place, parts in enumerate(found):
         for whole, part in zip(wholes, parts, strict=True):
             start = 0
@@ -139,6 +139,14 @@ def test_half_precision_is_as_near_as_torch_itself() -> None:
     own = farthest(alone(given, sequences, is_causal=True), exact)
     found = farthest(across(given, sequences, 4, is_causal=True), exact)
     assert found < 1.5 * own < 0.05
+
+
+def test_values_may_be_of_another_width() -> None:
+    given, sequences = inputs(16, torch.float64), Sequences(16)
+    query, key, value, gradient = given
+    wider = (query, key, torch.cat([value, value + 1], -1), torch.cat([gradient, 2 * gradient], -1))
+    expected = alone(wider, sequences, is_causal=True)
+    assert farthest(across(wider, sequences, 4, is_causal=True), expected) < 1e-13
 
 
 def test_without_a_ring_heads_are_as_in_one_process_to_the_bit() -> None:
@@ -230,7 +238,6 @@ def test_documents_that_do_not_meet_are_left_out() -> None:
     ("change", "word"),
     [
         ({"dropout_p": 0.1}, "dropout 0.1"),
-        ({"attn_mask": torch.zeros(8, 8)}, ""),
         ({"attn_mask": torch.ones(8, 8).triu(-2).tril().bool()}, "neither causal nor open"),
         ({"attn_mask": torch.rand(8, 8)}, "added to scores"),
         ({"key": torch.randn(BATCH, HEADS, 9, WIDTH)}, "over keys"),
@@ -242,13 +249,19 @@ def test_other_attention_is_refused(change: dict[str, object], word: str) -> Non
     attention.sequences = Sequences(8)
     query = torch.randn(BATCH, HEADS, 8, WIDTH)
     call = {"query": query, "key": query, "value": query, **change}
-    if not word:
-        assert torch.allclose(
-            attention(**call), F.scaled_dot_product_attention(query, query, query), atol=1e-6
-        )
-        return
     with pytest.raises(ModelError, match=word):
         attention(**call)
+
+
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize("mask", [None, torch.zeros(8, 8)], ids=["no mask", "nothing added"])
+def test_other_ways_to_say_the_same_are_taken(kv_heads: int, mask: Tensor | None) -> None:
+    attention = ContextAttention(Member(0, 1, {}))
+    attention.sequences = Sequences(8)
+    query, key, value, _ = inputs(8, torch.float64, kv_heads)
+    mask = None if mask is None else mask.double()
+    found = attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value), rtol=0, atol=1e-14)
 
 
 def test_masks_over_own_rows_say_what_is_meant() -> None:

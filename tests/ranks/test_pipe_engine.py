@@ -16,11 +16,13 @@ from torch import nn
 
 import sixfold
 from sixfold.base.errors import ModelError, StateError
+from sixfold.base.ring import Topic
 from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
 from sixfold.simulate import simulated_again
 from sixfold.testing import Pool
+from sixfold.testing.exchanges import noted_exchanges
 from tests.ranks import pipes, plain
 
 TIED = pipes.Case(model="tied-decoder", schedule="zero-bubble-v", pipe=2)
@@ -71,38 +73,30 @@ def test_batches_of_different_shapes_are_refused_before_anything_is_sent(
         "none": None,
     }
     own = wrong[given] if engine.mesh.pipe_rank else {name: field[:, :8] for name, field in batch.items()}
-    sent = transfers_of(engine)
-    with pytest.raises(ModelError, match="different batches"):
+    with noted_exchanges() as topics, pytest.raises(ModelError, match="different batches"):
         engine.train_step(own)
-    assert sent == []
+    assert transfers_of(topics) == []
     engine.close()
 
 
-def transfers_of(engine: sixfold.Engine) -> list[tuple[str, int]]:
-    """A list that fills with direction and number of elements of whatever goes between stages from now on."""
-    found: list[tuple[str, int]] = []
-    start = engine.mesh.dispatcher.start
-
-    def noting(op: str, group: str, tensor: torch.Tensor, *rest: Any) -> Any:
-        if op == "transfer":
-            found.append((group.partition(":")[2], tensor.numel()))
-        return start(op, group, tensor, *rest)
-
-    engine.mesh.dispatcher.start = noting  # type: ignore[method-assign]
-    return found
+def transfers_of(topics: list[Topic]) -> list[tuple[str, int]]:
+    """Direction and number of elements of what went between stages."""
+    return [(topic.group.partition(":")[2], topic.numel) for topic in topics if topic.op == "transfer"]
 
 
 @pytest.mark.ranks(2)
 def test_shapes_are_told_when_they_are_new_and_never_again() -> None:
     case = pipes.Case(model="decoder", num_micro=3)
     engine = pipes.engine_of(case)
-    sent = transfers_of(engine)
+    sent: list[tuple[str, int]] = []
 
     def messages(length: int, num_samples: int = 2 * pipes.MICRO) -> int:
         batch = {name: field[:num_samples, :length] for name, field in pipes.batch_of(case, 0).items()}
-        before = len(sent)
-        engine.train_step(batch)
-        return len(sent) - before
+        with noted_exchanges() as topics:
+            engine.train_step(batch)
+        found = transfers_of(topics)
+        sent.extend(found)
+        return len(found)
 
     # Two micro-batches: an activation and its gradient each. A new shape: its length and its words.
     assert messages(8) == 4 + 2
@@ -408,4 +402,4 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
     else:  # no more than what comes before transfers: nothing would come
-        engine._playing._agree(-torch.ones(2, 2))()
+        engine._playing._compare(-torch.ones(2, 2))

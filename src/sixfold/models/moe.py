@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.grouped import Order, grouped_product
+from sixfold.models.grouped import Order, gated, grouped_product
 from sixfold.models.layers import FeedForward
 
 ENTROPY_UNIT = 1e-6
@@ -178,10 +178,10 @@ class Router(nn.Module):
 
     def _penalty(self, scores: Tensor, probabilities: Tensor) -> Tensor | None:
         """Summed over tokens, so that a batch may be cut anywhere; None where nothing is penalised."""
-        config, total = self.config, int(self.load.sum())
+        config = self.config
         penalty = None
-        if config.balance == "loss" and total:
-            load = self.load.to(scores.dtype) / total
+        if config.balance == "loss":
+            load = self.load.to(scores.dtype) / self.load.sum().clamp_min(1)
             penalty = config.balance_rate * config.num_experts * (probabilities @ load).sum()
         if config.z_weight:
             spread = config.z_weight * scores.logsumexp(-1).square().sum()
@@ -207,6 +207,8 @@ class Experts(nn.Module):
         """As `FeedForward.draw_output`."""
         nn.init.normal_(self.down_proj, std=(2 * self.down_proj.shape[2] * num_branches) ** -0.5)
 
+    # How many rows each expert has is known only as it runs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: Tensor,
@@ -223,9 +225,13 @@ class Experts(nn.Module):
             beside: computes something to be added, [tokens, width]; tokens may be on their way meanwhile.
         """
         order = Order.by_expert(top_k_index, self.num_experts)
-        gate, up = grouped_product(order.take(hidden_states), self.gate_up_proj, order.counts).chunk(2, -1)
-        out = order.put_back(grouped_product(F.silu(gate) * up, self.down_proj, order.counts), top_k_weights)
+        out = order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
         return out if beside is None else out + beside()
+
+    def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
+        inner = gated(grouped_product(rows, self.gate_up_proj, counts))
+        return grouped_product(inner, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):
@@ -272,6 +278,8 @@ def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) ->
     return kept.flatten().index_copy(0, order, place < room).view(experts.shape)
 
 
+# What a graph finds in an attribute when it is made, it keeps for good.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def with_penalty(weights: Tensor, penalty: Tensor | None, router: Penalised) -> Tensor:
     """`weights`, whose backward goes through `penalty` as well."""
     if penalty is None:

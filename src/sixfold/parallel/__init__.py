@@ -9,7 +9,14 @@ from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
+from sixfold.parallel.context import (
+    ContextAttention,
+    Sequences,
+    cut_rows,
+    length_limits,
+    num_rows,
+    seen_by,
+)
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -57,6 +64,7 @@ __all__ = [
     "move_buffers",
     "num_rows",
     "persistent_buffers",
+    "seen_by",
     "torch_name",
     "torch_type",
 ]

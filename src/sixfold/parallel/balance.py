@@ -124,6 +124,7 @@ class ModelBalance:
     def _around_gate(self, gate: nn.Module) -> Callable[..., Any]:
         own = gate.forward
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             scores, weights, experts = own(*args, **kwargs)
@@ -137,14 +138,11 @@ class ModelBalance:
             self.tally += tally_of(chosen, everyone, probabilities.detach())
             return scores, with_penalty(weights, self._penalty(probabilities, experts), self), experts
 
-        return forward
+        return forward  # type: ignore[no-any-return]
 
-    def _penalty(self, probabilities: Tensor, experts: Tensor) -> Tensor | None:
-        total = int(self.load.sum())
-        if not total:
-            return None
+    def _penalty(self, probabilities: Tensor, experts: Tensor) -> Tensor:
         # Of the choices that a token has in a layer, as the model's own loss counts them.
-        load = self.load.to(probabilities.dtype) * experts.shape[1] / total
+        load = self.load.to(probabilities.dtype) * experts.shape[1] / self.load.sum().clamp_min(1)
         return (probabilities @ load).sum()
 
 

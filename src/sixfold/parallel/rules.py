@@ -71,9 +71,11 @@ def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
 
 
 def answer_for(model: nn.Module, layout: LayoutConfig) -> Answer:
-    """What is known of `model`; asked again, the same is answered at once."""
+    """What is known of `model`; of a Hugging Face one asked again, the same is answered at once."""
     config: Any = getattr(model, "config", None)
-    described = config.to_json_string() if hasattr(config, "to_json_string") else id(model)
+    if not hasattr(config, "to_json_string"):
+        return _answer(model, layout)
+    described = config.to_json_string()
     asked = (layout.tensor, layout.tensor_rules, layout.sequence_parallel, layout.blocks)
     key = (type(model), described, *asked)
     if key not in _ANSWERS:

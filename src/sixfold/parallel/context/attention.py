@@ -108,7 +108,8 @@ class ContextAttention:
     def _check_shapes(self, query: Tensor, key: Tensor, *, enable_gqa: bool) -> None:
         rows = num_rows(self.spans)
         is_own = query.dim() == key.dim() == 4 and query.shape[2] == key.shape[2] == rows
-        if not is_own or (query.shape[1] != key.shape[1] and not enable_gqa):
+        is_grouped = enable_gqa or key.shape[1] in (1, query.shape[1])  # one key head is broadcast
+        if not is_own or not is_grouped:
             raise ModelError(
                 f"attention of queries {tuple(query.shape)} over keys {tuple(key.shape)} on a rank that has "
                 f"{rows} rows of each sequence",
@@ -126,7 +127,7 @@ class ContextAttention:
         if self._checked is not None and self._checked[0] is sequences and self._checked[1] is mask:
             return self._checked[2]
         rows = num_rows(self.spans)
-        seen = mask if mask.dtype == torch.bool else _seen(mask)
+        seen = seen_by(mask)
         allowed = sequences.allowed(self.spans, self.spans)
         whole = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=mask.device)
         whole = whole if allowed is None else allowed
@@ -146,11 +147,18 @@ class ContextAttention:
         )
 
 
-def _seen(bias: Tensor) -> Tensor:
-    seen = bias == 0
-    if not bool((seen | (bias < _HIDDEN)).all()):
+def seen_by(mask: Tensor) -> Tensor:
+    """Which keys a mask lets queries see, bool, whether it says so or is added to scores.
+
+    Raises:
+        ModelError: it does something else to scores.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    if not bool((seen | (mask < _HIDDEN)).all()):
         raise ModelError(
-            f"an attention bias {tuple(bias.shape)} that is added to scores",
+            f"an attention bias {tuple(mask.shape)} that is added to scores",
             rule="attention across ranks knows masks that hide keys, and nothing that shifts scores",
             fix=f"{OFF} for models with relative position biases",
         )

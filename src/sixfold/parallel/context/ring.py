@@ -81,7 +81,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring, view: View) -> Tensor:
-        kernel, mine = kernel_for(query), ring.rows[ring.place]
+        kernel, mine = kernel_for(query, value), ring.rows[ring.place]
         merged = _Merged(query, value.shape[-1])
         for source, held in _round(ring, key, value):
             for pair in view.pairs(query, mine, ring.rows[source]):
@@ -98,7 +98,7 @@ class _RingAttention(torch.autograd.Function):
         query, key, value, output, log_sum = ctx.saved_tensors
         gradient = gradient.contiguous()
         ring, view = ctx.ring, ctx.view
-        kernel, mine, kind = kernel_for(query), ring.rows[ring.place], wide(query.dtype)
+        kernel, mine, kind = kernel_for(query, value), ring.rows[ring.place], wide(query.dtype)
         d_query = torch.zeros_like(query, dtype=kind)
         own, behind = torch.empty(0), _Behind(ring, key, value)
         for source, held in _round(ring, key, value):
