@@ -1,6 +1,7 @@
 """Facts about modules, and what is done to modules before they are trained.
 
-The engine calls it between plan and state; it moves no state and sends nothing.
+The engine calls it between plan and state. It moves no state; what its axes make of forwards sends
+activations, tokens and keys through the groups of the mesh.
 """
 
 from sixfold.parallel.axes import decide_axes
@@ -8,7 +9,14 @@ from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
+from sixfold.parallel.context import (
+    ContextAttention,
+    Sequences,
+    cut_rows,
+    length_limits,
+    num_rows,
+    seen_by,
+)
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -56,6 +64,7 @@ __all__ = [
     "move_buffers",
     "num_rows",
     "persistent_buffers",
+    "seen_by",
     "torch_name",
     "torch_type",
 ]
