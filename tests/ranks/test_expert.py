@@ -244,6 +244,17 @@ def test_what_cannot_be_dealt_out_is_refused() -> None:
         engine.train_step({"tokens": batch(0)} if engine.data_rank else None)
 
 
+@pytest.mark.ranks(4)
+def test_a_rank_may_begin_without_samples_in_a_bare_tensor() -> None:
+    """It serves those that try whether sequences can be cut."""
+    layout = {"context": 2, "expert": 4}
+    engine = sixfold.initialize(build("loss"), config={"layout": layout, "optimizer": {"lr": 0.01}})
+    _, losses, _, _ = reference("loss")
+    own = batch(0) if engine.data_rank else batch(0)[:0]
+    assert engine.train_step(own) == pytest.approx(losses[0], rel=1e-10)
+    engine.close()
+
+
 @cache
 def hugging_face(kind: str) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -267,6 +278,31 @@ def hugging_face(kind: str) -> Any:
     return model.double()
 
 
+def idle() -> Any:
+    """Half of the experts never get a token."""
+    model = deepcopy(hugging_face("mixtral"))
+
+    def first_two(gate: nn.Module, given: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        scores, weights, experts = output
+        return scores, weights, torch.arange(2).expand(experts.shape)
+
+    for name, part in model.named_modules():
+        if name.endswith("gate"):
+            part.register_forward_hook(first_two)
+    return model
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_experts_without_tokens_go_backward_with_the_others(is_frozen: bool) -> None:
+    """Also where tokens need no gradient, so that only weights of experts say that there is a backward."""
+    model = idle()
+    if is_frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0.mlp.experts" in name)
+    follow_hugging_face(model, 0, (7, 5))
+
+
 def labelled(step: int) -> dict[str, Tensor]:
     labels = batch(step).clone()
     labels[step % SAMPLES :, -2:] = -100
@@ -278,11 +314,10 @@ def labelled(step: int) -> dict[str, Tensor]:
 def test_hugging_face_models_follow_one_process(
     kind: str, ranks: int, zero: int, sizes: tuple[int, ...], rank_pool: Pool
 ) -> None:
-    rank_pool.run(follow_hugging_face, kind, zero, sizes, ranks=ranks, timeout_s=60)
+    rank_pool.run(follow_hugging_face, hugging_face(kind), zero, sizes, ranks=ranks, timeout_s=60)
 
 
-def follow_hugging_face(kind: str, zero: int, sizes: tuple[int, ...]) -> None:
-    model = hugging_face(kind)
+def follow_hugging_face(model: Any, zero: int, sizes: tuple[int, ...]) -> None:
     plain = deepcopy(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
     config = {

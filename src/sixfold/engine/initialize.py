@@ -23,6 +23,7 @@ from sixfold.engine.admission import (
     check_agreement,
     check_batch_stats,
     check_block_options,
+    check_capacity,
     check_model,
     tell_idle_settings,
 )
@@ -102,6 +103,7 @@ def initialize(
     if not isinstance(config, Resolved):
         tell_idle_settings(resolved)
     check_model(model, asked)
+    check_capacity(model, asked.layout)
     check_example(asked, example)
     learning_rate = decide_learning_rate(asked)
     if not isinstance(config, Resolved):
