@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,19 @@ def test_what_cannot_be_tried_is_refused() -> None:
         large = Net()
     with pytest.raises(ModelError, match="on meta, are not copied"):
         find_rules(large, layout(*HOLDS))
+
+
+@pytest.mark.parametrize("num_ranks", [3, 16])
+def test_what_a_sequence_is_tried_on_divides(num_ranks: int) -> None:
+    sizes = {
+        **BY_NAME["Llama"].sizes,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 48,
+        "hidden_size": 48,
+    }
+    model = replace(BY_NAME["Llama"], sizes=sizes).build()
+    asked = LayoutConfig(tensor=num_ranks, sequence_parallel=True)
+    assert find_rules(model, asked).styles["model.layers.*.mlp.up_proj"] == "colwise"
 
 
 def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:

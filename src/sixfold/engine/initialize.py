@@ -213,7 +213,9 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=loss_form,
-            sequences=SequenceCut(model, axes.attention, place),
+            sequences=SequenceCut(
+                model, axes.attention, place, asked.layout.tensor if asked.layout.sequence_parallel else 1
+            ),
             routing=Routing(model, mesh, balance, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(

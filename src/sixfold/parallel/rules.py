@@ -97,7 +97,7 @@ def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
 
 def _tried(model: nn.Module, rules: Rules, layout: LayoutConfig) -> Answer:
     try:
-        tiny, inputs = tiny_of(model)
+        tiny, inputs = tiny_of(model, layout.tensor if layout.sequence_parallel else 1)
         blocks = block_names(tiny, layout.blocks) if layout.sequence_parallel else ()
     except (CannotTry, SixfoldError) as error:
         is_declared = rules.source != USER and not layout.sequence_parallel
