@@ -338,6 +338,33 @@ def test_an_update_from_a_partial_gradient_is_refused_by_name(zero: int) -> None
     engine.close()
 
 
+class LateNorm(NormOfHeads):
+    """Its gradients come later than with the first update: until then they are zero, or overflow."""
+
+    def __init__(self, factors: tuple[float, ...]) -> None:
+        super().__init__(forgets=True)
+        self.factors = iter(factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * next(self.factors)
+
+
+@pytest.mark.ranks(2)
+def test_partial_gradients_that_come_later_are_refused_too() -> None:
+    batch = {"x": torch.randn(4, 4, generator=torch.Generator().manual_seed(0))}
+    engine = sixfold.initialize(
+        LateNorm((float("inf"), 0.0, 1.0)),
+        config={"layout": {"tensor": 2}, "precision": {"compute": "fp16", "initial_scale": 2.0}},
+    )
+    engine.train_step(batch)
+    assert engine.last is not None
+    assert engine.last.skipped
+    engine.train_step(batch)
+    with pytest.raises(ModelError, match=r"2 parameter\(s\) differ .* first: norm\.weight"):
+        engine.train_step(batch)
+    engine.close()
+
+
 @pytest.mark.matrix  # each block is cut in many graphs, which takes a while
 @pytest.mark.ranks(2, timeout_s=200)
 def test_compiled_blocks() -> None:
