@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
-from sixfold.base.errors import ModelError
+from sixfold.base.errors import MeshError, ModelError
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.lora import add_adapters
@@ -336,6 +336,13 @@ def test_an_update_from_a_partial_gradient_is_refused_by_name(zero: int) -> None
         engine.train_step(batch)
     assert "replicated_with_grad_allreduce" in caught.value.fix
     engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_would_cut_a_model_differently_are_told() -> None:
+    model = NormOfHeads(forgets=torch.distributed.get_rank() == 1)
+    with pytest.raises(MeshError, match=r"rank\(s\) 1 differ from rank 0 in: cuts of the model"):
+        sixfold.initialize(model, config={"layout": {"tensor": 2}})
 
 
 class LateNorm(NormOfHeads):

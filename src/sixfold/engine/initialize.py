@@ -131,7 +131,7 @@ def initialize(
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
-    check_agreement(mesh, model, facts, asked)
+    check_agreement(mesh, model, facts, asked, axes.agreed)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
