@@ -172,6 +172,20 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     engine.close()
 
 
+@pytest.mark.ranks(4)
+def test_long_sequences_with_sequence_parallelism() -> None:
+    """What a cut is tried on divides as they do."""
+    engine = engine_of("padded", context=2, tensor=2, sequence_parallel=True)
+    tokens = torch.randint(0, 24, (2, 44), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "labels": tokens}
+    loss = float(mean_loss(test_context.build("padded"), batch))
+    assert engine.train_step(batch) == pytest.approx(loss, rel=1e-6)
+    with pytest.raises(ModelError, match=r"42 tokens with layout\.sequence_parallel") as caught:
+        engine.train_step({name: field[:, :42] for name, field in batch.items()})
+    assert "a multiple of 4" in caught.value.fix
+    engine.close()
+
+
 @pytest.mark.ranks(2)
 def test_nothing_stays_behind() -> None:
     fused, engine = torch.backends.mha.get_fastpath_enabled(), engine_of("anew", context=2)

@@ -52,4 +52,5 @@ def decide_axes(
         return undo.close
 
     attention = next((change.attention for change in changes if change.attention is not None), None)
-    return AxisChange(places, apply, attention)
+    cuts = [f"{name} {place.shape} {place.axes} {place.partial}" for name, place in sorted(places.items())]
+    return AxisChange(places, apply, attention, "\n".join((*(change.agreed for change in changes), *cuts)))

@@ -7,6 +7,7 @@ Asked by `tensor_axis.py` and by `tests/architectures.py`: those of the user, th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from sixfold.base.errors import ConfigError, ModelError, SixfoldError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.structure import rules_from_structure
+from sixfold.parallel.structure import pattern_of, rules_from_structure
 from sixfold.parallel.styles import STYLES
 from sixfold.parallel.tensor import Rules
 from sixfold.parallel.tiny import CannotTry, tiny_of
@@ -25,6 +26,7 @@ from sixfold.parallel.verify import difference
 DECLARED = "tensor_rules"
 """Attribute of a model that says how it is cut: pattern -> style."""
 USER = "layout.tensor_rules"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Answer:
 
 
 _ANSWERS: dict[tuple[object, ...], Answer] = {}
+"""For Hugging Face models, which their configuration and modules describe."""
 
 
 def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
@@ -75,9 +78,8 @@ def answer_for(model: nn.Module, layout: LayoutConfig) -> Answer:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return _answer(model, layout)
-    described = config.to_json_string()
     asked = (layout.tensor, layout.tensor_rules, layout.sequence_parallel, layout.blocks)
-    key = (type(model), described, *asked)
+    key = (type(model), config.to_json_string(), frozenset(_kinds(model).items()), *asked)
     if key not in _ANSWERS:
         _ANSWERS[key] = _answer(model, layout)
     return _ANSWERS[key]
@@ -87,9 +89,11 @@ def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
     declared: Mapping[str, str] | None = getattr(model, DECLARED, None)
     plan: Any = getattr(model, "tp_plan", None)
     if layout.tensor_rules is not None:
-        return _tried(model, Rules(dict(map(_parsed, layout.tensor_rules)), source=USER), layout)
+        return _tried(
+            model, Rules(dict(map(_parsed, layout.tensor_rules)), source=USER, is_exact=True), layout
+        )
     if declared:
-        return Answer(Rules(dict(declared)))
+        return Answer(Rules(dict(declared), source=f"model.{DECLARED}", is_exact=True))
     planned = Answer(None)
     if isinstance(plan, Mapping) and plan:
         planned = _tried(model, Rules(_with_head(model, plan)), layout)
@@ -104,20 +108,42 @@ def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
 
 def _tried(model: nn.Module, rules: Rules, layout: LayoutConfig) -> Answer:
     try:
-        tiny, inputs = tiny_of(model)
+        tiny, inputs = tiny_of(model, layout.tensor if layout.sequence_parallel else 1)
         blocks = block_names(tiny, layout.blocks) if layout.sequence_parallel else ()
     except (CannotTry, SixfoldError) as error:
-        is_declared = rules.source != USER and not layout.sequence_parallel
-        return _untried(model, error, rules if is_declared else None)
+        if rules.source != USER and layout.sequence_parallel:
+            return _untried(model, error)
+        _log.warning(
+            "layout.tensor: a %s is cut by %s without a trial: %s", type(model).__name__, rules.source, error
+        )
+        return Answer(rules, f"it cannot be tried: {error}")
     why = difference(tiny, inputs, rules, layout.tensor, blocks)
-    return Answer(rules, is_tried=True) if why is None else Answer(None, why)
+    if why is not None:
+        return Answer(None, why)
+    tried = _kinds(tiny)
+    absent = [name for name, kinds in _kinds(model).items() if tried.get(name) != kinds]
+    if absent:
+        _log.warning(
+            "layout.tensor: the small copy on which the cut was tried is built from the configuration of the "
+            "%s, and is without %d of its modules, first %s",
+            *(type(model).__name__, len(absent), absent[0]),
+        )
+    return Answer(rules, is_tried=True)
 
 
-def _untried(model: nn.Module, error: Exception, rules: Rules | None = None) -> Answer:
+def _kinds(model: nn.Module) -> dict[str, frozenset[type]]:
+    """Classes of modules by the pattern of their names."""
+    found: dict[str, set[type]] = {}
+    for name, part in model.named_modules():
+        found.setdefault(pattern_of(name), set()).add(type(part))
+    return {name: frozenset(kinds) for name, kinds in found.items()}
+
+
+def _untried(model: nn.Module, error: Exception) -> Answer:
     inputs = "give model.dummy_inputs (keyword arguments of a forward), or "
     fix = f"declare model.{DECLARED}, which is not tried"
     given = hasattr(model, "dummy_inputs")
-    return Answer(rules, f"it cannot be tried: {error}", fix if given else inputs + fix)
+    return Answer(None, f"it cannot be tried: {error}", fix if given else inputs + fix)
 
 
 def _from_structure(model: nn.Module, layout: LayoutConfig) -> Answer:

@@ -43,11 +43,13 @@ class Rules:
         styles: pattern of module names, * for a number, -> name of a style.
         divided: pattern of module names -> attributes that count what a rank has a part of.
         source: where they come from, for messages.
+        is_exact: whether they are written for this very model, so that each fits something in it.
     """
 
     styles: Mapping[str, str]
     divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = "the model's own plan"
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class _Cutting:
             names = matching(self.model, pattern)
             if not names and style == "scores" and callable(getattr(self.model, pattern, None)):
                 names = [pattern]
-            if not names and self.rules.source == "layout.tensor_rules":
+            if not names and self.rules.is_exact:
                 raise self.refused(f"{pattern!r} fits no module", "rules name modules of the model")
             found |= dict.fromkeys(names, STYLES[style])
         return found

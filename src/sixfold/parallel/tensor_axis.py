@@ -38,7 +38,8 @@ def decide_tensor_axis(
     def apply(mesh: Mesh) -> Remove:
         return TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss).remove
 
-    return AxisChange(cut.places, apply)
+    agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
+    return AxisChange(cut.places, apply, agreed=agreed)
 
 
 def _runs(model: nn.Module, layout: LayoutConfig) -> list[list[str]]:

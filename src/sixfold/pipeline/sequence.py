@@ -25,7 +25,7 @@ from sixfold.pipeline.loss import IGNORED
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
 _TRIED = 8
-"""Tokens for each rank on which it is tried whether a model can be cut."""
+"""Tokens for each rank, at least, on which it is tried whether a model can be cut."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
 OFF = "set layout.context = 1"
@@ -55,12 +55,16 @@ class SequenceCut:
         module: the model; asked what it takes.
         attention: what is told; None where ranks have whole sequences.
         device: where it computes.
+        multiple: of it is the number of tokens in each rank's part.
     """
 
-    def __init__(self, module: nn.Module, attention: ContextAttention | None, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, attention: ContextAttention | None, device: torch.device, multiple: int = 1
+    ) -> None:
         self._module = module
         self._attention = attention
         self._device = device
+        self._multiple = multiple
         self._limits = {} if attention is None else length_limits(module)
         self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
@@ -86,7 +90,8 @@ class SequenceCut:
             shift: labels that the model itself leaves out at the beginning of each sequence; None: unknown.
 
         Raises:
-            ModelError: there are no sequences in it, or too short ones, or a field that cannot be cut.
+            ModelError: there are no sequences in it, or of lengths that are not cut, or fields
+                that cannot be.
         """
         if self._attention is None:
             return Piece(batch)
@@ -99,6 +104,16 @@ class SequenceCut:
                 rule="each rank has two pieces of every sequence, of one token at least",
                 fix=f"give sequences of {2 * num_ranks} tokens or more, or set layout.context = "
                 f"{max(1, length // 2)}",
+            )
+        rows = [num_rows(self._attention.spans_in(length, place)) for place in range(num_ranks)]
+        if any(each % self._multiple for each in rows):
+            raise ModelError(
+                f"sequences of {length} tokens with layout.sequence_parallel, of which ranks along context "
+                f"have {', '.join(map(str, rows))}",
+                rule=f"between blocks each of {self._multiple} tensor ranks keeps an equal part of what its "
+                "context rank has",
+                fix=f"pad sequences to a multiple of {num_ranks * self._multiple}, or leave "
+                "layout.sequence_parallel unset",
             )
         for name, limit in self._limits.items():
             if length > limit:
@@ -131,7 +146,10 @@ class SequenceCut:
         batch where nothing is cut or there is nothing."""
         if self._attention is None or not num_samples(batch):
             return batch
-        length, kept = _length(batch), _TRIED * self._attention.group.num_ranks + 3
+        length, num_ranks = _length(batch), self._attention.group.num_ranks
+        # The parts of a beginning that is shorter by periods divide as those of the whole do.
+        period = 2 * num_ranks * self._multiple
+        kept = -(-_TRIED * num_ranks // period) * period + length % period
 
         def begin(tensor: Tensor) -> Tensor:
             if tensor.dim() > 1 and tensor.shape[1] == length:

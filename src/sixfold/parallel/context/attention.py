@@ -59,9 +59,9 @@ class ContextAttention:
         assert self.sequences is not None, "asked while there are some"
         return self.spans_in(self.sequences.length)
 
-    def spans_in(self, length: int) -> tuple[Span, ...]:
-        """This rank's rows of sequences of a length."""
-        place = self.group.place
+    def spans_in(self, length: int, place: int | None = None) -> tuple[Span, ...]:
+        """Rows of sequences of a length that the rank at `place` has; None: this one."""
+        place = self.group.place if place is None else place
         return spans_of(length, self.group.num_ranks, range(place, place + 1))
 
     def __call__(
