@@ -128,8 +128,8 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
     if replicas % layout.expert or (shard % layout.expert and layout.expert % shard):
         raise PlanError(
             f"layout.expert = {layout.expert} with {along} in groups of {shard}",
-            rule="experts are dealt out to the ranks along data and context, so their groups divide that number, and one of "
-            "layout.shard and layout.expert divides the other",
+            rule="experts are dealt out to the ranks along data and context, so their groups divide that "
+            "number, and one of layout.shard and layout.expert divides the other",
             fix=f"set layout.expert = {gcd(replicas, shard, layout.expert)}",
         )
     sizes = {"pipe": layout.pipe, "data": data, "context": layout.context, "tensor": layout.tensor}
