@@ -152,7 +152,7 @@ def initialize(
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))
-    balance = ModelBalance.find(model) if loss_fn is None else None
+    balance = ModelBalance.find(model, mesh.along("tensor")) if loss_fn is None else None
     if balance is not None:
         ending.callback(balance.remove)
     ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))

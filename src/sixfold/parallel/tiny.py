@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.parallel.balance import SETTING
+
 LARGE = 2_000_000
 """Parameters up to which a model is tried as it is."""
 TOO_LARGE = 40_000_000
@@ -67,6 +69,8 @@ def _built(model: nn.Module, config: Any) -> nn.Module:
         small = copy.deepcopy(config)
         for each in _parts(small):
             shrink(each)
+            if hasattr(each, SETTING):
+                setattr(each, SETTING, False)  # `balance.py` puts another in place of such a loss
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))
