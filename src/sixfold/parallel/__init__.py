@@ -8,7 +8,14 @@ from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
+from sixfold.parallel.context import (
+    ContextAttention,
+    Sequences,
+    cut_rows,
+    length_limits,
+    num_rows,
+    off_zero,
+)
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
 from sixfold.parallel.facts import (
@@ -55,6 +62,7 @@ __all__ = [
     "module_facts",
     "move_buffers",
     "num_rows",
+    "off_zero",
     "persistent_buffers",
     "torch_name",
     "torch_type",
