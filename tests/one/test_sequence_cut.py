@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.parallel import ContextAttention
+from sixfold.parallel import ContextAttention, off_zero
 from sixfold.pipeline import SequenceCut
 
 
@@ -42,3 +42,22 @@ def test_a_length_is_refused_on_all_ranks_or_on_none() -> None:
         with pytest.raises(ModelError, match=r"34 tokens .* have 9, 8, 8, 9") as caught:
             cut_of(4, 2, place=place).piece(torch.zeros(2, 34), shift=None)
         assert "a multiple of 8" in caught.value.fix
+
+
+def test_weights_at_rest_are_moved_while_a_module_runs() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, second = model[0], model[1]
+    with torch.no_grad():
+        first.bias.zero_()
+        second.weight.fill_(1e-6)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    x = torch.ones(2, 4)
+    plain = [first(x), model(x)]
+    with torch.no_grad(), off_zero(model):
+        assert not torch.allclose(first(x), plain[0])
+        torch.testing.assert_close(first.weight @ x[0] + first.bias, plain[0][0])
+        moved = model(x)
+        assert not torch.allclose(moved, plain[1])
+        assert torch.equal(model(x), moved)
+    torch.testing.assert_close(model(x), plain[1], rtol=0, atol=0)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())

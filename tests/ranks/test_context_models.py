@@ -125,8 +125,26 @@ def _mistral(window: int) -> nn.Module:
     return model
 
 
+def _asleep() -> nn.Module:
+    """A convolution that does nothing before it has learned."""
+    mix = AlongTokens()
+    for parameter in mix.parameters():
+        nn.init.zeros_(parameter)
+    return Encoder(_Branch(mix))
+
+
+class _Branch(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.full((WIDTH,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.inner(x)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "convolution": (lambda: Encoder(AlongTokens()), squares, "differ by"),
+    "convolution of zeros": (_asleep, squares, "differ by"),
     "shifted by loss_fn": (Encoder, _shifting, "differ by"),
     "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
     "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),

@@ -21,7 +21,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
-from sixfold.parallel import DTYPES, Routing, Stage
+from sixfold.parallel import DTYPES, Routing, Stage, off_zero
 from sixfold.pipeline import (
     IGNORED,
     Batch,
@@ -278,7 +278,7 @@ class Playing:
         was_training = self._module.training
         self._module.eval()
         trying = self._trying("cut", 2 * has_samples, short)
-        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"):
+        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"), off_zero(self._module):
             if has_samples:
                 error = self._difference_of_cut(short)
             arrive()

@@ -15,6 +15,7 @@ from sixfold.parallel.context import (
     cut_rows,
     length_limits,
     num_rows,
+    off_zero,
     seen_by,
 )
 from sixfold.parallel.costs import handed_bytes, measured_costs
@@ -63,6 +64,7 @@ __all__ = [
     "module_facts",
     "move_buffers",
     "num_rows",
+    "off_zero",
     "persistent_buffers",
     "seen_by",
     "torch_name",

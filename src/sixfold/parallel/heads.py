@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sixfold.models import decoder
 from sixfold.models.chunks import summed_cross_entropy
-from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.chunked_loss import OF_ROWS
 from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor import TensorCut
@@ -156,7 +156,7 @@ class Head:
 
     def _attach_forward(self) -> Callable[[], None]:
         model = self.model
-        given, own = vars(model).get("forward"), own_forward(model)
+        own = own_forward(model)
 
         @functools.wraps(own)
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -170,15 +170,7 @@ class Head:
                 return dataclasses.replace(output, logits=None)
             return output
 
-        model.forward = MethodType(forward, model)
-
-        def undo() -> None:
-            if given is None:
-                del model.forward
-            else:
-                model.forward = given
-
-        return undo
+        return put_forward(model, MethodType(forward, model))
 
     def _has_labels(self, args: Any, kwargs: Any) -> bool:
         if kwargs.get("labels") is not None:

@@ -183,7 +183,8 @@ class SequenceCut:
                 rows = cut_rows(whole, spans, 1).double()
                 is_alike = rows.shape == part.shape
                 far = float((rows - part.double()).abs().max()) if is_alike else float("inf")
-                worst = max(worst, far / max(float(whole.abs().max()), 1e-30))
+                off = far / max(float(whole.abs().max()), 1e-30)
+                worst = off if not off <= worst else worst  # no number is worst of all
         return worst
 
     def judge(self, error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]) -> None:
