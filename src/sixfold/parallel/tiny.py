@@ -63,9 +63,10 @@ def tiny_of(model: nn.Module, multiple: int = 1) -> tuple[nn.Module, dict[str, A
 
 def _built(model: nn.Module, config: Any) -> nn.Module:
     kind: Callable[[Any], nn.Module] = type(model)
-    shrinks = [_same] if _numel(model) <= LARGE else [_narrow, _shallow]
+    # By its configuration alone, so that ranks whose parameters are cut already find the same.
+    shrinks = {_same: LARGE, _narrow: TOO_LARGE, _shallow: TOO_LARGE}
     reason = "no smaller configuration of it can be built"
-    for shrink in shrinks:
+    for shrink, most in shrinks.items():
         small = copy.deepcopy(config)
         for each in _parts(small):
             shrink(each)
@@ -74,7 +75,7 @@ def _built(model: nn.Module, config: Any) -> nn.Module:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))
-            if size > TOO_LARGE:
+            if size > most:
                 reason = f"its smallest copy has {size:,} parameters"
                 continue
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
