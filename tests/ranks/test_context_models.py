@@ -190,6 +190,45 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     engine.close()
 
 
+def _opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=test_context.VOCABULARY,
+        hidden_size=12,
+        ffn_dim=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=12,
+        max_position_embeddings=48,
+        attention_dropout=0.0,
+        dropout=0.0,
+    )
+    model: nn.Module = OPTForCausalLM(config)
+    return model.double()
+
+
+@pytest.mark.ranks(2)
+def test_positions_that_a_model_counts_over_the_padding() -> None:
+    """A part of a sequence does not show them: refused once some are hidden, unless the batch gives them."""
+    engine, alone = start(_opt(), None), _opt()
+    tokens, place = test_context._tokens(0, 21), torch.arange(21).expand(SAMPLES, -1)
+
+    def batch(mask: Tensor, **more: Tensor) -> plain.Batch:
+        labels = tokens.masked_fill((place < 5) | ~mask, -100)
+        return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels, **more}
+
+    front, behind = place >= 4, place < 18
+    given = front.cumsum(1).sub(1).clamp(min=0)
+    for right in (batch(place >= 0), batch(behind), batch(front, position_ids=given)):
+        assert engine.eval_step(right).loss == pytest.approx(float(alone(**right).loss), rel=1e-6)
+    with pytest.raises(ModelError, match="hides tokens in front of others") as caught:
+        engine.eval_step(batch(front))
+    assert "position_ids" in caught.value.fix
+    engine.close()
+
+
 @pytest.mark.ranks(4)
 def test_long_sequences_with_sequence_parallelism() -> None:
     """What a cut is tried on divides as they do."""

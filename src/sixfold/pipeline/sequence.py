@@ -65,6 +65,7 @@ class SequenceCut:
         self._attention = attention
         self._device = device
         self._multiple = multiple
+        self._counts_positions = False
         self._limits = {} if attention is None else length_limits(module)
         self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
@@ -163,6 +164,22 @@ class SequenceCut:
             short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
         return short
 
+    def padded(self, short: Batch) -> list[Batch]:
+        """The same with its first tokens hidden, for a model that is told positions, and could count
+        them by itself over the others; nothing for any other model."""
+        takes = inspect.signature(self._module.forward).parameters
+        is_told = isinstance(short, Mapping) and not hasattr(self._module, PER_TOKEN)
+        if not is_told or "position_ids" in short or not {"attention_mask", "position_ids"} <= set(takes):
+            return []
+        like, length = next(each for each in tensors_of(short) if each.dim() > 1), _length(short)
+        place, num_hidden = torch.arange(length, device=like.device).expand(len(like), -1), length // 4
+        mask = short.get("attention_mask", torch.ones_like(place))
+        fields = {**short, "attention_mask": mask * (place >= num_hidden)}
+        if isinstance(short.get("labels"), Tensor):
+            # The last hidden one is asked for the first that is not.
+            fields["labels"] = short["labels"].masked_fill(place <= num_hidden, IGNORED)
+        return [fields]
+
     def difference(self, expected: Any, output: Any, piece: Piece, loss: float, total: float) -> float:
         """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
         relative to these.
@@ -174,23 +191,28 @@ class SequenceCut:
         """
         assert self._attention is not None, "asked where something is cut"
         assert piece.sequences is not None, "as above"
-        length, worst = piece.sequences.length, abs(total - loss) / max(abs(loss), 1e-30)
-        spans = self._attention.spans_in(length)
+        length, keys = piece.sequences.length, piece.sequences.keys
+        errors, spans = [abs(total - loss) / max(abs(loss), 1e-30)], self._attention.spans_in(length)
         wholes, parts = list(tensors_of(expected)), list(tensors_of(output))
         # Scores may be missing in one of them: there are fewer in a part, and only many are left out.
         for whole, part in zip(wholes, parts, strict=True) if len(wholes) == len(parts) else ():
             if whole.dim() > 1 and whole.shape[1] == length and whole.is_floating_point():
-                rows = cut_rows(whole, spans, 1).double()
-                is_alike = rows.shape == part.shape
-                far = float((rows - part.double()).abs().max()) if is_alike else float("inf")
-                off = far / max(float(whole.abs().max()), 1e-30)
-                worst = off if not off <= worst else worst  # no number is worst of all
-        return worst
+                visible = _visible(whole, keys)
+                rows, far = cut_rows(visible, spans, 1), float("inf")
+                if rows.shape == part.shape:
+                    own = None if keys is None else cut_rows(keys, spans, 1)
+                    far = float((rows - _visible(part, own)).abs().max())
+                errors.append(far / max(float(visible.abs().max()), 1e-30))
+        return float(torch.tensor(errors).max())  # of which one that is no number is the largest
 
-    def judge(self, error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]) -> None:
-        """Raise ModelError where some rank's `difference` is more than rounding.
+    def judge(
+        self, error: float, padded_error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]
+    ) -> None:
+        """Raise ModelError where some rank's `difference` is more than rounding. Where only that with hidden
+        tokens is, batches that have such are refused from now on.
 
         Args:
+            padded_error: the difference for what `padded` gave.
             is_narrow: whether the model computes in a type of 16 bits.
             is_bad: whether any rank says so.
         """
@@ -206,6 +228,8 @@ class SequenceCut:
                 fix=f"shift labels in the batch, give the model {PER_TOKEN}(...) -> fields [batch, length], "
                 f"or {OFF}",
             )
+
+        self._counts_positions = is_bad(not padded_error <= bound)
 
     def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
         """Fields with one entry a token, and what is known of the sequences, see `Sequences`."""
@@ -236,6 +260,8 @@ class SequenceCut:
                     fix=f"give attention_mask as [batch, length] or [batch, 1, length, length], or {OFF}",
                 )
             keys = None if bool((mask != 0).all()) else mask != 0
+            if keys is not None and positions is None and self._counts_positions:
+                self._refuse_hidden_before(keys)
         elif isinstance(positions, Tensor) and not _keeps_cache(self._module, fields):
             documents = _documents(positions.expand(len(like), -1))
         if "position_ids" in takes:
@@ -252,9 +278,26 @@ class SequenceCut:
             fields["labels"] = fields["shift_labels"] = shifted
         return fields, _given(documents=documents, keys=keys, seen=seen)
 
+    def _refuse_hidden_before(self, keys: Tensor) -> None:
+        if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+            raise ModelError(
+                f"an attention_mask that hides tokens in front of others, over layout.context, with "
+                f"{type(self._module).__name__}",
+                rule="such a model counts positions over the tokens that are not hidden, which a part of a "
+                "sequence does not show",
+                fix=f"pad behind the tokens, give position_ids [batch, length], or {OFF}",
+            )
+
 
 def _given(**known: Tensor | None) -> dict[str, Tensor]:
     return {name: each for name, each in known.items() if each is not None}
+
+
+def _visible(output: Tensor, keys: Tensor | None) -> Tensor:
+    """An output [batch, length, ...] with zeros for padding: what that comes to is nobody's business."""
+    if keys is None:
+        return output.double()
+    return output.double().masked_fill(~keys.view(*keys.shape, *[1] * (output.dim() - 2)), 0.0)
 
 
 def _keeps_cache(module: nn.Module, fields: Mapping[str, Any]) -> bool:
