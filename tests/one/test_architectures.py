@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from sixfold.base.errors import ConfigError, ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.rules import find_rules
-from sixfold.parallel.tensor import Rules, decide_tensor
-from sixfold.parallel.tiny import tiny_of
-from sixfold.parallel.verify import difference
+from sixfold.parallel.tensor.cut import Rules, decide_tensor
+from sixfold.parallel.tensor.rules import find_rules
+from sixfold.parallel.tensor.tiny import tiny_of
+from sixfold.parallel.tensor.verify import difference
 from tests.architectures import ARCHITECTURES, KEPT_TRUE, PAGE, Architecture, row
 
 BY_NAME = {each.name: each for each in ARCHITECTURES}
@@ -103,7 +104,54 @@ def test_what_cannot_be_tried_is_refused() -> None:
     with torch.device("meta"):
         large = Net()
     with pytest.raises(ModelError, match="on meta, are not copied"):
-        find_rules(large, layout(*HOLDS))
+        find_rules(large, layout())
+
+
+def test_rules_of_the_user_that_cannot_be_tried_are_taken_with_a_warning(caplog: Any) -> None:
+    with torch.device("meta"):
+        large = Net()
+    assert find_rules(large, layout(*HOLDS)).styles == {"fc1": "colwise", "fc2": "rowwise"}
+    assert "cut by layout.tensor_rules without a trial: 236" in caplog.text
+
+
+def test_a_declared_rule_that_fits_nothing_is_refused() -> None:
+    net: Any = Net()
+    net.tensor_rules = {"fc1": "colwise", "fc3": "rowwise"}
+    with pytest.raises(ModelError, match=r"'fc3' fits no module \(model\.tensor_rules\)"):
+        decide_tensor(net, find_rules(net, layout()), 2, 0)
+
+
+def test_what_is_not_in_the_small_copy_is_named(caplog: Any) -> None:
+    model: Any = BY_NAME["Llama"].build()
+    assert find_rules(model, layout()).styles
+    assert not caplog.text
+    model.model.layers[1].mlp.act_fn = nn.Tanh()
+    assert find_rules(model, layout()).styles
+    assert "without 1 of its modules, first model.layers.*.mlp.act_fn" in caplog.text
+
+
+def test_another_model_gets_another_answer() -> None:
+    """Even where it has the place in memory of one that is gone."""
+    net = Net()
+    assert "fc1" in find_rules(net, layout()).styles
+    del net
+    changed: Any = Net()
+    changed.fc1 = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))
+    with pytest.raises(ModelError):
+        find_rules(changed, layout())
+
+
+@pytest.mark.parametrize("num_ranks", [3, 16])
+def test_what_a_sequence_is_tried_on_divides(num_ranks: int) -> None:
+    sizes = {
+        **BY_NAME["Llama"].sizes,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 48,
+        "hidden_size": 48,
+    }
+    model = replace(BY_NAME["Llama"], sizes=sizes).build()
+    asked = LayoutConfig(tensor=num_ranks, sequence_parallel=True)
+    assert find_rules(model, asked).styles["model.layers.*.mlp.up_proj"] == "colwise"
 
 
 def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:

@@ -105,6 +105,16 @@ def test_the_product_of_torch_gives_the_same(dtype: torch.dtype, monkeypatch: py
     assert is_groupable(rows.to("meta"), weight.to("meta"))
 
 
+def test_gating_is_that_of_torch() -> None:
+    packed = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = packed.chunk(2, -1)
+    expected, found = F.silu(gate) * up, grouped.gated(packed)
+    assert torch.equal(found, expected)
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(each, packed, weight)[0] for each in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
 def test_rows_come_back_to_their_tokens() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 3, dtype=torch.float64)

@@ -125,8 +125,26 @@ def _mistral(window: int) -> nn.Module:
     return model
 
 
+def _asleep() -> nn.Module:
+    """A convolution that does nothing before it has learned."""
+    mix = AlongTokens()
+    for parameter in mix.parameters():
+        nn.init.zeros_(parameter)
+    return Encoder(_Branch(mix))
+
+
+class _Branch(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.full((WIDTH,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.inner(x)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "convolution": (lambda: Encoder(AlongTokens()), squares, "differ by"),
+    "convolution of zeros": (_asleep, squares, "differ by"),
     "shifted by loss_fn": (Encoder, _shifting, "differ by"),
     "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
     "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),
@@ -165,10 +183,63 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     assert "engine.train_step(batch)" in caught.value.fix
     engine.close()
     engine = engine_of("padded", context=2)
-    mask = torch.ones(SAMPLES, 1, 21, 21)
+    mask = torch.zeros(SAMPLES, 6, 21, 21)
     with pytest.raises(ModelError, match="attention_mask") as refused:
         engine.train_step({**TASKS["padded"].batch(0), "attention_mask": mask})
-    assert "position_ids" in refused.value.fix
+    assert "[batch, 1, length, length]" in refused.value.fix
+    engine.close()
+
+
+def _opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=test_context.VOCABULARY,
+        hidden_size=12,
+        ffn_dim=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=12,
+        max_position_embeddings=48,
+        attention_dropout=0.0,
+        dropout=0.0,
+    )
+    model: nn.Module = OPTForCausalLM(config)
+    return model.double()
+
+
+@pytest.mark.ranks(2)
+def test_positions_that_a_model_counts_over_the_padding() -> None:
+    """A part of a sequence does not show them: refused once some are hidden, unless the batch gives them."""
+    engine, alone = start(_opt(), None), _opt()
+    tokens, place = test_context._tokens(0, 21), torch.arange(21).expand(SAMPLES, -1)
+
+    def batch(mask: Tensor, **more: Tensor) -> plain.Batch:
+        labels = tokens.masked_fill((place < 5) | ~mask, -100)
+        return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels, **more}
+
+    front, behind = place >= 4, place < 18
+    given = front.cumsum(1).sub(1).clamp(min=0)
+    for right in (batch(place >= 0), batch(behind), batch(front, position_ids=given)):
+        assert engine.eval_step(right).loss == pytest.approx(float(alone(**right).loss), rel=1e-6)
+    with pytest.raises(ModelError, match="hides tokens in front of others") as caught:
+        engine.eval_step(batch(front))
+    assert "position_ids" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(4)
+def test_long_sequences_with_sequence_parallelism() -> None:
+    """What a cut is tried on divides as they do."""
+    engine = engine_of("padded", context=2, tensor=2, sequence_parallel=True)
+    tokens = torch.randint(0, 24, (2, 44), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "labels": tokens}
+    loss = float(mean_loss(test_context.build("padded"), batch))
+    assert engine.train_step(batch) == pytest.approx(loss, rel=1e-6)
+    with pytest.raises(ModelError, match=r"42 tokens with layout\.sequence_parallel") as caught:
+        engine.train_step({name: field[:, :42] for name, field in batch.items()})
+    assert "a multiple of 4" in caught.value.fix
     engine.close()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sixfold
-from sixfold.base.errors import ModelError
+from sixfold.base.errors import MeshError, ModelError
 from sixfold.engine import Engine
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.lora import add_adapters
@@ -109,7 +109,7 @@ TASKS = {
 }
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "model": tuple(TASKS),
+    "model": ("decoder", "tied", "adapted", "tied-llama", "gpt2"),
     "tensor": (2, 4),
     "zero": (0, 1, 2, 3),
     "pipe": (1, 2),
@@ -335,6 +335,40 @@ def test_an_update_from_a_partial_gradient_is_refused_by_name(zero: int) -> None
     with pytest.raises(ModelError, match=r"2 parameter\(s\) differ .* first: norm\.weight") as caught:
         engine.train_step(batch)
     assert "replicated_with_grad_allreduce" in caught.value.fix
+    engine.close()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_would_cut_a_model_differently_are_told() -> None:
+    model = NormOfHeads(forgets=torch.distributed.get_rank() == 1)
+    with pytest.raises(MeshError, match=r"rank\(s\) 1 differ from rank 0 in: cuts of the model"):
+        sixfold.initialize(model, config={"layout": {"tensor": 2}})
+
+
+class LateNorm(NormOfHeads):
+    """Its gradients come later than with the first update: until then they are zero, or overflow."""
+
+    def __init__(self, factors: tuple[float, ...]) -> None:
+        super().__init__(forgets=True)
+        self.factors = iter(factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * next(self.factors)
+
+
+@pytest.mark.ranks(2)
+def test_partial_gradients_that_come_later_are_refused_too() -> None:
+    batch = {"x": torch.randn(4, 4, generator=torch.Generator().manual_seed(0))}
+    engine = sixfold.initialize(
+        LateNorm((float("inf"), 0.0, 1.0)),
+        config={"layout": {"tensor": 2}, "precision": {"compute": "fp16", "initial_scale": 2.0}},
+    )
+    engine.train_step(batch)
+    assert engine.last is not None
+    assert engine.last.skipped
+    engine.train_step(batch)
+    with pytest.raises(ModelError, match=r"2 parameter\(s\) differ .* first: norm\.weight"):
+        engine.train_step(batch)
     engine.close()
 
 

@@ -85,8 +85,12 @@ def check_capacity(model: nn.Module, layout: LayoutConfig) -> None:
         )
 
 
-def check_agreement(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Config) -> None:
-    """Raise MeshError on every rank unless all hold the same model and configuration."""
+def check_agreement(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Config, cuts: str) -> None:
+    """Raise MeshError on every rank unless all hold the same model and configuration, and cut it alike.
+
+    Args:
+        cuts: what axes decided, see `AxisChange.agreed`.
+    """
     own_launch = asked.model_copy(update={"launch": None})
     agree(
         mesh,
@@ -97,6 +101,7 @@ def check_agreement(mesh: Mesh, model: nn.Module, facts: ModuleFacts, asked: Con
             "requires_grad": " ".join(str(fact.trainable) for fact in facts.parameters),
             "buffers": " ".join(f"{name}{tuple(part.shape)}" for name, part in model.named_buffers()),
             "tied names": " ".join(f"{alias}={name}" for alias, name in sorted(facts.aliases.items())),
+            "cuts of the model": cuts,
             "configuration": own_launch.model_dump_json(warnings=False),
         },
     )

@@ -133,7 +133,7 @@ def initialize(
     ending = ExitStack()  # ended in the opposite order
     ending.callback(mesh.close)
     ending.callback(watch(mesh, address, asked.launch))
-    check_agreement(mesh, model, facts, asked)
+    check_agreement(mesh, model, facts, asked, axes.agreed)
     check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
     streams = Streams(asked.seed, place)
@@ -215,7 +215,9 @@ def initialize(
             player=player,
             scaler=scaler,
             loss_form=loss_form,
-            sequences=SequenceCut(model, axes.attention, place),
+            sequences=SequenceCut(
+                model, axes.attention, place, asked.layout.tensor if asked.layout.sequence_parallel else 1
+            ),
             routing=Routing(model, mesh, balance, parted=asked.layout.sequence_parallel),
         ),
         persistence=Persistence(

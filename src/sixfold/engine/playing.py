@@ -22,7 +22,7 @@ from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.models.chunks import IGNORED
-from sixfold.parallel import DTYPES, Routing, Stage
+from sixfold.parallel import DTYPES, Routing, Stage, off_zero
 from sixfold.pipeline import (
     Batch,
     Counts,
@@ -274,19 +274,20 @@ class Playing:
 
     def _try_cut(self, short: Batch) -> None:
         """Raise ModelError, on every rank, unless the model gives the same for sequences that are cut."""
-        has_samples, error = num_samples(short) > 0, 0.0
+        tried = [short, *self._sequences.padded(short)] if num_samples(short) else []
+        errors, sums = [0.0, 0.0], self._loss_form.shift is not None  # means may weigh padded parts unequally
         was_training = self._module.training
         self._module.eval()
-        trying = self._trying("cut", 2 * has_samples, short)
-        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"):
-            if has_samples:
-                error = self._difference_of_cut(short)
+        trying = self._trying("cut", 2 * len(tried), short)
+        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"), off_zero(self._module):
+            for number, each in enumerate(tried):
+                errors[number] = self._difference_of_cut(each, compares_loss=not number or sums)
             arrive()
         self._module.train(was_training)
         is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
-        self._sequences.judge(error, is_narrow=is_narrow, is_bad=self._mesh.any)
+        self._sequences.judge(*errors, is_narrow=is_narrow, is_bad=self._mesh.any)
 
-    def _difference_of_cut(self, short: Batch) -> float:
+    def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
         """How far outputs and loss for pieces are from those for whole sequences, relative to these."""
         whole, piece = Piece(short), self._sequences.piece(short, shift=self._loss_form.shift)
         found = []
@@ -294,7 +295,8 @@ class Playing:
             each = replace(each, batch=to_device(each.batch, self._mesh.device, None))
             with self._sequences.running(each):
                 output = self._output_of(*self._arguments(each, 1.0))
-            found.append((output, self._read(output, each, 1.0).value if self._has_loss else torch.zeros(())))
+            has_loss = compares_loss and self._has_loss
+            found.append((output, self._read(output, each, 1.0).value if has_loss else torch.zeros(())))
         (expected, loss), (output, part) = found
         total = part.detach().double().reshape(1)
         self._mesh.along("context").all_reduce(total).wait()

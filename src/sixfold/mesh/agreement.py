@@ -42,7 +42,7 @@ def agree(mesh: Mesh, facts: Mapping[str, str]) -> None:
         raise MeshError(
             f"rank(s) {', '.join(map(str, strangers))} differ from rank 0 in: "
             f"{', '.join(differing) or 'the number of facts'}",
-            rule="every rank builds the same model with the same configuration",
+            rule="every rank builds the same model with the same configuration, and cuts it alike",
             fix="build the model from the same code, configuration and seed on every rank",
         )
 

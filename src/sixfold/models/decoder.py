@@ -8,6 +8,7 @@ building it on the meta device and calling every `reset_parameters`, children fi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ TENSOR_RULES = {
     "lm_head": "local_colwise",
     "head": "scores",
 }
-"""How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
+"""How several ranks share its layers: the styles of `parallel/tensor/styles.py`; "head" is the method."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class Decoder(nn.Module):
         """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
         self.pipeline_parts = ("model.embed_tokens", "model.layers", "model.norm", head)
-        self.tensor_rules = TENSOR_RULES
+        parts = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_modules()} | {"head"}
+        self.tensor_rules = {name: style for name, style in TENSOR_RULES.items() if name in parts}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, width] to scores of the next token [batch, length, vocab_size]."""

@@ -1,16 +1,24 @@
 """Facts about modules, and what is done to modules before they are trained.
 
-The engine calls it between plan and state; it moves no state and sends nothing.
+The engine calls it between plan and state. It moves no state; what its axes make of forwards sends
+activations, tokens and keys through the groups of the mesh.
 """
 
 from sixfold.parallel.axes import decide_axes
-from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
-from sixfold.parallel.context import ContextAttention, Sequences, cut_rows, length_limits, num_rows
-from sixfold.parallel.costs import handed_bytes, measured_costs
-from sixfold.parallel.deferral import Deferral, Product
+from sixfold.parallel.context import (
+    ContextAttention,
+    Sequences,
+    cut_rows,
+    length_limits,
+    num_rows,
+    off_zero,
+    seen_by,
+)
+from sixfold.parallel.expert.balance import ModelBalance
+from sixfold.parallel.expert.routing import Routing
 from sixfold.parallel.facts import (
     BATCH_NORMS,
     DTYPES,
@@ -23,9 +31,10 @@ from sixfold.parallel.facts import (
     torch_type,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
-from sixfold.parallel.pipe import ModelCut
-from sixfold.parallel.routing import Routing
-from sixfold.parallel.stage import Stage
+from sixfold.parallel.pipe.costs import handed_bytes, measured_costs
+from sixfold.parallel.pipe.cut import ModelCut
+from sixfold.parallel.pipe.deferral import Deferral, Product
+from sixfold.parallel.pipe.stage import Stage
 
 __all__ = [
     "BATCH_NORMS",
@@ -55,7 +64,9 @@ __all__ = [
     "module_facts",
     "move_buffers",
     "num_rows",
+    "off_zero",
     "persistent_buffers",
+    "seen_by",
     "torch_name",
     "torch_type",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -47,26 +48,37 @@ def change_forwards(
     if recompute is None and backend is None:
         return lambda: None
     blocks = [model.get_submodule(name) for name in blocks_to_change(model, names)]
-    before = [(block, vars(block).get("forward")) for block in blocks]
     made: dict[Forward, Forward] = {}
+    undo = ExitStack()
     for block in blocks:
         own = own_forward(block)
         if own not in made:
             made[own] = _for_training(own, recompute, backend)
-        # A bound method, because copies of the module (`copy.deepcopy`) bind it to themselves.
-        block.forward = MethodType(made[own], block)
+        undo.callback(put_forward(block, MethodType(made[own], block)))
+    return undo.close
+
+
+def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Give one instance another forward; returns what puts back the one that it had.
+
+    Args:
+        forward: takes what the module takes. A method bound to the module is bound to its copies
+            (`copy.deepcopy`) by them.
+    """
+    given = vars(module).get("forward")
+    module.forward = forward
 
     def undo() -> None:
-        for block, given in before:
-            if given is None:
-                del block.forward
-            else:
-                block.forward = given
+        if given is None:
+            del module.forward
+        else:
+            module.forward = given
 
     return undo
 
 
 def own_forward(block: nn.Module) -> Forward:
+    """The forward of an instance, as a function that takes the module too."""
     given = vars(block).get("forward")
     if given is None:
         return type(block).forward

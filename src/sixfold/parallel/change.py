@@ -28,11 +28,13 @@ class AxisChange:
         apply: changes how modules run, and returns what undoes it; shapes of parameters are the state
             engine's.
         attention: what is to be told of the sequences that run; None where ranks have whole ones.
+        agreed: what all ranks have to decide alike, as text.
     """
 
     places: Mapping[str, Place] = field(default_factory=dict)
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
     attention: ContextAttention | None = None
+    agreed: str = ""
 
 
 Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.models.chunks import IGNORED
-from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows
+from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
 _TRIED = 8
-"""Tokens for each rank on which it is tried whether a model can be cut."""
+"""Tokens for each rank, at least, on which it is tried whether a model can be cut."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
 OFF = "set layout.context = 1"
@@ -55,12 +55,17 @@ class SequenceCut:
         module: the model; asked what it takes.
         attention: what is told; None where ranks have whole sequences.
         device: where it computes.
+        multiple: of it is the number of tokens in each rank's part.
     """
 
-    def __init__(self, module: nn.Module, attention: ContextAttention | None, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, attention: ContextAttention | None, device: torch.device, multiple: int = 1
+    ) -> None:
         self._module = module
         self._attention = attention
         self._device = device
+        self._multiple = multiple
+        self._counts_positions = False
         self._limits = {} if attention is None else length_limits(module)
         self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
@@ -86,11 +91,12 @@ class SequenceCut:
             shift: labels that the model itself leaves out at the beginning of each sequence; None: unknown.
 
         Raises:
-            ModelError: there are no sequences in it, or too short ones, or a field that cannot be cut.
+            ModelError: there are no sequences in it, or of lengths that are not cut, or fields
+                that cannot be.
         """
         if self._attention is None:
             return Piece(batch)
-        fields, documents, keys = self._fields(batch, shift)
+        fields, known = self._fields(batch, shift)
         length = _length(fields)
         num_ranks = self._attention.group.num_ranks
         if length < 2 * num_ranks:
@@ -99,6 +105,16 @@ class SequenceCut:
                 rule="each rank has two pieces of every sequence, of one token at least",
                 fix=f"give sequences of {2 * num_ranks} tokens or more, or set layout.context = "
                 f"{max(1, length // 2)}",
+            )
+        rows = [num_rows(self._attention.spans_in(length, place)) for place in range(num_ranks)]
+        if any(each % self._multiple for each in rows):
+            raise ModelError(
+                f"sequences of {length} tokens with layout.sequence_parallel, of which ranks along context "
+                f"have {', '.join(map(str, rows))}",
+                rule=f"between blocks each of {self._multiple} tensor ranks keeps an equal part of what its "
+                "context rank has",
+                fix=f"pad sequences to a multiple of {num_ranks * self._multiple}, or leave "
+                "layout.sequence_parallel unset",
             )
         for name, limit in self._limits.items():
             if length > limit:
@@ -117,8 +133,10 @@ class SequenceCut:
 
         part = change_tensors(fields, cut)
         labels = fields.get("labels") if isinstance(fields, Mapping) else None
-        documents, keys = (None if each is None else each.to(self._device) for each in (documents, keys))
-        sequences = Sequences(length, documents, keys)
+        known = {name: each.to(self._device) for name, each in known.items()}
+        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
+        if sequences.seen is not None:
+            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
         if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
             return Piece(part, sequences, num_rows(spans) / length)
         valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
@@ -129,17 +147,38 @@ class SequenceCut:
         batch where nothing is cut or there is nothing."""
         if self._attention is None or not num_samples(batch):
             return batch
-        length, kept = _length(batch), _TRIED * self._attention.group.num_ranks + 3
+        length, num_ranks = _length(batch), self._attention.group.num_ranks
+        # The parts of a beginning that is shorter by periods divide as those of the whole do.
+        period = 2 * num_ranks * self._multiple
+        kept = -(-_TRIED * num_ranks // period) * period + length % period
 
         def begin(tensor: Tensor) -> Tensor:
-            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
-            return tensor[:1, :kept] if is_sequence else tensor[:1] if tensor.dim() else tensor
+            if tensor.dim() > 1 and tensor.shape[1] == length:
+                return tensor[:1, :kept]
+            is_of_pairs = tensor.dim() == 4 and tensor.shape[2:] == (length, length)
+            return tensor[:1, :, :kept, :kept] if is_of_pairs else tensor[:1] if tensor.dim() else tensor
 
         short = change_tensors(batch, begin)
         if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
             labels = short["labels"]
             short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
         return short
+
+    def padded(self, short: Batch) -> list[Batch]:
+        """The same with its first tokens hidden, for a model that is told positions, and could count
+        them by itself over the others; nothing for any other model."""
+        takes = inspect.signature(self._module.forward).parameters
+        is_told = isinstance(short, Mapping) and not hasattr(self._module, PER_TOKEN)
+        if not is_told or "position_ids" in short or not {"attention_mask", "position_ids"} <= set(takes):
+            return []
+        like, length = next(each for each in tensors_of(short) if each.dim() > 1), _length(short)
+        place, num_hidden = torch.arange(length, device=like.device).expand(len(like), -1), length // 4
+        mask = short.get("attention_mask", torch.ones_like(place))
+        fields = {**short, "attention_mask": mask * (place >= num_hidden)}
+        if isinstance(short.get("labels"), Tensor):
+            # The last hidden one is asked for the first that is not.
+            fields["labels"] = short["labels"].masked_fill(place <= num_hidden, IGNORED)
+        return [fields]
 
     def difference(self, expected: Any, output: Any, piece: Piece, loss: float, total: float) -> float:
         """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
@@ -152,22 +191,28 @@ class SequenceCut:
         """
         assert self._attention is not None, "asked where something is cut"
         assert piece.sequences is not None, "as above"
-        length, worst = piece.sequences.length, abs(total - loss) / max(abs(loss), 1e-30)
-        spans = self._attention.spans_in(length)
+        length, keys = piece.sequences.length, piece.sequences.keys
+        errors, spans = [abs(total - loss) / max(abs(loss), 1e-30)], self._attention.spans_in(length)
         wholes, parts = list(tensors_of(expected)), list(tensors_of(output))
         # Scores may be missing in one of them: there are fewer in a part, and only many are left out.
         for whole, part in zip(wholes, parts, strict=True) if len(wholes) == len(parts) else ():
             if whole.dim() > 1 and whole.shape[1] == length and whole.is_floating_point():
-                rows = cut_rows(whole, spans, 1).double()
-                is_alike = rows.shape == part.shape
-                far = float((rows - part.double()).abs().max()) if is_alike else float("inf")
-                worst = max(worst, far / max(float(whole.abs().max()), 1e-30))
-        return worst
+                visible = _visible(whole, keys)
+                rows, far = cut_rows(visible, spans, 1), float("inf")
+                if rows.shape == part.shape:
+                    own = None if keys is None else cut_rows(keys, spans, 1)
+                    far = float((rows - _visible(part, own)).abs().max())
+                errors.append(far / max(float(visible.abs().max()), 1e-30))
+        return float(torch.tensor(errors).max())  # of which one that is no number is the largest
 
-    def judge(self, error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]) -> None:
-        """Raise ModelError where some rank's `difference` is more than rounding.
+    def judge(
+        self, error: float, padded_error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]
+    ) -> None:
+        """Raise ModelError where some rank's `difference` is more than rounding. Where only that with hidden
+        tokens is, batches that have such are refused from now on.
 
         Args:
+            padded_error: the difference for what `padded` gave.
             is_narrow: whether the model computes in a type of 16 bits.
             is_bad: whether any rank says so.
         """
@@ -184,43 +229,46 @@ class SequenceCut:
                 f"or {OFF}",
             )
 
-    def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, Tensor | None, Tensor | None]:
-        """Fields with one entry a token, the documents, and which tokens may be seen."""
+        self._counts_positions = is_bad(not padded_error <= bound)
+
+    def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
+        """Fields with one entry a token, and what is known of the sequences, see `Sequences`."""
         told: Callable[..., Mapping[str, Any]] | None = getattr(self._module, PER_TOKEN, None)
         if told is not None:
             named = isinstance(batch, Mapping)
             fields = (
                 told(**batch) if named else told(*(batch if isinstance(batch, tuple | list) else (batch,)))
             )
-            return fields, fields.get("documents"), None
+            return fields, _given(documents=fields.get("documents"))
         if not isinstance(batch, Mapping):
-            return batch, None, None
+            return batch, {}
         return self._named_fields(dict(batch), shift)
 
-    def _named_fields(
-        self, fields: dict[str, Any], shift: int | None
-    ) -> tuple[Batch, Tensor | None, Tensor | None]:
+    def _named_fields(self, fields: dict[str, Any], shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
         length, like = _length(fields), next(each for each in tensors_of(fields) if each.dim() > 1)
-        documents, keys = fields.get("documents"), None
+        documents, keys, seen = fields.get("documents"), None, None
         takes = inspect.signature(self._module.forward).parameters
         mask, positions = fields.get("attention_mask"), fields.get("position_ids")
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and mask.shape[1:] == (1, length, length):
+            seen = seen_by(mask)
+        elif isinstance(mask, Tensor):
             if mask.shape != (len(like), length):
                 raise ModelError(
                     f"an attention_mask {tuple(mask.shape)} with sequences of {length} tokens cut by "
                     "layout.context",
-                    rule="attention across ranks takes padding and documents by token, not by pairs of them",
-                    fix="give attention_mask as [batch, length], or documents by position_ids that begin "
-                    f"anew; or {OFF}",
+                    rule="attention across ranks takes a mask of tokens, or of pairs, the same for all heads",
+                    fix=f"give attention_mask as [batch, length] or [batch, 1, length, length], or {OFF}",
                 )
             keys = None if bool((mask != 0).all()) else mask != 0
+            if keys is not None and positions is None and self._counts_positions:
+                self._refuse_hidden_before(keys)
         elif isinstance(positions, Tensor) and not _keeps_cache(self._module, fields):
             documents = _documents(positions.expand(len(like), -1))
         if "position_ids" in takes:
             if positions is None:
                 positions = torch.arange(length, device=like.device)[None]
             fields["position_ids"] = positions.expand(len(like), -1)
-        if "attention_mask" in takes and (mask is not None or "position_ids" in takes):
+        if seen is None and "attention_mask" in takes and (mask is not None or "position_ids" in takes):
             # Parts of a sequence are no documents, and what is padding is known already.
             kind = mask.dtype if mask is not None else torch.long
             fields["attention_mask"] = torch.ones(len(like), length, dtype=kind, device=like.device)
@@ -228,7 +276,28 @@ class SequenceCut:
         if shift == 1 and isinstance(labels, Tensor) and labels.shape == (len(like), length):
             shifted = fields.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=IGNORED))
             fields["labels"] = fields["shift_labels"] = shifted
-        return fields, documents, keys
+        return fields, _given(documents=documents, keys=keys, seen=seen)
+
+    def _refuse_hidden_before(self, keys: Tensor) -> None:
+        if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+            raise ModelError(
+                f"an attention_mask that hides tokens in front of others, over layout.context, with "
+                f"{type(self._module).__name__}",
+                rule="such a model counts positions over the tokens that are not hidden, which a part of a "
+                "sequence does not show",
+                fix=f"pad behind the tokens, give position_ids [batch, length], or {OFF}",
+            )
+
+
+def _given(**known: Tensor | None) -> dict[str, Tensor]:
+    return {name: each for name, each in known.items() if each is not None}
+
+
+def _visible(output: Tensor, keys: Tensor | None) -> Tensor:
+    """An output [batch, length, ...] with zeros for padding: what that comes to is nobody's business."""
+    if keys is None:
+        return output.double()
+    return output.double().masked_fill(~keys.view(*keys.shape, *[1] * (output.dim() - 2)), 0.0)
 
 
 def _keeps_cache(module: nn.Module, fields: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from sixfold.mesh import Mesh
 from sixfold.plan import Plan
 from sixfold.state.ties import tied_groups
 from sixfold.state.unit import Unit
-from sixfold.state.wholeness import check_wholeness
+from sixfold.state.wholeness import Wholeness
 
 
 class GradientSums:
@@ -47,14 +47,14 @@ class GradientSums:
             for unit, gradients in zip(units, self._gradients, strict=True)
             if not unit.plan.is_copy and (is_cut or mesh.rank == 0)
         ]
-        self._is_checked = False
+        self._wholeness = Wholeness(units, mesh)
 
     def share(self) -> None:
         """Sum reduced gradients over ranks that are no replicas: of weights whose gradients are partial along
-        an axis, then of those that several stages hold. The first time, see that nothing partial is left.
+        an axis, then of those that several stages hold. The first times, see that nothing partial is left.
 
         Raises:
-            ModelError: see `check_wholeness`.
+            ModelError: see `Wholeness`.
         """
         for gradients, groups in self._partial:
             for group in groups:
@@ -62,9 +62,7 @@ class GradientSums:
             gradients.take_norms()
         for tie in self._ties:
             tie.sum_grads()
-        if not self._is_checked:
-            check_wholeness(self._units, self._mesh)
-            self._is_checked = True
+        self._wholeness.check()
 
     def squares(self, num_groups: int) -> list[float]:
         """This rank's share of the square of the 2-norm of each optimizer group's reduced gradients."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.recompute import Forward
 
 Attend = Callable[..., Tensor]
@@ -50,13 +51,13 @@ def answer_calls(model: nn.Module, attend: Callable[[], Attend | None]) -> Calla
         attend: gives what answers, each time that a module runs; None: torch's own.
     """
     modules = [module for module in model.modules() if _may_attend(module)]
-    before = [(module, vars(module).get("forward")) for module in modules]
+    forwards = ExitStack()
     made: dict[Forward, Forward] = {}
     for module in modules:
         own = own_forward(module)
         if own not in made:
             made[own] = _marked(own, attend)
-        module.forward = MethodType(made[own], module)
+        forwards.callback(put_forward(module, MethodType(made[own], module)))
     user = object()
     with _lock:
         _users[user] = torch.backends.mha.get_fastpath_enabled()
@@ -71,11 +72,7 @@ def answer_calls(model: nn.Module, attend: Callable[[], Attend | None]) -> Calla
             else:
                 setattr(F, _NAME, _own)
                 torch.backends.mha.set_fastpath_enabled(value=was_fast)
-        for module, given in before:
-            if given is None:
-                del module.forward
-            else:
-                module.forward = given
+        forwards.close()
 
     return undo
 

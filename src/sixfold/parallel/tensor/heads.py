@@ -1,6 +1,6 @@
 """The head of a language model that is cut along the vocabulary, and the loss behind it.
 
-Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
+Made by `forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
 keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are
 gathered.
 """
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from sixfold.models import decoder
 from sixfold.models.chunks import IGNORED, summed_cross_entropy
-from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.chunked_loss import OF_ROWS
-from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
-from sixfold.parallel.tensor import TensorCut
-from sixfold.parallel.vocabulary import Vocabulary, losses_of
+from sixfold.parallel.tensor.crossing import COPIED, GATHERED, Axis, cross
+from sixfold.parallel.tensor.cut import TensorCut
+from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Head:
 
     def _attach_forward(self) -> Callable[[], None]:
         model = self.model
-        given, own = vars(model).get("forward"), own_forward(model)
+        own = own_forward(model)
 
         @functools.wraps(own)
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -170,15 +170,7 @@ class Head:
                 return dataclasses.replace(output, logits=None)
             return output
 
-        model.forward = MethodType(forward, model)
-
-        def undo() -> None:
-            if given is None:
-                del model.forward
-            else:
-                model.forward = given
-
-        return undo
+        return put_forward(model, MethodType(forward, model))
 
     def _has_labels(self, args: Any, kwargs: Any) -> bool:
         if kwargs.get("labels") is not None:

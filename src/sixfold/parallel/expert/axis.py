@@ -8,7 +8,7 @@ module's own forward on those that came, and brings the results back. Routers st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -22,6 +22,7 @@ from sixfold.base.errors import ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Group, Mesh, Pending
 from sixfold.models.grouped import Order
+from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import AxisChange
 from sixfold.plan import Geometry, Place
@@ -125,8 +126,13 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         sent = out.send(order.take(hidden_states))
         extra = None if beside is None else beside()
         came = out.receive(sent)
-        with _having(self, share):
-            mine = _tied(own(self, came, *_choices(wanted, came)), came, self)
+        grouped = _regrouped(came, wanted)
+        if isinstance(self, Experts):
+            made = self.on_groups(grouped, [sum(each) for each in zip(*wanted, strict=True)])
+        else:
+            with _having(self, share):
+                made = _tied(own(self, grouped, *_choices(wanted, grouped)), grouped, self)
+        mine = _regrouped(made, [*zip(*wanted, strict=True)])
         back = Exchange(group, out.arriving, out.leaving)
         result = order.put_back(back.receive(back.send(mine)), top_k_weights)
         return result if extra is None else result + extra
@@ -148,11 +154,20 @@ def _tell_counts(
     return leaving.tolist(), arriving.tolist()
 
 
-def _choices(wanted: list[list[int]], came: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row that came the one expert here that it is for, [rows, 1], and its weight, 1."""
-    counts = torch.tensor(wanted, device=came.device)
-    experts = torch.arange(counts.shape[1], device=came.device).repeat(counts.shape[0])
-    return experts.repeat_interleave(counts.flatten())[:, None], came.new_ones(len(came), 1)
+def _regrouped(rows: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
+    """Rows that are sorted by the rows of `counts` and then by its columns, the other way round."""
+    pieces = torch.split(rows, [count for each in counts for count in each])
+    width = len(counts[0])
+    return torch.cat(
+        [pieces[line * width + column] for column in range(width) for line in range(len(counts))]
+    )
+
+
+def _choices(wanted: list[list[int]], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows sorted by expert the one expert here that each is for, [rows, 1], and its weight, 1."""
+    counts = torch.tensor(wanted, device=rows.device).sum(0)
+    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    return experts[:, None], rows.new_ones(len(rows), 1)
 
 
 def _tied(mine: Tensor, came: Tensor, part: nn.Module) -> Tensor:

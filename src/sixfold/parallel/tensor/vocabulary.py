@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sixfold.models.chunks import IGNORED
-from sixfold.parallel.crossing import Axis, bounds, exchange
+from sixfold.parallel.tensor.crossing import Axis, bounds, exchange
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The tensor axis, applied: forwards of layers that are cut, with their crossings around them.
 
-Called by `initialize` after `tensor.py` has decided, and by `verify.py` on a tiny copy. Instances get another
+Called by `initialize` after `cut.py` has decided, and by `verify.py` on a tiny copy. Instances get another
 `forward`; parameters stay the objects they are, and hold this rank's pieces by the time a forward runs.
 `remove` leaves the module as it was handed over.
 """
@@ -17,11 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.parallel.blocks import own_forward
-from sixfold.parallel.crossing import CLOSED, COPIED, GATHERED, OPENED, PARTED, SUMMED, Axis, Crossing, cross
-from sixfold.parallel.heads import Head
-from sixfold.parallel.styles import OUTPUTS, dim_of
-from sixfold.parallel.tensor import Layer, TensorCut
+from sixfold.parallel.blocks import own_forward, put_forward
+from sixfold.parallel.tensor.crossing import (
+    CLOSED,
+    COPIED,
+    GATHERED,
+    OPENED,
+    PARTED,
+    SUMMED,
+    Axis,
+    Crossing,
+    cross,
+)
+from sixfold.parallel.tensor.cut import Layer, TensorCut
+from sixfold.parallel.tensor.heads import Head
+from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -73,22 +83,14 @@ class TensorForwards:
 
     def _wrap(self, name: str, make: Callable[[Own], Own]) -> None:
         module, is_cut = self._model.get_submodule(name), self._probe(name)
-        given, own = vars(module).get("forward"), own_forward(module)
+        own = own_forward(module)
         changed = make(own)
 
         @functools.wraps(own)
         def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (changed if is_cut() else own)(self_, *args, **kwargs)
 
-        module.forward = MethodType(forward, module)
-
-        def undo() -> None:
-            if given is None:
-                del module.forward
-            else:
-                module.forward = given
-
-        self._undo.append(undo)
+        self._undo.append(put_forward(module, MethodType(forward, module)))
 
     def _probe(self, name: str) -> Callable[[], bool]:
         """Whether a module has pieces at the moment. While somebody reads or edits the whole model it has

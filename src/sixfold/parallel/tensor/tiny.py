@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sixfold.parallel.balance import SETTING
+from sixfold.parallel.expert.balance import SETTING
 
 LARGE = 2_000_000
 """Parameters up to which a model is tried as it is."""
@@ -40,8 +40,11 @@ class CannotTry(Exception):
     """Why there is no small copy of a model."""
 
 
-def tiny_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def tiny_of(model: nn.Module, multiple: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """(copy, keyword arguments of its forward).
+
+    Args:
+        multiple: of it are the lengths of sequences, where they are made up here.
 
     Raises:
         CannotTry: with the reason.
@@ -50,7 +53,7 @@ def tiny_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     own: Any = getattr(model, "dummy_inputs", None)
     if hasattr(config, "to_diff_dict") and hasattr(model, "main_input_name"):
         made = _built(model, config)
-        return made, inputs_of(made)
+        return made, inputs_of(made, multiple)
     if not isinstance(own, Mapping):
         raise CannotTry("model.dummy_inputs, keyword arguments for a forward to try it with, is missing")
     if _numel(model) > LARGE or any(each.is_meta for each in model.parameters()):
@@ -68,7 +71,7 @@ def _built(model: nn.Module, config: Any) -> nn.Module:
         for each in _parts(small):
             shrink(each)
             if hasattr(each, SETTING):
-                setattr(each, SETTING, False)  # `balance.py` puts another in place of such a loss
+                setattr(each, SETTING, False)  # `expert/balance.py` puts another in place of such a loss
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))
@@ -136,8 +139,11 @@ def _moved(model: nn.Module) -> nn.Module:
     return model
 
 
-def inputs_of(model: Any) -> dict[str, Any]:
+def inputs_of(model: Any, multiple: int = 1) -> dict[str, Any]:
     """Keyword arguments for a Hugging Face model, by what it says it takes.
+
+    Args:
+        multiple: see `tiny_of`.
 
     Raises:
         CannotTry: it takes something else.
@@ -146,40 +152,41 @@ def inputs_of(model: Any) -> dict[str, Any]:
     make = _INPUTS.get(model.main_input_name)
     if make is None:
         raise CannotTry(f"it takes {model.main_input_name}")
-    given = {model.main_input_name: make(config, draw)}
+    length = -(-LENGTH // multiple) * multiple
+    given = {model.main_input_name: make(config, draw, length)}
     if getattr(config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = _ids(config, draw)
+        given["decoder_input_ids"] = _ids(config, draw, length)
     function = getattr(model, "loss_function", None)
     is_causal = getattr(function, "__name__", "") == "ForCausalLMLoss" and type(model).__name__.endswith(
         ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     )
     if is_causal:
-        given["labels"] = _ids(config, draw)
+        given["labels"] = _ids(config, draw, length)
     return given
 
 
-def _ids(config: Any, draw: torch.Generator) -> Tensor:
+def _ids(config: Any, draw: torch.Generator, length: int) -> Tensor:
     text = config.get_text_config()
-    return torch.randint(3, min(text.vocab_size, ENTRIES), (BATCH, LENGTH), generator=draw)
+    return torch.randint(3, min(text.vocab_size, ENTRIES), (BATCH, length), generator=draw)
 
 
-def _pixels(config: Any, draw: torch.Generator) -> Tensor:
+def _pixels(config: Any, draw: torch.Generator, length: int) -> Tensor:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 32) or 32
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return torch.randn(BATCH, getattr(vision, "num_channels", 3), height, width, generator=draw)
 
 
-def _sound(config: Any, draw: torch.Generator) -> Tensor:
+def _sound(config: Any, draw: torch.Generator, length: int) -> Tensor:
     return torch.randn(BATCH, 1600, generator=draw)
 
 
-def _features(config: Any, draw: torch.Generator) -> Tensor:
-    length = 2 * getattr(config, "max_source_positions", 16)
-    return torch.randn(BATCH, getattr(config, "num_mel_bins", 80), length, generator=draw)
+def _features(config: Any, draw: torch.Generator, length: int) -> Tensor:
+    num_frames = 2 * getattr(config, "max_source_positions", 16)
+    return torch.randn(BATCH, getattr(config, "num_mel_bins", 80), num_frames, generator=draw)
 
 
-_INPUTS: dict[str, Callable[[Any, torch.Generator], Tensor]] = {
+_INPUTS: dict[str, Callable[[Any, torch.Generator, int], Tensor]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
     "input_values": _sound,

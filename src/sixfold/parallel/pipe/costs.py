@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sixfold.parallel.parts import Parts
+from sixfold.parallel.blocks import put_forward
+from sixfold.parallel.pipe.parts import Parts
 from sixfold.plan import BlockCosts
 
 NUM_RUNS = 3
@@ -134,16 +135,10 @@ def _watched(
     names: dict[nn.Module, list[str]] = {}
     for name in dict.fromkeys((*parts.before, *parts.blocks, *parts.after)):
         names.setdefault(model.get_submodule(name), []).append(name)
-    own = {part: vars(part).get("forward") for part in names}
-    for part, its_names in names.items():
-        part.forward = wrap(its_names, part, part.forward)
-    try:
+    with ExitStack() as undo:
+        for part, its_names in names.items():
+            undo.callback(put_forward(part, wrap(its_names, part, part.forward)))
         yield
-    finally:
-        for part, forward in own.items():
-            del part.forward
-            if forward is not None:
-                part.forward = forward
 
 
 _REST = ""
