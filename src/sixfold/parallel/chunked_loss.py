@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,15 @@ from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
 OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """Head, hidden states [rows, width] and targets [rows] to their summed loss."""
 _BEHIND = "it changes its scores behind the head"
-OF_ROWS = "of_rows"
-"""Attribute of a loss function that an axis has put into a model: such a function, for heads that are cut."""
+
+
+@runtime_checkable
+class KnowsRows(Protocol):
+    """A loss function that an axis has put into a model whose head is cut."""
+
+    @property
+    def of_rows(self) -> OfRows:
+        """Its sum over rows, with the head that it is given."""
 
 
 def chunk_loss(
@@ -55,8 +62,9 @@ def chunk_loss(
         return functools.partial(setattr, model, "loss_chunk", before)
     head = None if takes_scores else head_of(model)
     if head is not None and asked != 0:
-        of_rows = getattr(model.loss_function, OF_ROWS, None)
-        return _Chunks(model, head, asked, of_rows or partial(_of_rows, loss or _in_fp32)).remove
+        own = model.loss_function
+        of_rows = own.of_rows if isinstance(own, KnowsRows) else partial(_of_rows, loss or _in_fp32)
+        return _Chunks(model, head, asked, of_rows).remove
     if asked:
         why = "its loss_fn takes all scores" if takes_scores else "its head and its loss are not known"
         raise _unknown(model, asked, why)
@@ -148,30 +156,35 @@ class _Chunks:
         return hidden
 
     def _loss_of_chunks(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | float | None = None,
-        ignore_index: int = IGNORED,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As the library's loss of causal models."""
         if self._rows is None:
-            given = (num_items_in_batch, ignore_index, shift_labels)
-            return self._own_loss(logits, labels, vocab_size, *given, **kwargs)
+            return self._own_loss(logits, labels, vocab_size, *args, **kwargs)
         head, handed_on = self._handed_on or (self._head, None)
         if logits is not handed_on:
             raise _unknown(self._model, self._asked, _BEHIND)
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shift_labels.reshape(-1).to(logits.device)
-        counting = targets != ignore_index
-        hidden, targets = logits.flatten(0, -2), targets.masked_fill(~counting, -1)
-        of_rows, own_head = self._of_rows, partial(self._own_head, head)
-        total = in_chunks(lambda states: states, partial(of_rows, own_head), hidden, targets, self._rows)
-        return total / (counting.sum() if num_items_in_batch is None else num_items_in_batch)
+        targets, count = counted(labels.to(logits.device), *args, **kwargs)
+        of_rows = partial(self._of_rows, partial(self._own_head, head))
+        total = in_chunks(lambda states: states, of_rows, logits.flatten(0, -2), targets, self._rows)
+        return total / count
+
+
+def counted(
+    labels: Tensor,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | float]:
+    """What the library's loss of causal models makes of its arguments behind the scores: targets [rows], -1
+    where they count for nothing, and what their sum is divided by."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(labels.device)
+    counts = targets != ignore_index
+    count = counts.sum() if num_items_in_batch is None else num_items_in_batch
+    return targets.masked_fill(~counts, -1), count
 
 
 def _as(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models import decoder
-from sixfold.models.chunks import IGNORED, summed_cross_entropy
+from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward, put_forward
-from sixfold.parallel.chunked_loss import OF_ROWS
+from sixfold.parallel.chunked_loss import counted
 from sixfold.parallel.tensor.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor.cut import TensorCut
 from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
@@ -98,41 +97,7 @@ class Head:
     def _attach_causal_loss(self) -> Callable[[], None]:
         model: Any = self.model
         own, was_set = model.loss_function, "_loss_function" in vars(model)
-
-        def of_rows(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-            with self._parted():  # backward comes here again, outside of the model's forward
-                scores = head(hidden)
-            return losses_of(scores.float(), targets, self.vocabulary).sum()
-
-        @functools.wraps(own)
-        def loss(
-            logits: Tensor,
-            labels: Tensor,
-            vocab_size: int,
-            num_items_in_batch: Tensor | float | None = None,
-            ignore_index: int = IGNORED,
-            shift_labels: Tensor | None = None,
-            **kwargs: Any,
-        ) -> Tensor:
-            if logits.shape[-1] == self.vocabulary.size:
-                return own(  # type: ignore[no-any-return]
-                    logits,
-                    labels,
-                    vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                    ignore_index=ignore_index,
-                    shift_labels=shift_labels,
-                    **kwargs,
-                )
-            if shift_labels is None:
-                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-            targets = shift_labels.reshape(-1).to(logits.device)
-            losses = losses_of(logits.float().flatten(0, -2), targets, self.vocabulary, ignore_index)
-            count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-            return losses.sum() / count
-
-        setattr(loss, OF_ROWS, of_rows)
-        model.loss_function = loss
+        model.loss_function = CutLoss(self, own)
 
         def undo() -> None:
             if was_set:
@@ -148,7 +113,7 @@ class Head:
         self.is_parted = True
 
         def logits(model: decoder.Decoder, *args: Any, **kwargs: Any) -> Tensor:
-            with self._parted(False):
+            with self.parted(False):
                 return decoder.Decoder.logits(model, *args, **kwargs)
 
         model.logits = MethodType(logits, model)
@@ -162,7 +127,7 @@ class Head:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._has_labels(args, kwargs):
                 return own(model, *args, **kwargs)
-            with self._parted():
+            with self.parted():
                 output = own(model, *args, **kwargs)
             logits = getattr(output, "logits", None)
             if logits is not None and logits.shape[-1] < self.vocabulary.size:
@@ -179,9 +144,38 @@ class Head:
         return "labels" in names[: len(args)] and args[names.index("labels")] is not None
 
     @contextmanager
-    def _parted(self, flag: bool = True) -> Iterator[None]:
+    def parted(self, flag: bool = True) -> Iterator[None]:
+        """Inside, each rank keeps the scores of its own entries; or does not."""
         before, self.is_parted = self.is_parted, flag
         try:
             yield
         finally:
             self.is_parted = before
+
+
+class CutLoss:
+    """The library's loss of causal models, where scores may be those of this rank's entries alone.
+
+    Args:
+        own: the library's, for whole ones.
+    """
+
+    def __init__(self, head: Head, own: Callable[..., Tensor]) -> None:
+        functools.update_wrapper(self, own)
+        self._head, self._own = head, own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CutLoss:
+        return self  # as a function: its ranks have no copy
+
+    def of_rows(self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `OfRows`."""
+        with self._head.parted():  # backward comes here again, outside of the model's forward
+            scores = head(hidden)
+        return losses_of(scores.float(), targets, self._head.vocabulary).sum()
+
+    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As the library's."""
+        if logits.shape[-1] == self._head.vocabulary.size:
+            return self._own(logits, labels, vocab_size, *args, **kwargs)
+        targets, count = counted(labels.to(logits.device), *args, **kwargs)
+        return losses_of(logits.float().flatten(0, -2), targets, self._head.vocabulary).sum() / count
