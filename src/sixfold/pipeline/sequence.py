@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sixfold.base.errors import ModelError
 from sixfold.models.chunks import IGNORED
 from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
+from sixfold.parallel.context.attention import OFF
 from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
 
 PER_TOKEN = "per_token"
@@ -28,7 +29,6 @@ _TRIED = 8
 """Tokens for each rank, at least, on which it is tried whether a model can be cut."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
-OFF = "set layout.context = 1"
 
 
 @dataclass(frozen=True)
