@@ -5,7 +5,8 @@
 One set of ranks (gloo, one compute thread each) holds all contestants of a part and gives them turns, in
 another order every round, with a barrier around each. A turn is a forward and a backward of one layer, with
 the same numbers for everyone. Ratios are ours / theirs, round by round: median and an interval that covers it
-with 95 %. What a library refuses on CPUs is told, not left out. A part is a module `axis_NAME.py` beside it.
+with 95 %; CPU time tells more where the machine has other work. What a library refuses on CPUs is told, not
+left out. A part is a module `axis_NAME.py` beside this.
 """
 
 from __future__ import annotations
@@ -43,30 +44,34 @@ def work(options: dict[str, Any]) -> None:
     for turn in turns.values():
         turn()
     times: dict[str, list[float]] = {name: [] for name in turns}
+    computed: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(options["rounds"]):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             dist.barrier()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             turns[name]()
+            computed[name].append((time.process_time() - used) * 1e3)
             dist.barrier()
             times[name].append((time.perf_counter() - began) * 1e3)
     facts = part.facts()
     if rank == 0:
         refused = {name: turn for name, turn in found.items() if isinstance(turn, str)}
-        print(json.dumps({"times": times, "refused": refused, "facts": facts}), flush=True)
+        told = {"times": times, "cpu_ms": computed, "refused": refused, "facts": facts}
+        print(json.dumps(told), flush=True)
     quit_rank()
 
 
 def show(part: str, told: dict[str, Any]) -> None:
-    times: dict[str, list[float]] = told["times"]
-    ours = next(iter(times))
-    print(f"{part}: ms of a turn, and {ours} / other")
-    for name, each in times.items():
-        pairs = zip(times[ours], each, strict=True)
-        ratio, low, high = median_interval([mine / theirs for mine, theirs in pairs])
-        print(f"  {name:<24} {statistics.median(each):9.2f}   {ratio:.3f} ({low:.3f} to {high:.3f})")
+    for kind, what in (("times", "ms of a turn"), ("cpu_ms", "ms of CPU time of the first rank in it")):
+        times: dict[str, list[float]] = told[kind]
+        ours = next(iter(times))
+        print(f"{part}: {what}, and {ours} / other")
+        for name, each in times.items():
+            pairs = zip(times[ours], each, strict=True)
+            ratio, low, high = median_interval([mine / theirs for mine, theirs in pairs])
+            print(f"  {name:<24} {statistics.median(each):9.2f}   {ratio:.3f} ({low:.3f} to {high:.3f})")
     for name, reason in told["refused"].items():
         print(f"  {name:<24} {reason}")
     for name, value in told["facts"].items():

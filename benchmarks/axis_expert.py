@@ -1,12 +1,14 @@
 """One layer of experts, dealt out over all ranks: ours against those of DeepSpeed and FairScale.
 
 Run by `axes.py`. Every contestant has the same gated experts and two choices for each token. Ours drops no
-token; theirs take as many tokens as an equal share, and drop the rest, which is less to compute.
+token; theirs take as many tokens as an equal share, and drop the rest, which is less to compute; DeepSpeed's
+is asked to keep all as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable
@@ -39,7 +41,12 @@ def contestants(rank: int, num_ranks: int) -> dict[str, Callable[[], None] | str
     made: dict[str, Callable[[], None] | str] = {}
     for transport in ("host", "network"):
         made[f"sixfold, {transport}"] = turn_of(ours(rank, num_ranks, transport), x)
-    for name, make in (("DeepSpeed", deepspeed), ("FairScale", fairscale)):
+    others: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
+        "DeepSpeed": deepspeed,
+        "DeepSpeed, all tokens": functools.partial(deepspeed, drops=False),
+        "FairScale": fairscale,
+    }
+    for name, make in others.items():
         try:
             turn = turn_of(make(num_ranks), x)
             turn()
@@ -87,14 +94,15 @@ def count(layer: nn.Module, geometry: Geometry) -> None:
     )
 
 
-def deepspeed(num_ranks: int) -> Callable[[Tensor], Tensor]:
+def deepspeed(num_ranks: int, *, drops: bool = True) -> Callable[[Tensor], Tensor]:
     logging.disable(logging.INFO)
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
         from deepspeed.moe.layer import MoE
 
         deepspeed.init_distributed("gloo")
-        layer = MoE(WIDTH, FeedForward(WIDTH, FFN_WIDTH), NUM_EXPERTS, ep_size=num_ranks, k=CHOICES)
+        expert = FeedForward(WIDTH, FFN_WIDTH)
+        layer = MoE(WIDTH, expert, NUM_EXPERTS, ep_size=num_ranks, k=CHOICES, drop_tokens=drops)
         layer.set_deepspeed_parallelism()
     return lambda x: layer(x)[0]  # type: ignore[no-any-return]
 

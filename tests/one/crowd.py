@@ -16,6 +16,19 @@ Found = TypeVar("Found")
 PATIENCE_S = 20
 
 
+class _Coming(Pending):
+    """Tensors that fill others when they are waited for."""
+
+    def __init__(self, ways: Sequence[SimpleQueue[Tensor]], arriving: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._left = list(zip(ways, arriving, strict=True))
+
+    def wait(self) -> None:
+        while self._left:
+            way, into = self._left.pop(0)
+            into.view(-1).copy_(way.get(timeout=PATIENCE_S).view(-1))
+
+
 class Member(Group):
     """One of them. `num_bytes` counts what it has sent."""
 
@@ -30,11 +43,7 @@ class Member(Group):
             self._ways[self.place, place].put(part.detach().clone())
             self.num_bytes += part.nbytes * (place != self.place)
 
-        def fill() -> None:
-            for place, into in enumerate(arriving):
-                into.view(-1).copy_(self._ways[place, self.place].get(timeout=PATIENCE_S).view(-1))
-
-        return Pending(finish=fill)
+        return _Coming([self._ways[place, self.place] for place in range(self.num_ranks)], arriving)
 
 
 def together(num_ranks: int, work: Callable[[Member], Found]) -> list[Found]:

@@ -77,8 +77,48 @@ def test_scores_that_are_changed_on_the_way_are_left_alone(monkeypatch: pytest.M
     remove()
     monkeypatch.setattr(chunks, "SCORES_BYTES", 100)
     remove = chunk_loss(model, None)
-    for _ in range(2):
+    forwards: list[object] = []
+    model.model.register_forward_hook(lambda *given: forwards.append(given))
+    for turn in range(2):
         torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+        assert len(forwards) == turn + 1  # others may wait inside, once
+    assert model(**fields()).logits is not None
+    remove()
+
+
+def test_ranks_with_a_part_of_the_head_chunk_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Exception):
+        pass
+
+    def tell(num_rows: int, num_entries: int, asked: int | None) -> int:
+        raise Told(f"{num_entries} entries")
+
+    model = llama()
+    remove = chunk_loss(model, 5)
+    model.lm_head.weight.data = model.lm_head.weight.data[:14]  # as the tensor axis cuts it afterwards
+    monkeypatch.setattr(chunked_loss, "rows_at_once", tell)
+    with pytest.raises(Told, match="29 entries"):
+        model(**fields())
+    remove()
+
+
+class Unlike(LlamaForCausalLM):
+    """Bends its scores, and no copy of it is made by its configuration alone."""
+
+    def __init__(self, config: LlamaConfig, bend: float) -> None:
+        super().__init__(config)
+        self.lm_head.register_forward_hook(lambda _head, _given, scores: bend * scores)
+
+
+def test_what_cannot_be_tried_is_chunked_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refused as it runs where its scores turn out to be changed."""
+    model = Unlike(LlamaConfig(**SIZES), bend=2.0)
+    remove = chunk_loss(model, 5)
+    with pytest.raises(ModelError, match=r"loss_chunk = 5 with a Unlike: .*behind the head"):
+        model(**fields())
+    remove()
+    monkeypatch.setattr(chunks, "SCORES_BYTES", 100)
+    remove = chunk_loss(model, None)
     assert model(**fields()).logits is not None
     remove()
 

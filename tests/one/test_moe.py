@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import sixfold
+from sixfold.base.errors import ConfigError, ModelError
+from sixfold.config import load
 from sixfold.models import grouped, moe
 from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
 from sixfold.models.grouped import Order, grouped_product, is_groupable
 from sixfold.models.moe import Experts, ExpertsConfig, MixtureOfExperts, Router, within_capacity
 from sixfold.parallel import change_forwards
+from sixfold.parallel import expert as expert_axis
 
 
 def decoder(seed: int = 0, **changes: object) -> Decoder:
@@ -35,6 +39,37 @@ def tokens(batch: int, seed: int = 1) -> Tensor:
 
 def routers(model: torch.nn.Module) -> list[Router]:
     return [part for part in model.modules() if isinstance(part, Router)]
+
+
+def test_counts_travel_from_where_the_tokens_are() -> None:
+    """A backend for GPUs takes no tensors of the host."""
+
+    class Told(Exception):
+        pass
+
+    class Group:
+        num_ranks = 2
+
+        def all_to_all(self, sent: list[Tensor], arriving: list[Tensor]) -> None:
+            raise Told({each.device.type for each in (*sent, *arriving)})
+
+    tokens, choices = torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.long)
+    layer = Experts(4, 4, 2)
+    layer.down_proj.data = layer.gate_up_proj.data = torch.zeros(1, 8, 4)
+    forward = expert_axis._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
+    with pytest.raises(Told, match="meta"):
+        forward(layer, tokens.to("meta"), choices, choices)
+
+
+@pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+def test_a_limited_capacity_wants_whole_samples(layout: dict[str, object]) -> None:
+    """Said of the configuration, and of a model that brings its experts along."""
+    option = [*layout][-1]
+    with pytest.raises(ModelError, match=rf"layout\.{option} = .*limited capacity"):
+        sixfold.initialize(decoder(capacity_factor=1.0), config={"layout": layout})
+    with pytest.raises(ConfigError) as refused:
+        load(values={"layout": layout, "model": {"num_experts": 4, "expert_capacity": 1.0}})
+    assert f"layout.{option}" in refused.value.fix
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [0, 0, 0, 0]])
@@ -68,6 +103,16 @@ def test_the_product_of_torch_gives_the_same(dtype: torch.dtype, monkeypatch: py
     assert not is_groupable(rows, weight), "on a CPU it is no faster"
     assert not is_groupable(rows.double().to("meta"), weight.double().to("meta"))
     assert is_groupable(rows.to("meta"), weight.to("meta"))
+
+
+def test_gating_is_that_of_torch() -> None:
+    packed = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = packed.chunk(2, -1)
+    expected, found = F.silu(gate) * up, grouped.gated(packed)
+    assert torch.equal(found, expected)
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(each, packed, weight)[0] for each in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
 
 
 def test_rows_come_back_to_their_tokens() -> None:

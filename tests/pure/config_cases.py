@@ -60,7 +60,7 @@ FULL: dict[str, dict[str, object]] = {
         "prefetch_mb": 16.0,
         "tensor": 2,
         "tensor_rules": ["fc1 = colwise"],
-        "sequence_parallel": True,
+        "sequence_parallel": False,
         "pipe": 3,
         "schedule": "interleaved",
         "virtual_stages": 2,

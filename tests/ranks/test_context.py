@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.engine import Engine
+from sixfold.models.attention import within_documents
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.moe import ExpertsConfig, Router
 from sixfold.testing import Pool
@@ -92,6 +93,13 @@ def _anew(step: int) -> plain.Batch:
     return {"input_ids": tokens, "position_ids": place - begins, "labels": tokens}
 
 
+def _by_pairs(step: int) -> plain.Batch:
+    """Documents told by a mask of pairs, added to scores."""
+    tokens, documents = _tokens(step, LENGTH), _documents(step, LENGTH)
+    mask = torch.where(within_documents(documents), 0.0, float("-inf")).double()
+    return {"input_ids": tokens, "labels": tokens, "attention_mask": mask}
+
+
 @dataclass(frozen=True)
 class Task:
     """A model and its global batches."""
@@ -112,6 +120,7 @@ TASKS = {
     # Parts of these compute in fp32. Attention that is written out is replaced by one that can be answered.
     "padded": Task(lambda: _llama("sdpa"), _padded, 1e-6),
     "anew": Task(lambda: _llama("eager"), _anew, 1e-6),
+    "pairs": Task(lambda: _llama("sdpa"), _by_pairs, 1e-6),
     "experts": Task(_experts, _plain),
 }
 

@@ -183,10 +183,10 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     assert "engine.train_step(batch)" in caught.value.fix
     engine.close()
     engine = engine_of("padded", context=2)
-    mask = torch.ones(SAMPLES, 1, 21, 21)
+    mask = torch.zeros(SAMPLES, 6, 21, 21)
     with pytest.raises(ModelError, match="attention_mask") as refused:
         engine.train_step({**TASKS["padded"].batch(0), "attention_mask": mask})
-    assert "position_ids" in refused.value.fix
+    assert "[batch, 1, length, length]" in refused.value.fix
     engine.close()
 
 

@@ -244,6 +244,17 @@ def test_what_cannot_be_dealt_out_is_refused() -> None:
         engine.train_step({"tokens": batch(0)} if engine.data_rank else None)
 
 
+@pytest.mark.ranks(4)
+def test_a_rank_may_begin_without_samples_in_a_bare_tensor() -> None:
+    """It serves those that try whether sequences can be cut."""
+    layout = {"context": 2, "expert": 4}
+    engine = sixfold.initialize(build("loss"), config={"layout": layout, "optimizer": {"lr": 0.01}})
+    _, losses, _, _ = reference("loss")
+    own = batch(0) if engine.data_rank else batch(0)[:0]
+    assert engine.train_step(own) == pytest.approx(losses[0], rel=1e-10)
+    engine.close()
+
+
 @cache
 def hugging_face(kind: str) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -267,6 +278,31 @@ def hugging_face(kind: str) -> Any:
     return model.double()
 
 
+def idle() -> Any:
+    """Half of the experts never get a token."""
+    model = deepcopy(hugging_face("mixtral"))
+
+    def first_two(gate: nn.Module, given: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        scores, weights, experts = output
+        return scores, weights, torch.arange(2).expand(experts.shape)
+
+    for name, part in model.named_modules():
+        if name.endswith("gate"):
+            part.register_forward_hook(first_two)
+    return model
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_experts_without_tokens_go_backward_with_the_others(is_frozen: bool) -> None:
+    """Also where tokens need no gradient, so that only weights of experts say that there is a backward."""
+    model = idle()
+    if is_frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0.mlp.experts" in name)
+    follow_hugging_face(model, 0, (7, 5))
+
+
 def labelled(step: int) -> dict[str, Tensor]:
     labels = batch(step).clone()
     labels[step % SAMPLES :, -2:] = -100
@@ -278,11 +314,10 @@ def labelled(step: int) -> dict[str, Tensor]:
 def test_hugging_face_models_follow_one_process(
     kind: str, ranks: int, zero: int, sizes: tuple[int, ...], rank_pool: Pool
 ) -> None:
-    rank_pool.run(follow_hugging_face, kind, zero, sizes, ranks=ranks, timeout_s=60)
+    rank_pool.run(follow_hugging_face, hugging_face(kind), zero, sizes, ranks=ranks, timeout_s=60)
 
 
-def follow_hugging_face(kind: str, zero: int, sizes: tuple[int, ...]) -> None:
-    model = hugging_face(kind)
+def follow_hugging_face(model: Any, zero: int, sizes: tuple[int, ...]) -> None:
     plain = deepcopy(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
     config = {
@@ -346,6 +381,7 @@ BALANCED: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero": 3, "recompute": "full"}),
     (2, {"expert": 2}),
     (4, {"expert": 2, "tensor": 2, "zero": 1}),
+    (2, {"tensor": 2, "sequence_parallel": True}),
 ]
 
 
@@ -357,7 +393,7 @@ def test_the_balancing_loss_of_a_model_depends_on_no_cut(kind: str, rank_pool: P
 
 
 def padded(step: int) -> dict[str, Tensor]:
-    fields = labelled(step)
+    fields = {name: field[:, :LENGTH] for name, field in labelled(step).items()}
     mask = torch.ones_like(fields["input_ids"])
     mask[: SAMPLES // 2, -1:] = 0
     return fields | {"attention_mask": mask, "labels": fields["labels"].masked_fill(mask == 0, -100)}
@@ -402,6 +438,8 @@ def follow_balanced(kind: str, layout: dict[str, Any], folder: Path) -> None:
         mine = {
             name: field.chunk(engine.data_ranks)[engine.data_rank] for name, field in padded(step).items()
         }
+        if step == 1:
+            engine.rehearse({name: field.flip(1) for name, field in mine.items()})
         assert engine.train_step(mine) == pytest.approx(float(own.detach()), rel=3e-6)
     found = engine.full_state_dict()
     for name, number in plain.state_dict().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AXIS_NAMES = ("data", "shard", "tensor", "pipe", "context", "expert")
-"""The six words of the field, whether or not an axis has its card yet."""
+"""The six words of the field. Each has its card below."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ CARDS: dict[str, AxisCard] = {
         ),
         AxisCard(
             name="shard",
-            divides="gradients and optimizer state, over groups of neighbouring data ranks",
+            divides="parameters, gradients and optimizer state, over groups of neighbouring replicas",
             collectives=("reduce-scatter", "all-gather", "all-reduce"),
             changes_module=False,
             checkpoint="every rank writes and reads the ranges of its slices",
@@ -65,7 +65,7 @@ CARDS: dict[str, AxisCard] = {
             divides="the tokens of each sequence",
             collectives=("all-to-all",),
             changes_module=True,
-            checkpoint="nothing of the state is cut by it: its ranks are data ranks there",
+            checkpoint="nothing of the state is cut by it: its ranks are replicas there",
             page="axes/context.md",
         ),
         AxisCard(

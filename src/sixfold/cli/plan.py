@@ -6,6 +6,7 @@ with the simulator. It starts no rank and writes nothing but the page that was a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -20,6 +21,7 @@ from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
 from sixfold.monitor.hardware import peak_flops
 from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
+from sixfold.parallel.expert import experts_of
 from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
@@ -70,15 +72,26 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
         f"update      {duration_text(predicted.makespan)} predicted, of computation alone: "
         "transfers, sums and memory are not in it"
     )
+    for limit in _limits(config, model):
+        typer.echo(f"            ({limit})")
     typer.echo(str(predicted))
     return EXIT_DONE
+
+
+def _limits(config: Config, model: nn.Module) -> Iterator[str]:
+    """What the prediction takes for more than it is."""
+    if config.layout.tensor > 1 or config.layout.context > 1:
+        yield "as if it were uncut by tensor and context"
+    if experts_of(model):
+        yield "as if every token took every expert"
 
 
 def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) -> Timeline:
     """One update on a clock, from the operations in matrix products alone.
 
     Transfers take no time: what carries them is not known here. A multiplication and its addition are two
-    operations, and each of the two parts of a backward has as many as its forward.
+    operations, and each of the two parts of a backward has as many as its forward. Every weight counts for
+    every token, also those that tensor ranks share, and experts that a token does not take.
     """
     length = config.data.sequence_length
     batch = decide_batch(config.batch, data_ranks=data_ranks, sequence_length=length)

@@ -84,6 +84,17 @@ def _choices(choices: int | None, num_experts: int | None) -> Verdict:
     )
 
 
+@_rule("model.expert_capacity", "layout.context", "layout.sequence_parallel")
+def _capacity_sees_samples(capacity: float | None, context: int, sequence_parallel: bool) -> Verdict:
+    if capacity is None or (context == 1 and not sequence_parallel):
+        return None
+    option = "layout.context" if context > 1 else "layout.sequence_parallel"
+    return (
+        f"model.expert_capacity counts the tokens of one sample, of which no rank has all under {option}",
+        f"leave model.expert_capacity unset, or {option}",
+    )
+
+
 @_rule("model.hf", *(f"model.{key}" for key in DECODER_KEYS))
 def _sizes_of_the_decoder(other: Path | None, *sizes: object) -> Verdict:
     defaults = {key: ModelConfig.model_fields[key].default for key in DECODER_KEYS}

@@ -144,10 +144,10 @@ class LayoutConfig(Section):
     zero: Annotated[int, Field(ge=0, le=3)] | None = None
     """Residency preset of model state, 0 to 3. Unset: 0."""
     shard: Positive | None = None
-    """Ranks per hybrid group that a residency cuts over. Unset: all."""
+    """Replicas (ranks along data and context) per hybrid group that a residency cuts over. Unset: all."""
     parameters: Spread | None = None
     """Working parameters between their uses: "whole", cut over the "group" of layout.shard ranks, or over
-    "all" data ranks. Unset: as layout.zero says."""
+    "all" replicas (ranks along data and context). Unset: as layout.zero says."""
     gradients: Spread | None = None
     """Accumulated gradients, in the same words; whole, or cut like the optimizer's state."""
     reduce: Literal["each", "last"] | None = None
@@ -180,7 +180,7 @@ class LayoutConfig(Section):
     """What stages are cut by: costs "estimated" from shapes, or "measured" by rank 0, which runs every part
     on a batch of the real shape. Unset: estimated."""
     context: Positive = 1
-    """Ranks along the context axis."""
+    """Ranks along the context axis: each sequence is cut over them (`docs/axes/context.md`)."""
     expert: Positive = 1
     """Groups that the data and context ranks are dealt out to, each with other experts of every layer."""
     loss_chunk: NonNegative | None = None

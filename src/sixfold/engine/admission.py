@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig, Resolved
 from sixfold.mesh import Mesh, agree
+from sixfold.models.moe import Router
 from sixfold.parallel import BATCH_NORMS, ModuleFacts, check_backend, check_blocks, dtype_name
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,18 @@ def check_model(model: nn.Module, asked: Config) -> None:
             f"{', '.join(sorted(statistics))}",
             rule="a BatchNorm computes in the type of its statistics",
             fix=f'set precision.compute = "{min(statistics)}", or use GroupNorm',
+        )
+
+
+def check_capacity(model: nn.Module, layout: LayoutConfig) -> None:
+    """Raise ModelError where experts of limited capacity would see parts of samples."""
+    limits = [part.config.capacity_factor for part in model.modules() if isinstance(part, Router)]
+    if any(limit is not None for limit in limits) and (layout.context > 1 or layout.sequence_parallel):
+        option = "context" if layout.context > 1 else "sequence_parallel"
+        raise ModelError(
+            f"layout.{option} = {str(getattr(layout, option)).lower()} with experts of limited capacity",
+            rule="capacity counts the tokens of one sample, and here no rank has all of them",
+            fix=f"set capacity_factor = None, or leave layout.{option} unset",
         )
 
 

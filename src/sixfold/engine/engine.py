@@ -183,6 +183,7 @@ class Engine:
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
+        self._playing.routing.forget()
 
     # The same, written out.
 

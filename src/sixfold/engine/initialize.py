@@ -23,6 +23,7 @@ from sixfold.engine.admission import (
     check_agreement,
     check_batch_stats,
     check_block_options,
+    check_capacity,
     check_model,
     tell_idle_settings,
 )
@@ -102,6 +103,7 @@ def initialize(
     if not isinstance(config, Resolved):
         tell_idle_settings(resolved)
     check_model(model, asked)
+    check_capacity(model, asked.layout)
     check_example(asked, example)
     learning_rate = decide_learning_rate(asked)
     if not isinstance(config, Resolved):
@@ -150,7 +152,7 @@ def initialize(
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))
-    balance = ModelBalance.find(model) if loss_fn is None else None
+    balance = ModelBalance.find(model, mesh.along("tensor")) if loss_fn is None else None
     if balance is not None:
         ending.callback(balance.remove)
     ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))

@@ -1,7 +1,7 @@
 """The calls of torch.distributed that several kinds of exchange need, and the one that brings ranks together.
 
-Used by `Mesh`, `Group` and `Link` inside `Dispatcher.start`. It decides nothing and waits for nothing but
-that all ranks come.
+Used by `Mesh`, and by what carries the exchanges of `Group` and `Link` (`carriers.py`) once the dispatcher
+starts them. It decides nothing, and waits for nothing but that all ranks come.
 """
 
 from __future__ import annotations

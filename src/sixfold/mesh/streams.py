@@ -1,7 +1,7 @@
 """Random streams: every draw is keyed by what it is for, never by what was drawn before.
 
-Initial weights are keyed by (seed, module name); dropout by (seed, step, data rank,
-micro-batch, number of the forward in it).
+Initial weights are keyed by (seed, module name); dropout by (seed, step, replica, micro-batch, number of the
+forward in it, stage), where a replica is a place along data and context.
 Used by `parallel` and `pipeline`. The process's own random state is left as it was found.
 """
 

@@ -49,14 +49,34 @@ class Order:
 
     def take(self, tokens: Tensor) -> Tensor:
         """The row of each choice, from those of tokens [tokens, width]."""
-        # Each repeated row has one reader, so its gradient is a sum in one fixed order.
-        return tokens.repeat_interleave(self.num_choices, 0).index_select(0, self.choices)
+        rows: Tensor = _Taken.apply(tokens, self)  # type: ignore[no-untyped-call]
+        return rows
 
     def put_back(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Rows [choices, width] of each token, weighted by [tokens, choices] and summed: [tokens, width]."""
-        spread = rows.new_zeros(weights.numel(), rows.shape[1]).index_copy(0, self.choices, rows)
-        spread = spread.view(*weights.shape, rows.shape[1])
+        spread = self.spread(rows, len(weights))
         return (spread * weights.to(rows.dtype).unsqueeze(2)).sum(1)
+
+    def spread(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """Rows [choices, width] in the places of their tokens, [tokens, num_choices, width]; 0 elsewhere."""
+        places = num_tokens * self.num_choices
+        make = rows.new_zeros if places > len(rows) else rows.new_empty
+        put = make(places, rows.shape[1]).index_copy_(0, self.choices, rows)
+        return put.view(num_tokens, self.num_choices, rows.shape[1])
+
+
+class _Taken(torch.autograd.Function):
+    """Rows of tokens; the gradients of a token's rows are summed in one fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Order) -> Tensor:
+        ctx.order, ctx.num_tokens = order, len(tokens)
+        return tokens.index_select(0, order.choices // order.num_choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.order.spread(gradient, ctx.num_tokens).sum(1), None
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -118,3 +138,28 @@ class _Grouped(torch.autograd.Function):
                 torch.mm(piece.t(), inputs, out=of_weight[group])
             start += len(piece)
         return of_rows, of_weight, None
+
+
+def gated(packed: Tensor) -> Tensor:
+    """`silu(gate) * up` of [rows, gate and up]; gradients of both are written next to each other at once."""
+    out: Tensor = _Gated.apply(packed)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        gate, up = packed.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(packed, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        packed, activated = ctx.saved_tensors
+        made = torch.empty_like(packed)
+        (gate, up), (of_gate, of_up) = packed.chunk(2, -1), made.chunk(2, -1)
+        torch.mul(gradient, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return made

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.grouped import Order, grouped_product
+from sixfold.models.grouped import Order, gated, grouped_product
 from sixfold.models.layers import FeedForward
 
 ENTROPY_UNIT = 1e-6
@@ -225,9 +225,13 @@ class Experts(nn.Module):
             beside: computes something to be added, [tokens, width]; tokens may be on their way meanwhile.
         """
         order = Order.by_expert(top_k_index, self.num_experts)
-        gate, up = grouped_product(order.take(hidden_states), self.gate_up_proj, order.counts).chunk(2, -1)
-        out = order.put_back(grouped_product(F.silu(gate) * up, self.down_proj, order.counts), top_k_weights)
+        out = order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
         return out if beside is None else out + beside()
+
+    def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
+        inner = gated(grouped_product(rows, self.gate_up_proj, counts))
+        return grouped_product(inner, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):

@@ -1,6 +1,7 @@
 """Facts about modules, and what is done to modules before they are trained.
 
-The engine calls it between plan and state; it moves no state and sends nothing.
+The engine calls it between plan and state. It moves no state; what its axes make of forwards sends
+activations, tokens and keys through the groups of the mesh.
 """
 
 from sixfold.parallel.axes import decide_axes
@@ -15,6 +16,7 @@ from sixfold.parallel.context import (
     length_limits,
     num_rows,
     off_zero,
+    seen_by,
 )
 from sixfold.parallel.costs import handed_bytes, measured_costs
 from sixfold.parallel.deferral import Deferral, Product
@@ -64,6 +66,7 @@ __all__ = [
     "num_rows",
     "off_zero",
     "persistent_buffers",
+    "seen_by",
     "torch_name",
     "torch_type",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.models.moe import RoutingStatistics, statistics_of, tally_of, with_penalty
+from sixfold.parallel.crossing import Axis, bounds
 
 SETTING = "output_router_logits"
 
@@ -26,17 +27,18 @@ class ModelBalance:
     Args:
         gates: its routers: forwards that return (scores, weights, experts).
         weight: of the loss beside that of the model.
+        axis: ranks of which each may have its part of the sequence alone.
 
     Attributes:
         tally, penalty_scale, last: see `routing.Tallying`.
         load: choices of each expert in the last update, in all layers.
     """
 
-    def __init__(self, model: nn.Module, gates: Mapping[str, nn.Module], weight: float) -> None:
+    def __init__(self, model: nn.Module, gates: Mapping[str, nn.Module], weight: float, axis: Axis) -> None:
         num_experts = {int(gate.num_experts) for gate in gates.values()}  # type: ignore[arg-type]
         (self.num_experts,) = num_experts
         device = next(model.parameters()).device
-        self.weight, self.num_layers = weight, len(gates)
+        self.weight, self.num_layers, self._axis = weight, len(gates), axis
         self.tally = torch.zeros(self.num_experts + 3, dtype=torch.int64, device=device)
         self.load = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self.last: RoutingStatistics | None = None
@@ -48,7 +50,7 @@ class ModelBalance:
             self._change(gate, self._around_gate)
 
     @classmethod
-    def find(cls, model: nn.Module) -> ModelBalance | None:
+    def find(cls, model: nn.Module, axis: Axis) -> ModelBalance | None:
         """That of a model that adds such a loss; None of any other.
 
         Raises:
@@ -68,7 +70,7 @@ class ModelBalance:
                 rule="a loss on the load of a micro-batch depends on how batches are cut, so it is replaced",
                 fix=f"set config.{SETTING} = False",
             )
-        return cls(model, gates, float(weight))
+        return cls(model, gates, float(weight), axis)
 
     def remove(self) -> None:
         """Give the model its own way back."""
@@ -116,7 +118,7 @@ class ModelBalance:
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             mask = kwargs.get("attention_mask")
-            self._mask = mask.flatten() > 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self._mask = mask > 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
             return own(*args, **{SETTING: False} | kwargs)
 
         return forward
@@ -132,13 +134,22 @@ class ModelBalance:
                 return scores, weights, experts
             chosen, counted = experts, scores
             if self._mask is not None:
-                chosen, counted = experts[self._mask], scores[self._mask]
+                counts = self._counting(len(scores))
+                chosen, counted = experts[counts], scores[counts]
             probabilities = counted.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
             everyone = torch.ones_like(chosen, dtype=torch.bool)
             self.tally += tally_of(chosen, everyone, probabilities.detach())
             return scores, with_penalty(weights, self._penalty(probabilities, experts), self), experts
 
         return forward  # type: ignore[no-any-return]
+
+    def _counting(self, num_tokens: int) -> Tensor:
+        """Which of a gate's tokens, those of all samples one after the other, are no padding."""
+        assert self._mask is not None, "asked where there is one"
+        length = self._mask.shape[1]
+        is_part = num_tokens < self._mask.numel()
+        start, stop = bounds(length, self._axis.num_ranks, self._axis.place) if is_part else (0, length)
+        return self._mask[:, start:stop].flatten()
 
     def _penalty(self, probabilities: Tensor, experts: Tensor) -> Tensor:
         # Of the choices that a token has in a layer, as the model's own loss counts them.

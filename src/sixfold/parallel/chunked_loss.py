@@ -2,7 +2,8 @@
 
 Called by `initialize`; the arithmetic is in `models.chunks`. The reference decoder has a setting for it. In a
 Hugging Face causal model the head hands its input on, and the loss function computes scores itself, chunk
-by chunk. Where a model does something to its scores in between, that cannot be, and its own way is taken.
+by chunk. Where a model does something to its scores in between, that cannot be, and its own way is taken:
+seen once on a small copy, which is the same on every rank, because no rank may run a forward twice.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_en
 from sixfold.models.decoder import Decoder
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
+from sixfold.parallel.tiny import CannotTry, tiny_of
 
 IGNORED = -100
 OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """Head, hidden states [rows, width] and targets [rows] to their summed loss."""
+_BEHIND = "it changes its scores behind the head"
 OF_ROWS = "of_rows"
 """Attribute of a loss function that an axis has put into a model: such a function, for heads that are cut."""
 
@@ -35,6 +38,8 @@ def chunk_loss(
     model: nn.Module, asked: int | None, loss: Loss | None = None, *, takes_scores: bool = False
 ) -> Remove:
     """Have `model` compute its loss in chunks where scores are large; returns what undoes it.
+
+    Called before its parameters are cut: how large scores are is read off the whole head.
 
     Args:
         asked: tokens of a chunk, 0 for all, None for `models.chunks` to decide by size.
@@ -68,8 +73,30 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-class _Changed(Exception):
-    """Scores were changed between head and loss."""
+def goes_straight(model: nn.Module) -> bool | None:
+    """Whether what the head of a Hugging Face causal model gives is what its loss function takes, as a small
+    copy of it shows; None where there is no such copy, or it does not run."""
+    try:
+        tiny, inputs = tiny_of(model)
+    except CannotTry:
+        return None
+    tiny.to(next(model.parameters()).dtype)  # scores that are widened on the way are others
+    head, scores = head_of(tiny), list[Tensor]()
+    if head is None or tiny.main_input_name != "input_ids":
+        return None
+
+    def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scores.append(logits)
+        return logits.sum()
+
+    head.register_forward_hook(lambda _head, _given, output: scores.append(output))
+    tiny.loss_function = loss  # type: ignore[assignment]
+    with torch.no_grad():
+        try:
+            tiny.eval()(**{"labels": inputs["input_ids"]} | inputs)
+        except Exception:  # of the model's own code, on inputs that were made up
+            return None
+    return len(scores) == 2 and scores[0] is scores[1]
 
 
 class _Chunks:
@@ -77,9 +104,9 @@ class _Chunks:
 
     def __init__(self, model: nn.Module, head: nn.Module, asked: int | None, of_rows: OfRows) -> None:
         self._model, self._head, self._asked, self._of_rows = model, head, asked, of_rows
+        self._entries = next(head.parameters()).shape[0]  # of all ranks: chunks are alike on each
         self._rows: int | None = None  # of a chunk, in a forward that is computed so
         self._handed_on: tuple[nn.Module, Tensor] | None = None
-        self._is_known = True
         self._own, self._own_head = own_forward(model), own_forward(head)
         self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
         self._before = [(part, vars(part).get("forward")) for part in (model, head)]
@@ -99,23 +126,26 @@ class _Chunks:
 
     def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
-        if not self._is_known or not isinstance(labels, Tensor):
+        if not isinstance(labels, Tensor):
             return self._own(model, *args, **kwargs)
-        entries = next(self._head.parameters()).shape[0]
-        rows = rows_at_once(labels.numel(), entries, self._asked)
-        self._rows = rows if rows < labels.numel() else None
+        rows = rows_at_once(labels.numel(), self._entries, self._asked)
+        if rows == labels.numel() or not self._goes_straight:
+            return self._own(model, *args, **kwargs)
+        self._rows = rows
         try:
             output = self._own(model, *args, **kwargs)
-        except _Changed:
-            self._is_known = False
-            if self._asked:
-                raise _unknown(self._model, self._asked, "it changes its scores behind the head") from None
-            return self._own(model, *args, **kwargs)
         finally:
             self._rows = self._handed_on = None
-        if rows < labels.numel() and hasattr(output, "logits"):
+        if hasattr(output, "logits"):
             output.logits = None  # nobody shall take what was handed on for scores
         return output
+
+    @functools.cached_property
+    def _goes_straight(self) -> bool:
+        found = goes_straight(self._model)
+        if self._asked and found is False:
+            raise _unknown(self._model, self._asked, _BEHIND)
+        return bool(self._asked) if found is None else found
 
     def _hand_on(self, head: nn.Module, hidden: Tensor) -> Tensor:
         if self._rows is None:
@@ -139,7 +169,7 @@ class _Chunks:
             return self._own_loss(logits, labels, vocab_size, *given, **kwargs)
         head, handed_on = self._handed_on or (self._head, None)
         if logits is not handed_on:
-            raise _Changed
+            raise _unknown(self._model, self._asked, _BEHIND)
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
@@ -169,10 +199,11 @@ def _in_fp32(scores: Tensor, targets: Tensor) -> Tensor:
     return summed_cross_entropy(scores.float() if scores.dtype == torch.float64 else scores, targets)
 
 
-def _unknown(model: nn.Module, asked: int, why: str) -> ModelError:
+def _unknown(model: nn.Module, asked: int | None, why: str) -> ModelError:
+    given = "unset" if asked is None else f"= {asked}"
     return ModelError(
-        f"layout.loss_chunk = {asked} with a {type(model).__name__}: {why}",
+        f"layout.loss_chunk {given} with a {type(model).__name__}: {why}",
         rule="chunks take a reference decoder, or a Hugging Face causal model whose scores go from its head "
         "straight into its loss",
-        fix="leave layout.loss_chunk unset, or set it to 0",
+        fix="set layout.loss_chunk = 0" if asked is None else "leave layout.loss_chunk unset, or set it to 0",
     )

@@ -8,7 +8,7 @@ module's own forward on those that came, and brings the results back. Routers st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -22,6 +22,7 @@ from sixfold.base.errors import ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Group, Mesh, Pending
 from sixfold.models.grouped import Order
+from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import AxisChange
 from sixfold.plan import Geometry, Place
@@ -57,7 +58,6 @@ def decide_expert(
             "[experts, ...]",
             fix="set layout.expert = 1, or stack the experts' weights as sixfold.models.moe.Experts does",
         )
-    _refuse_cut_samples(model, layout)
     degree, first_names = geometry.expert, {p: name for name, p in reversed([*model.named_parameters()])}
     here = geometry.coordinate(rank, "expert")
     made: dict[str, Place] = {}
@@ -88,16 +88,6 @@ def _num_experts(part: nn.Module) -> int | None:
     sizes = {parameter.shape[0] if parameter.dim() > 1 else 0 for parameter in part.parameters()}
     number = getattr(part, "num_experts", None)
     return number if isinstance(number, int) and sizes == {number} else None
-
-
-def _refuse_cut_samples(model: nn.Module, layout: LayoutConfig) -> None:
-    limits = [getattr(getattr(part, "config", None), "capacity_factor", None) for part in model.modules()]
-    if layout.context > 1 and any(limit is not None for limit in limits):
-        raise ModelError(
-            f"layout.context = {layout.context} with experts of limited capacity",
-            rule="capacity counts the tokens of one sample, and here no rank has all of them",
-            fix="set capacity_factor = None, or layout.context = 1",
-        )
 
 
 def _apply(found: Any, mesh: Mesh) -> Callable[[], None]:
@@ -131,13 +121,18 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
             given = () if beside is None else (beside,)
             return own(self, hidden_states, top_k_index, top_k_weights, *given)
         order = Order.by_expert(top_k_index, num_experts)
-        counts, wanted = _tell_counts(group, order.counts)
+        counts, wanted = _tell_counts(group, order.counts, hidden_states.device)
         out = Exchange(group, [sum(each) for each in counts], [sum(each) for each in wanted])
         sent = out.send(order.take(hidden_states))
         extra = None if beside is None else beside()
         came = out.receive(sent)
-        with _having(self, share):
-            mine = own(self, came, *_choices(wanted, came))
+        grouped = _regrouped(came, wanted)
+        if isinstance(self, Experts):
+            made = self.on_groups(grouped, [sum(each) for each in zip(*wanted, strict=True)])
+        else:
+            with _having(self, share):
+                made = _tied(own(self, grouped, *_choices(wanted, grouped)), grouped, self)
+        mine = _regrouped(made, [*zip(*wanted, strict=True)])
         back = Exchange(group, out.arriving, out.leaving)
         result = order.put_back(back.receive(back.send(mine)), top_k_weights)
         return result if extra is None else result + extra
@@ -145,19 +140,43 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
     return forward  # type: ignore[no-any-return]
 
 
-def _tell_counts(group: Group, counts: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """How many rows go to each expert of each member, and how many come from each for each expert here."""
-    leaving = torch.tensor(counts).view(group.num_ranks, -1)
+def _tell_counts(
+    group: Group, counts: list[int], device: torch.device
+) -> tuple[list[list[int]], list[list[int]]]:
+    """How many rows go to each expert of each member, and how many come from each for each expert here.
+
+    Args:
+        device: where the backend of the group takes tensors from.
+    """
+    leaving = torch.tensor(counts, device=device).view(group.num_ranks, -1)
     arriving = torch.empty_like(leaving)
     group.all_to_all(list(leaving), list(arriving)).wait()
     return leaving.tolist(), arriving.tolist()
 
 
-def _choices(wanted: list[list[int]], came: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row that came the one expert here that it is for, [rows, 1], and its weight, 1."""
-    counts = torch.tensor(wanted, device=came.device)
-    experts = torch.arange(counts.shape[1], device=came.device).repeat(counts.shape[0])
-    return experts.repeat_interleave(counts.flatten())[:, None], came.new_ones(len(came), 1)
+def _regrouped(rows: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
+    """Rows that are sorted by the rows of `counts` and then by its columns, the other way round."""
+    pieces = torch.split(rows, [count for each in counts for count in each])
+    width = len(counts[0])
+    return torch.cat(
+        [pieces[line * width + column] for column in range(width) for line in range(len(counts))]
+    )
+
+
+def _choices(wanted: list[list[int]], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows sorted by expert the one expert here that each is for, [rows, 1], and its weight, 1."""
+    counts = torch.tensor(wanted, device=rows.device).sum(0)
+    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    return experts[:, None], rows.new_ones(len(rows), 1)
+
+
+def _tied(mine: Tensor, came: Tensor, part: nn.Module) -> Tensor:
+    """What experts made of the rows that came. Of no rows they may make something that has no backward, and
+    without one here the other ranks would wait in theirs."""
+    if len(came):
+        return mine
+    used = [weight.flatten()[:0].sum() for weight in part.parameters() if weight.requires_grad]
+    return mine + sum(used, came)
 
 
 @contextmanager

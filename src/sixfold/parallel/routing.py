@@ -97,6 +97,11 @@ class Routing:
         for router, tally in zip(self._routers.values(), parts, strict=True):
             router.end_update(tally)
 
+    def forget(self) -> None:
+        """Drop what was tallied since the last update."""
+        for router in self._routers.values():
+            router.tally.zero_()
+
     def statistics(self) -> dict[str, RoutingStatistics]:
         """By name of the router, how the tokens of the last update were shared out."""
         return {name: router.last for name, router in self._routers.items() if router.last is not None}

@@ -1,8 +1,8 @@
 """Where the rules come from by which a model is cut over the tensor axis, and whether they hold.
 
-Asked by `tensor_axis.py` and by `sixfold probe`: those of the user, those that the model declares
-(`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. What
-the model does not declare by itself is tried on a small copy first, where there is one. It decides no pieces.
+Asked by `tensor_axis.py` and by `tests/architectures.py`: those of the user, those that the model declares
+(`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. All but
+`model.tensor_rules` are tried on a small copy first. It decides no pieces.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Answer:
     Args:
         rules: that hold, None where there are none.
         why: what was tried and does not hold, or why nothing was.
+        fix: what helps where nothing could be tried.
         is_tried: whether a small copy that is cut has given the numbers of a whole one.
     """
 
     rules: Rules | None
     why: str = ""
+    fix: str = ""
     is_tried: bool = False
 
 
@@ -58,19 +60,21 @@ def find_rules(model: nn.Module, layout: LayoutConfig) -> Rules:
     answer = answer_for(model, layout)
     if answer.rules is not None:
         return answer.rules
+    named = (
+        'name what is cut, for example layout.tensor_rules = ["layers.*.fc1 = colwise", '
+        f'"layers.*.fc2 = rowwise"], declare it in model.{DECLARED}'
+    )
     raise ModelError(
         f"layout.tensor = {layout.tensor} with {type(model).__name__}: {answer.why}",
         rule="a cut that the model does not declare itself is tried on a small copy of it before the run, "
         "and gives the numbers of the whole model",
         fix=("leave layout.sequence_parallel unset, or " if layout.sequence_parallel else "")
-        + 'name what is cut, for example layout.tensor_rules = ["layers.*.fc1 = colwise", '
-        f'"layers.*.fc2 = rowwise"], declare it in model.{DECLARED}, or set layout.tensor = 1 and let those '
-        "ranks share the data",
+        + f"{answer.fix or named}, or set layout.tensor = 1 and let those ranks share the data",
     )
 
 
 def answer_for(model: nn.Module, layout: LayoutConfig) -> Answer:
-    """What is known of `model`; of a Hugging Face model the same is answered at once when asked again."""
+    """What is known of `model`; of a Hugging Face one asked again, the same is answered at once."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return _answer(model, layout)
@@ -97,7 +101,8 @@ def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
             return planned
     found = _from_structure(model, layout)
     if found.rules is None and planned.why:
-        return Answer(None, f"its own plan does not hold: {planned.why}; from its structure: {found.why}")
+        why = f"its own plan does not hold: {planned.why}; from its structure: {found.why}"
+        return Answer(None, why, found.fix)
     return found
 
 
@@ -107,7 +112,7 @@ def _tried(model: nn.Module, rules: Rules, layout: LayoutConfig) -> Answer:
         blocks = block_names(tiny, layout.blocks) if layout.sequence_parallel else ()
     except (CannotTry, SixfoldError) as error:
         if rules.source != USER and layout.sequence_parallel:
-            return Answer(None, f"it cannot be tried: {error}")
+            return _untried(model, error)
         _log.warning(
             "layout.tensor: a %s is cut by %s without a trial: %s", type(model).__name__, rules.source, error
         )
@@ -134,11 +139,18 @@ def _kinds(model: nn.Module) -> dict[str, frozenset[type]]:
     return {name: frozenset(kinds) for name, kinds in found.items()}
 
 
+def _untried(model: nn.Module, error: Exception) -> Answer:
+    inputs = "give model.dummy_inputs (keyword arguments of a forward), or "
+    fix = f"declare model.{DECLARED}, which is not tried"
+    given = hasattr(model, "dummy_inputs")
+    return Answer(None, f"it cannot be tried: {error}", fix if given else inputs + fix)
+
+
 def _from_structure(model: nn.Module, layout: LayoutConfig) -> Answer:
     try:
         tiny, inputs = tiny_of(model)
     except CannotTry as error:
-        return Answer(None, f"it cannot be tried: {error}")
+        return _untried(model, error)
     try:
         found = rules_from_structure(tiny, inputs, layout.tensor)
     except Exception as error:  # of the model's own code, on inputs that were made up

@@ -111,6 +111,8 @@ def decide_tensor(model: nn.Module, rules: Rules, num_ranks: int, place: int) ->
     cutting = _Cutting(model, rules, num_ranks, place)
     styles = cutting.styles()
     layers = [layer for name, style in styles.items() for layer in cutting.layers(name, style, styles)]
+    if not any(layer.spans for layer in layers):
+        raise cutting.refused("its rules fit no layer of it", "something is cut over the tensor axis")
     return TensorCut(
         tuple(layers), cutting.places(layers), tuple(cutting.attributes(layers)), num_ranks, rules.source
     )
@@ -145,12 +147,12 @@ class _Cutting:
             if style in LEFT_WHOLE:
                 continue
             if style not in STYLES:
-                raise self._refused(f"{pattern!r} has the style {style!r}", f"styles are {', '.join(STYLES)}")
+                raise self.refused(f"{pattern!r} has the style {style!r}", f"styles are {', '.join(STYLES)}")
             names = matching(self.model, pattern)
             if not names and style == "scores" and callable(getattr(self.model, pattern, None)):
                 names = [pattern]
             if not names and self.rules.is_exact:
-                raise self._refused(f"{pattern!r} fits no module", "rules name modules of the model")
+                raise self.refused(f"{pattern!r} fits no module", "rules name modules of the model")
             found |= dict.fromkeys(names, STYLES[style])
         return found
 
@@ -165,13 +167,11 @@ class _Cutting:
             yield Layer(name, style, 0, ())
             return
         if dims is None:
-            raise self._refused(
+            raise self.refused(
                 f"{name} is a {type(module).__name__}", "only linear layers and embeddings are cut"
             )
         if style.role == "vocabulary" and getattr(module, "max_norm", None) is not None:
-            raise self._refused(
-                f"{name} has max_norm", "an embedding that is cut leaves its rows as they are"
-            )
+            raise self.refused(f"{name} has max_norm", "an embedding that is cut leaves its rows as they are")
         size = _weight(module).shape[dims[share]]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
@@ -233,11 +233,11 @@ class _Cutting:
                 if share is None and layer.style.shares["weight"] == "partial":
                     share = "partial"
                 if share is None:
-                    raise self._refused(f"{layer.name}.{key} is a parameter of a layer that is cut", _KNOWN)
+                    raise self.refused(f"{layer.name}.{key} is a parameter of a layer that is cut", _KNOWN)
                 made = self._place(layer, share, dim_of(share, key, module), tuple(parameter.shape))
                 name = first[parameter]
                 if made is not None and found.setdefault(name, made) != made:
-                    raise self._refused(
+                    raise self.refused(
                         f"{layer.name}.{key} is {name}, cut otherwise", "a tied weight is cut once"
                     )
         return found
@@ -284,7 +284,8 @@ class _Cutting:
             fix=f"set layout.tensor to one of {', '.join(map(str, legal))}",
         )
 
-    def _refused(self, given: str, rule: str) -> ModelError:
+    def refused(self, given: str, rule: str) -> ModelError:
+        """The error for a model that cannot be cut so."""
         return ModelError(
             f"layout.tensor = {self.num_ranks} with {self._kind}: {given} ({self.rules.source})",
             rule=rule,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sixfold.parallel.balance import SETTING
+
 LARGE = 2_000_000
 """Parameters up to which a model is tried as it is."""
 TOO_LARGE = 40_000_000
@@ -61,16 +63,19 @@ def tiny_of(model: nn.Module, multiple: int = 1) -> tuple[nn.Module, dict[str, A
 
 def _built(model: nn.Module, config: Any) -> nn.Module:
     kind: Callable[[Any], nn.Module] = type(model)
-    shrinks = [_same] if _numel(model) <= LARGE else [_narrow, _shallow]
+    # By its configuration alone, so that ranks whose parameters are cut already find the same.
+    shrinks = {_same: LARGE, _narrow: TOO_LARGE, _shallow: TOO_LARGE}
     reason = "no smaller configuration of it can be built"
-    for shrink in shrinks:
+    for shrink, most in shrinks.items():
         small = copy.deepcopy(config)
         for each in _parts(small):
             shrink(each)
+            if hasattr(each, SETTING):
+                setattr(each, SETTING, False)  # `balance.py` puts another in place of such a loss
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))
-            if size > TOO_LARGE:
+            if size > most:
                 reason = f"its smallest copy has {size:,} parameters"
                 continue
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):

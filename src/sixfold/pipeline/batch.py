@@ -101,7 +101,7 @@ def divide(batch: Batch, parts: int) -> list[Batch]:
     return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
 
 
-def without_targets(batch: Mapping[str, Any], ignored: int) -> dict[str, Any]:
+def without_targets(batch: Batch, ignored: int) -> Batch:
     """One sample shaped as those of `batch`, of which no label counts.
 
     Args:
@@ -115,6 +115,8 @@ def without_targets(batch: Mapping[str, Any], ignored: int) -> dict[str, Any]:
         fill = ignored if name in ("labels", "shift_labels") else int(is_mask)
         return field.new_full((1, *field.shape[1:]), fill)
 
+    if not isinstance(batch, Mapping):
+        return change_tensors(batch, lambda field: one("", field))
     return {name: one(name, field) for name, field in batch.items()}
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows
+from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
 from sixfold.pipeline.loss import IGNORED
 
@@ -96,7 +96,7 @@ class SequenceCut:
         """
         if self._attention is None:
             return Piece(batch)
-        fields, documents, keys = self._fields(batch, shift)
+        fields, known = self._fields(batch, shift)
         length = _length(fields)
         num_ranks = self._attention.group.num_ranks
         if length < 2 * num_ranks:
@@ -133,8 +133,10 @@ class SequenceCut:
 
         part = change_tensors(fields, cut)
         labels = fields.get("labels") if isinstance(fields, Mapping) else None
-        documents, keys = (None if each is None else each.to(self._device) for each in (documents, keys))
-        sequences = Sequences(length, documents, keys)
+        known = {name: each.to(self._device) for name, each in known.items()}
+        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
+        if sequences.seen is not None:
+            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
         if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
             return Piece(part, sequences, num_rows(spans) / length)
         valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
@@ -151,8 +153,10 @@ class SequenceCut:
         kept = -(-_TRIED * num_ranks // period) * period + length % period
 
         def begin(tensor: Tensor) -> Tensor:
-            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
-            return tensor[:1, :kept] if is_sequence else tensor[:1] if tensor.dim() else tensor
+            if tensor.dim() > 1 and tensor.shape[1] == length:
+                return tensor[:1, :kept]
+            is_of_pairs = tensor.dim() == 4 and tensor.shape[2:] == (length, length)
+            return tensor[:1, :, :kept, :kept] if is_of_pairs else tensor[:1] if tensor.dim() else tensor
 
         short = change_tensors(batch, begin)
         if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
@@ -167,9 +171,12 @@ class SequenceCut:
         is_told = isinstance(short, Mapping) and not hasattr(self._module, PER_TOKEN)
         if not is_told or "position_ids" in short or not {"attention_mask", "position_ids"} <= set(takes):
             return []
+        mask = short.get("attention_mask")
+        if mask is not None and mask.dim() > 2:  # of pairs, over which nobody counts
+            return []
         like, length = next(each for each in tensors_of(short) if each.dim() > 1), _length(short)
         place, num_hidden = torch.arange(length, device=like.device).expand(len(like), -1), length // 4
-        mask = short.get("attention_mask", torch.ones_like(place))
+        mask = torch.ones_like(place) if mask is None else mask
         fields = {**short, "attention_mask": mask * (place >= num_hidden)}
         if isinstance(short.get("labels"), Tensor):
             # The last hidden one is asked for the first that is not.
@@ -227,34 +234,33 @@ class SequenceCut:
 
         self._counts_positions = is_bad(not padded_error <= bound)
 
-    def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, Tensor | None, Tensor | None]:
-        """Fields with one entry a token, the documents, and which tokens may be seen."""
+    def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
+        """Fields with one entry a token, and what is known of the sequences, see `Sequences`."""
         told: Callable[..., Mapping[str, Any]] | None = getattr(self._module, PER_TOKEN, None)
         if told is not None:
             named = isinstance(batch, Mapping)
             fields = (
                 told(**batch) if named else told(*(batch if isinstance(batch, tuple | list) else (batch,)))
             )
-            return fields, fields.get("documents"), None
+            return fields, _given(documents=fields.get("documents"))
         if not isinstance(batch, Mapping):
-            return batch, None, None
+            return batch, {}
         return self._named_fields(dict(batch), shift)
 
-    def _named_fields(
-        self, fields: dict[str, Any], shift: int | None
-    ) -> tuple[Batch, Tensor | None, Tensor | None]:
+    def _named_fields(self, fields: dict[str, Any], shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
         length, like = _length(fields), next(each for each in tensors_of(fields) if each.dim() > 1)
-        documents, keys = fields.get("documents"), None
+        documents, keys, seen = fields.get("documents"), None, None
         takes = inspect.signature(self._module.forward).parameters
         mask, positions = fields.get("attention_mask"), fields.get("position_ids")
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and mask.shape[1:] == (1, length, length):
+            seen = seen_by(mask)
+        elif isinstance(mask, Tensor):
             if mask.shape != (len(like), length):
                 raise ModelError(
                     f"an attention_mask {tuple(mask.shape)} with sequences of {length} tokens cut by "
                     "layout.context",
-                    rule="attention across ranks takes padding and documents by token, not by pairs of them",
-                    fix="give attention_mask as [batch, length], or documents by position_ids that begin "
-                    f"anew; or {OFF}",
+                    rule="attention across ranks takes a mask of tokens, or of pairs, the same for all heads",
+                    fix=f"give attention_mask as [batch, length] or [batch, 1, length, length], or {OFF}",
                 )
             keys = None if bool((mask != 0).all()) else mask != 0
             if keys is not None and positions is None and self._counts_positions:
@@ -265,7 +271,7 @@ class SequenceCut:
             if positions is None:
                 positions = torch.arange(length, device=like.device)[None]
             fields["position_ids"] = positions.expand(len(like), -1)
-        if "attention_mask" in takes and (mask is not None or "position_ids" in takes):
+        if seen is None and "attention_mask" in takes and (mask is not None or "position_ids" in takes):
             # Parts of a sequence are no documents, and what is padding is known already.
             kind = mask.dtype if mask is not None else torch.long
             fields["attention_mask"] = torch.ones(len(like), length, dtype=kind, device=like.device)
@@ -273,7 +279,7 @@ class SequenceCut:
         if shift == 1 and isinstance(labels, Tensor) and labels.shape == (len(like), length):
             shifted = fields.get("shift_labels", F.pad(labels[:, 1:], (0, 1), value=IGNORED))
             fields["labels"] = fields["shift_labels"] = shifted
-        return fields, documents, keys
+        return fields, _given(documents=documents, keys=keys, seen=seen)
 
     def _refuse_hidden_before(self, keys: Tensor) -> None:
         if bool((keys[:, 1:] & ~keys[:, :-1]).any()):
@@ -284,6 +290,10 @@ class SequenceCut:
                 "sequence does not show",
                 fix=f"pad behind the tokens, give position_ids [batch, length], or {OFF}",
             )
+
+
+def _given(**known: Tensor | None) -> dict[str, Tensor]:
+    return {name: each for name, each in known.items() if each is not None}
 
 
 def _visible(output: Tensor, keys: Tensor | None) -> Tensor:

@@ -122,14 +122,14 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
     if replicas % shard:
         raise PlanError(
             f"layout.shard = {layout.shard} with {along}",
-            rule="shard cuts the data ranks into equal groups, so it divides their number",
+            rule="shard cuts the ranks along data and context into equal groups, so it divides their number",
             fix=f"set layout.shard = {replicas}, or leave it unset",
         )
     if replicas % layout.expert or (shard % layout.expert and layout.expert % shard):
         raise PlanError(
             f"layout.expert = {layout.expert} with {along} in groups of {shard}",
-            rule="experts are dealt out to the data ranks, so their groups divide that number, and one of "
-            "layout.shard and layout.expert divides the other",
+            rule="experts are dealt out to the ranks along data and context, so their groups divide that "
+            "number, and one of layout.shard and layout.expert divides the other",
             fix=f"set layout.expert = {gcd(replicas, shard, layout.expert)}",
         )
     sizes = {"pipe": layout.pipe, "data": data, "context": layout.context, "tensor": layout.tensor}

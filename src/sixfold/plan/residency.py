@@ -72,7 +72,7 @@ PRESETS: dict[int, Residency] = {
     2: Residency(WHOLE, GROUP, GROUP),
     3: Residency(GROUP, GROUP, GROUP),
 }
-"""By `layout.zero`. A group is all data ranks unless `layout.shard` makes smaller ones of them."""
+"""By `layout.zero`. A group is all replicas unless `layout.shard` makes smaller ones of them."""
 
 
 def decide_residency(layout: LayoutConfig) -> Residency:

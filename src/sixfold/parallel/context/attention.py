@@ -127,7 +127,7 @@ class ContextAttention:
         if self._checked is not None and self._checked[0] is sequences and self._checked[1] is mask:
             return self._checked[2]
         rows = num_rows(self.spans)
-        seen = mask if mask.dtype == torch.bool else _seen(mask)
+        seen = seen_by(mask)
         allowed = sequences.allowed(self.spans, self.spans)
         whole = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=mask.device)
         whole = whole if allowed is None else allowed
@@ -147,11 +147,18 @@ class ContextAttention:
         )
 
 
-def _seen(bias: Tensor) -> Tensor:
-    seen = bias == 0
-    if not bool((seen | (bias < _HIDDEN)).all()):
+def seen_by(mask: Tensor) -> Tensor:
+    """Which keys a mask lets queries see, bool, whether it says so or is added to scores.
+
+    Raises:
+        ModelError: it does something else to scores.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    if not bool((seen | (mask < _HIDDEN)).all()):
         raise ModelError(
-            f"an attention bias {tuple(bias.shape)} that is added to scores",
+            f"an attention bias {tuple(mask.shape)} that is added to scores",
             rule="attention across ranks knows masks that hide keys, and nothing that shifts scores",
             fix=f"{OFF} for models with relative position biases",
         )

@@ -84,22 +84,25 @@ class Sequences:
         documents: the number of each token's document, [batch, length]; a token sees its own alone. None:
             one document.
         keys: which tokens may be seen at all, bool [batch, length]; None: all.
+        seen: which keys each query may see, where that is told by pairs, bool [batch, 1, length, length].
     """
 
     length: int
     documents: Tensor | None = None
     keys: Tensor | None = None
+    seen: Tensor | None = None
     _pairs: dict[object, list[Pair]] = field(default_factory=dict, compare=False, repr=False)
 
     def allowed(self, queries: Sequence[Span], keys: Sequence[Span]) -> Tensor | None:
         """What the documents and the padding let the rows in some spans see of those in others, bool
         [batch, 1, queries, keys]; None: all."""
-        if self.documents is None and self.keys is None:
-            return None
         allowed: Tensor | None = None
+        if self.seen is not None:
+            allowed = cut_rows(cut_rows(self.seen, queries, 2), keys, 3)
         if self.documents is not None:
             asking, asked = (cut_rows(self.documents, spans, 1) for spans in (queries, keys))
-            allowed = asking[:, None, :, None] == asked[:, None, None, :]
+            alike = asking[:, None, :, None] == asked[:, None, None, :]
+            allowed = alike if allowed is None else allowed & alike
         if self.keys is not None:
             valid = cut_rows(self.keys, keys, 1)[:, None, None, :]
             rows = num_rows(queries)
