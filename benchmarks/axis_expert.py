@@ -21,7 +21,7 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.models.layers import FeedForward
 from sixfold.models.moe import ExpertsConfig, MixtureOfExperts
-from sixfold.parallel.expert import decide_expert
+from sixfold.parallel.expert.axis import decide_expert
 from sixfold.plan import Geometry, dispatch_traffic
 from sixfold.testing.exchanges import noted_exchanges
 

@@ -40,8 +40,8 @@ def blocks_of(size: str) -> Any:
 def ours(size: str, mesh: Any) -> Any:
     """Cut by Sixfold."""
     from sixfold.parallel.pieces import piece_of
-    from sixfold.parallel.tensor import Rules, decide_tensor
-    from sixfold.parallel.tensor_forwards import TensorForwards
+    from sixfold.parallel.tensor.cut import Rules, decide_tensor
+    from sixfold.parallel.tensor.forwards import TensorForwards
 
     blocks, group = blocks_of(size), mesh.along("tensor")
     styles = {f"*.{name}": "colwise" for name in COLUMN} | {f"*.{name}": "rowwise" for name in ROW}

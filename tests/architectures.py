@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from sixfold.config import LayoutConfig
-from sixfold.parallel.rules import Answer, answer_for
-from sixfold.parallel.tensor import decide_tensor
+from sixfold.parallel.tensor.cut import decide_tensor
+from sixfold.parallel.tensor.rules import Answer, answer_for
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"

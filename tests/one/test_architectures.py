@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sixfold.base.errors import ConfigError, ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.heads import Head
-from sixfold.parallel.rules import find_rules
-from sixfold.parallel.styles import STYLES
-from sixfold.parallel.tensor import Layer, Rules, TensorCut, decide_tensor
-from sixfold.parallel.tiny import tiny_of
-from sixfold.parallel.verify import Meeting, Seat, difference
+from sixfold.parallel.tensor.cut import Layer, Rules, TensorCut, decide_tensor
+from sixfold.parallel.tensor.heads import Head
+from sixfold.parallel.tensor.rules import find_rules
+from sixfold.parallel.tensor.styles import STYLES
+from sixfold.parallel.tensor.tiny import tiny_of
+from sixfold.parallel.tensor.verify import Meeting, Seat, difference
 from tests.architectures import ARCHITECTURES, KEPT_TRUE, PAGE, Architecture, row
 
 BY_NAME = {each.name: each for each in ARCHITECTURES}

@@ -18,7 +18,7 @@ from sixfold.engine.costs import crossing_memory, cut_by_measure
 from sixfold.mesh import Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.parallel import ModelCut, handed_bytes, measured_costs
-from sixfold.parallel.parts import find_parts
+from sixfold.parallel.pipe.parts import find_parts
 from sixfold.pipeline import LossForm
 from sixfold.plan import BlockCosts, decide_geometry, decide_stages, transfer_memory
 from sixfold.program import training

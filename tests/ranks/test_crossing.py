@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sixfold.mesh import Group, Scratch
 from sixfold.parallel import crossing
-from sixfold.parallel.crossing import bounds, cross
-from sixfold.parallel.vocabulary import Vocabulary, losses_of
+from sixfold.parallel.tensor.crossing import bounds, cross
+from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
 
 
 def axis_of(num_ranks: int) -> Group:

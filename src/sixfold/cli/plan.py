@@ -21,7 +21,7 @@ from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
 from sixfold.monitor.hardware import peak_flops
 from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
-from sixfold.parallel.expert import experts_of
+from sixfold.parallel.expert.axis import experts_of
 from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute

@@ -37,7 +37,7 @@ TENSOR_RULES = {
     "lm_head": "local_colwise",
     "head": "scores",
 }
-"""How several ranks share its layers: the styles of `parallel/styles.py`; "head" is the method."""
+"""How several ranks share its layers: the styles of `parallel/tensor/styles.py`; "head" is the method."""
 
 
 @dataclass(frozen=True)

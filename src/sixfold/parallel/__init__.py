@@ -5,7 +5,6 @@ activations, tokens and keys through the groups of the mesh.
 """
 
 from sixfold.parallel.axes import decide_axes
-from sixfold.parallel.balance import ModelBalance
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.chunked_loss import chunk_loss
@@ -18,8 +17,8 @@ from sixfold.parallel.context import (
     off_zero,
     seen_by,
 )
-from sixfold.parallel.costs import handed_bytes, measured_costs
-from sixfold.parallel.deferral import Deferral, Product
+from sixfold.parallel.expert.balance import ModelBalance
+from sixfold.parallel.expert.routing import Routing
 from sixfold.parallel.facts import (
     BATCH_NORMS,
     DTYPES,
@@ -32,9 +31,10 @@ from sixfold.parallel.facts import (
     torch_type,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
-from sixfold.parallel.pipe import ModelCut
-from sixfold.parallel.routing import Routing
-from sixfold.parallel.stage import Stage
+from sixfold.parallel.pipe.costs import handed_bytes, measured_costs
+from sixfold.parallel.pipe.cut import ModelCut
+from sixfold.parallel.pipe.deferral import Deferral, Product
+from sixfold.parallel.pipe.stage import Stage
 
 __all__ = [
     "BATCH_NORMS",

@@ -15,8 +15,8 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Decide, Remove
 from sixfold.parallel.context.axis import decide_context_axis
-from sixfold.parallel.expert import decide_expert
-from sixfold.parallel.tensor_axis import decide_tensor_axis
+from sixfold.parallel.expert.axis import decide_expert
+from sixfold.parallel.tensor.axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
 DECIDE: dict[str, Decide] = {

@@ -24,7 +24,7 @@ from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_en
 from sixfold.models.decoder import Decoder
 from sixfold.parallel.blocks import own_forward
 from sixfold.parallel.change import Remove
-from sixfold.parallel.tiny import CannotTry, tiny_of
+from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
 
 IGNORED = -100
 OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]

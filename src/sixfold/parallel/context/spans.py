@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sixfold.parallel.crossing import bounds
+from sixfold.parallel.tensor.crossing import bounds
 
 Span = tuple[int, int]
 """Rows [start, stop) of the whole sequence."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sixfold.parallel.styles import HEAD_COUNTS, KEY_COUNTS, WIDTHS, dims_of
-from sixfold.parallel.tensor import Rules
-from sixfold.parallel.verify import Inputs, difference
+from sixfold.parallel.tensor.cut import Rules
+from sixfold.parallel.tensor.styles import HEAD_COUNTS, KEY_COUNTS, WIDTHS, dims_of
+from sixfold.parallel.tensor.verify import Inputs, difference
 
 SOURCE = "its structure"
 MOST_FEEDERS = 4

@@ -1,6 +1,6 @@
 """The tensor axis, applied: forwards of layers that are cut, with their crossings around them.
 
-Called by `initialize` after `tensor.py` has decided, and by `verify.py` on a tiny copy. Instances get another
+Called by `initialize` after `cut.py` has decided, and by `verify.py` on a tiny copy. Instances get another
 `forward`; parameters stay the objects they are, and hold this rank's pieces by the time a forward runs.
 `remove` leaves the module as it was handed over.
 """
@@ -18,10 +18,20 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.parallel.blocks import own_forward, put_forward
-from sixfold.parallel.crossing import CLOSED, COPIED, GATHERED, OPENED, PARTED, SUMMED, Axis, Crossing, cross
-from sixfold.parallel.heads import Head
-from sixfold.parallel.styles import OUTPUTS, dim_of
-from sixfold.parallel.tensor import Layer, TensorCut
+from sixfold.parallel.tensor.crossing import (
+    CLOSED,
+    COPIED,
+    GATHERED,
+    OPENED,
+    PARTED,
+    SUMMED,
+    Axis,
+    Crossing,
+    cross,
+)
+from sixfold.parallel.tensor.cut import Layer, TensorCut
+from sixfold.parallel.tensor.heads import Head
+from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
 
 Own = Callable[..., Any]
 Run = Sequence[str]

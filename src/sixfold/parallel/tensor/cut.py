@@ -2,7 +2,7 @@
 
 Called by `initialize` between facts and plan, on a model with or without weights, and by `verify.py` for a
 tiny copy. It reads shapes and attributes only and changes nothing; forwards are changed by
-`tensor_forwards.py`.
+`forwards.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from math import gcd
 from torch import nn
 
 from sixfold.base.errors import ModelError, PlanError
-from sixfold.parallel.crossing import bounds
-from sixfold.parallel.styles import (
+from sixfold.parallel.tensor.crossing import bounds
+from sixfold.parallel.tensor.styles import (
     GROUPS,
     HEAD_COUNTS,
     HEAD_WIDTHS,

@@ -1,6 +1,6 @@
 """Where the rules come from by which a model is cut over the tensor axis, and whether they hold.
 
-Asked by `tensor_axis.py` and by `tests/architectures.py`: those of the user, those that the model declares
+Asked by `axis.py` and by `tests/architectures.py`: those of the user, those that the model declares
 (`model.tensor_rules`, or the plan of a Hugging Face model), or else those that its structure allows. All but
 `model.tensor_rules` are tried on a small copy first. It decides no pieces.
 """
@@ -17,11 +17,11 @@ from torch import nn
 from sixfold.base.errors import ConfigError, ModelError, SixfoldError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.structure import pattern_of, rules_from_structure
-from sixfold.parallel.styles import STYLES
-from sixfold.parallel.tensor import Rules
-from sixfold.parallel.tiny import CannotTry, tiny_of
-from sixfold.parallel.verify import difference
+from sixfold.parallel.tensor.cut import Rules
+from sixfold.parallel.tensor.structure import pattern_of, rules_from_structure
+from sixfold.parallel.tensor.styles import STYLES
+from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
+from sixfold.parallel.tensor.verify import difference
 
 DECLARED = "tensor_rules"
 """Attribute of a model that says how it is cut: pattern -> style."""

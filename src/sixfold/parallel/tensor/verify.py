@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import SixfoldError
-from sixfold.parallel.crossing import Axis
 from sixfold.parallel.pieces import piece_of, put_piece
-from sixfold.parallel.tensor import Rules, TensorCut, decide_tensor, in_lists, in_sequence
-from sixfold.parallel.tensor_forwards import TensorForwards
+from sixfold.parallel.tensor.crossing import Axis
+from sixfold.parallel.tensor.cut import Rules, TensorCut, decide_tensor, in_lists, in_sequence
+from sixfold.parallel.tensor.forwards import TensorForwards
 from sixfold.plan.places import Place
 
 TOLERANCE = 1e-5

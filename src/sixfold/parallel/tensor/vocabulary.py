@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sixfold.parallel.crossing import Axis, bounds, exchange
+from sixfold.parallel.tensor.crossing import Axis, bounds, exchange
 
 IGNORED = -100
 """Target that counts nothing, as in torch."""

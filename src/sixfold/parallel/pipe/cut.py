@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sixfold.config import LayoutConfig
-from sixfold.parallel.costs import estimated_costs
-from sixfold.parallel.parts import Parts, find_parts
-from sixfold.parallel.stage import Border, Stage, Watch, view_of
+from sixfold.parallel.pipe.costs import estimated_costs
+from sixfold.parallel.pipe.parts import Parts, find_parts
+from sixfold.parallel.pipe.stage import Border, Stage, Watch, view_of
 from sixfold.plan import BlockCosts, Geometry, ParameterFacts, StagePlan, decide_stages
 
 

@@ -1,6 +1,6 @@
 """The head of a language model that is cut along the vocabulary, and the loss behind it.
 
-Made by `tensor_forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
+Made by `forwards.py`. Where the model computes its loss by itself and asks for nothing else, each rank
 keeps the scores of its own entries; elsewhere (generation, a loss function of the user's) scores are
 gathered.
 """
@@ -23,9 +23,9 @@ from sixfold.models import decoder
 from sixfold.models.chunks import summed_cross_entropy
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.chunked_loss import OF_ROWS
-from sixfold.parallel.crossing import COPIED, GATHERED, Axis, cross
-from sixfold.parallel.tensor import TensorCut
-from sixfold.parallel.vocabulary import IGNORED, Vocabulary, losses_of
+from sixfold.parallel.tensor.crossing import COPIED, GATHERED, Axis, cross
+from sixfold.parallel.tensor.cut import TensorCut
+from sixfold.parallel.tensor.vocabulary import IGNORED, Vocabulary, losses_of
 
 
 @dataclass

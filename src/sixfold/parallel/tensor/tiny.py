@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sixfold.parallel.balance import SETTING
+from sixfold.parallel.expert.balance import SETTING
 
 LARGE = 2_000_000
 """Parameters up to which a model is tried as it is."""
@@ -71,7 +71,7 @@ def _built(model: nn.Module, config: Any) -> nn.Module:
         for each in _parts(small):
             shrink(each)
             if hasattr(each, SETTING):
-                setattr(each, SETTING, False)  # `balance.py` puts another in place of such a loss
+                setattr(each, SETTING, False)  # `expert/balance.py` puts another in place of such a loss
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))

@@ -14,10 +14,10 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Remove
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.pipe import ModelCut
-from sixfold.parallel.rules import find_rules
-from sixfold.parallel.tensor import AXIS, decide_tensor, in_lists, in_sequence
-from sixfold.parallel.tensor_forwards import TensorForwards
+from sixfold.parallel.pipe.cut import ModelCut
+from sixfold.parallel.tensor.cut import AXIS, decide_tensor, in_lists, in_sequence
+from sixfold.parallel.tensor.forwards import TensorForwards
+from sixfold.parallel.tensor.rules import find_rules
 from sixfold.plan import Geometry, Place
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.models.moe import RoutingStatistics, statistics_of, tally_of, with_penalty
-from sixfold.parallel.crossing import Axis, bounds
+from sixfold.parallel.tensor.crossing import Axis, bounds
 
 SETTING = "output_router_logits"
 

@@ -1,6 +1,6 @@
 """What a model runs in which order, so that it can be cut between its parts.
 
-Asked by `pipe.py`. The order is found in an nn.Sequential, taken from a Hugging Face model's own plan, or
+Asked by `cut.py`. The order is found in an nn.Sequential, taken from a Hugging Face model's own plan, or
 said by the model. It cuts nothing and runs nothing.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from sixfold.base.errors import ModelError
-from sixfold.parallel.stage import PARTS, children_of
+from sixfold.parallel.pipe.stage import PARTS, children_of
 from sixfold.plan import StagePlan
 
 

@@ -1,7 +1,7 @@
 """Styles: the ways in which a layer is cut over the tensor axis, as data.
 
 A rule gives a module one of these by name; the names are those that Hugging Face models use in their own
-plans. `tensor.py` decides pieces from them and puts their crossings around forwards. A new kind of layer or
+plans. `cut.py` decides pieces from them and puts their crossings around forwards. A new kind of layer or
 way to cut it is a row here.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from sixfold.parallel.crossing import COPIED, GATHERED, PARTED, SUMMED, Crossing
+from sixfold.parallel.tensor.crossing import COPIED, GATHERED, PARTED, SUMMED, Crossing
 
 Share = Literal["out", "in", "whole", "partial"]
 """What a rank has of a parameter: rows of outputs or of inputs; or all of it, with the whole gradient or

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sixfold.mesh import Mesh
 from sixfold.models.moe import RoutingStatistics
-from sixfold.parallel.balance import ModelBalance, num_tokens_of
+from sixfold.parallel.expert.balance import ModelBalance, num_tokens_of
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sixfold.parallel.blocks import put_forward
-from sixfold.parallel.parts import Parts
+from sixfold.parallel.pipe.parts import Parts
 from sixfold.plan import BlockCosts
 
 NUM_RUNS = 3
