@@ -62,7 +62,7 @@ def test_a_missing_data_folder(sixfold: Terminal, more: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 @pytest.mark.parametrize("axis", ["tensor", "context"])
-def test_an_axis_of_more_ranks_than_there_are_is_infeasible(sixfold: Terminal, axis: str, more: tuple[str, ...]) -> None:
+def test_an_axis_of_more_ranks_than_there_are(sixfold: Terminal, axis: str, more: tuple[str, ...]) -> None:
     lab.write_corpus(sixfold.folder / "text", num_files=8)
     config = sixfold.config(**{f"layout__{axis}": 3})
     before = files_in(sixfold.folder)
