@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from sixfold.base.errors import ConfigError, ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
-from sixfold.parallel.tensor.cut import Rules, decide_tensor
+from sixfold.parallel.tensor.cut import Layer, Rules, TensorCut, decide_tensor
+from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.rules import find_rules
+from sixfold.parallel.tensor.styles import STYLES
 from sixfold.parallel.tensor.tiny import tiny_of
-from sixfold.parallel.tensor.verify import difference
+from sixfold.parallel.tensor.verify import Meeting, Seat, difference
 from tests.architectures import ARCHITECTURES, KEPT_TRUE, PAGE, Architecture, row
 
 BY_NAME = {each.name: each for each in ARCHITECTURES}
@@ -128,6 +130,47 @@ def test_what_is_not_in_the_small_copy_is_named(caplog: Any) -> None:
     model.model.layers[1].mlp.act_fn = nn.Tanh()
     assert find_rules(model, layout()).styles
     assert "without 1 of its modules, first model.layers.*.mlp.act_fn" in caplog.text
+
+
+class Block(nn.Module):
+    """Two layers and a norm; or, without layers, the norm alone."""
+
+    def __init__(self, has_layers: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.fc1, self.fc2 = (nn.Linear(6, 8), nn.Linear(8, 6)) if has_layers else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x if self.fc1 is None or self.fc2 is None else x + self.fc2(torch.relu(self.fc1(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(has_layers) for has_layers in (False, True, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_sequence_may_begin_and_end_in_blocks_that_are_not_cut() -> None:
+    rules = Rules({"blocks.*.fc1": "colwise", "blocks.*.fc2": "rowwise"})
+    names = [f"blocks.{number}" for number in range(3)]
+    assert difference(Blocks(), {"x": torch.randn(2, 4, 6)}, rules, 2, names) is None
+
+
+def test_the_vocabulary_is_that_of_the_head() -> None:
+    layers = tuple(
+        Layer(name, STYLES[style], size, ((0, size // 2),))
+        for name, style, size in (("head", "scores", 10), ("kinds", "embedding_rowwise", 4))
+    )
+    model = nn.ModuleDict({"head": nn.Linear(3, 10), "kinds": nn.Embedding(4, 3)})
+    found = Head.find(model, TensorCut(layers, {}, (), 2, ""), Seat(Meeting(2), 0))
+    assert found is not None
+    assert found.vocabulary.size == 10
 
 
 def test_another_model_gets_another_answer() -> None:

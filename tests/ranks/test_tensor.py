@@ -252,6 +252,9 @@ def test_scores_are_whole_where_somebody_reads_them() -> None:
         scores = whole(input_ids=batch["input_ids"]).logits
         torch.testing.assert_close(engine(input_ids=batch["input_ids"]).logits, scores)
         assert engine(**batch).logits is None
+        loss, *rest = engine(**batch, return_dict=False)
+        torch.testing.assert_close(loss, engine(**batch).loss)
+        assert not any(isinstance(each, Tensor) for each in rest)
     engine.close()
     decoder, tokens = engine_of(without("tied"), torch.float32), TASKS["tied"].batch(0)["tokens"]
     with torch.no_grad():

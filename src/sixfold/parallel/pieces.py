@@ -1,16 +1,17 @@
 """Pieces of parameters out of whole tensors and back, as their places say.
 
-Used where numbers of the whole model come in or go out, and for small models on which a cut is tried; during
-an update each rank computes with its pieces.
+Used where numbers of the whole model come in or go out, whole or by ranges as in checkpoints, and for small
+models on which a cut is tried; during an update each rank computes with its pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import torch
 
-from sixfold.plan import Place
+from sixfold.plan import Place, Slot
 
 
 def piece_of(whole: torch.Tensor, place: Place) -> torch.Tensor:
@@ -35,3 +36,15 @@ def put_piece(whole: torch.Tensor, place: Place, piece: torch.Tensor) -> None:
             at += stop - start
     for there, here in zip(product(*theirs), product(*mine), strict=True):
         whole[there] = piece[here]
+
+
+def runs_of(slot: Slot, start: int, part: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first element in the whole parameter, elements) of neighbours in it.
+
+    Args:
+        start: the first element of `part` in what this rank has of the parameter.
+        part: flat.
+    """
+    for theirs, mine, count in slot.runs(start, start + part.numel()):
+        if count:
+            yield theirs, part[mine - start : mine - start + count]

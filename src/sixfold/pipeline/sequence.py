@@ -171,9 +171,12 @@ class SequenceCut:
         is_told = isinstance(short, Mapping) and not hasattr(self._module, PER_TOKEN)
         if not is_told or "position_ids" in short or not {"attention_mask", "position_ids"} <= set(takes):
             return []
+        mask = short.get("attention_mask")
+        if mask is not None and mask.dim() > 2:  # of pairs, over which nobody counts
+            return []
         like, length = next(each for each in tensors_of(short) if each.dim() > 1), _length(short)
         place, num_hidden = torch.arange(length, device=like.device).expand(len(like), -1), length // 4
-        mask = short.get("attention_mask", torch.ones_like(place))
+        mask = torch.ones_like(place) if mask is None else mask
         fields = {**short, "attention_mask": mask * (place >= num_hidden)}
         if isinstance(short.get("labels"), Tensor):
             # The last hidden one is asked for the first that is not.

@@ -4,6 +4,7 @@ Assembled by the engine from a plan and a mesh, driven by the player. It knows n
 loss; the residency table decides where state lives.
 """
 
+from sixfold.parallel.pieces import runs_of
 from sixfold.state.average import Average
 from sixfold.state.catalog import Catalog, Entry, storage_type
 from sixfold.state.elementwise import elementwise_groups
@@ -12,7 +13,6 @@ from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.foreign import take_over
 from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
-from sixfold.state.pieces import runs_of
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
 

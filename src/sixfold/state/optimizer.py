@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 
 from sixfold.base.errors import StateError
 from sixfold.parallel import torch_name, torch_type
+from sixfold.parallel.pieces import runs_of
 from sixfold.plan import Slot
 from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.flat import range_in, zero_between
 from sixfold.state.making import kind_of
-from sixfold.state.pieces import runs_of
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
 

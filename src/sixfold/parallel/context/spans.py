@@ -14,14 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sixfold.parallel.tensor.crossing import bounds
+
 Span = tuple[int, int]
 """Rows [start, stop) of the whole sequence."""
 
 
 def chunk(length: int, num_ranks: int, number: int) -> Span:
     """One of the 2 * `num_ranks` chunks."""
-    parts = 2 * num_ranks
-    return number * length // parts, (number + 1) * length // parts
+    return bounds(length, 2 * num_ranks, number)
 
 
 def spans_of(length: int, num_ranks: int, places: range) -> tuple[Span, ...]:

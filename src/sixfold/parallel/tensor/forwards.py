@@ -62,6 +62,7 @@ class TensorForwards:
         self._model = model
         self._axis = axis
         self._cut = cut
+        self._runs = runs
         self._blocks = {name for run in runs for name in run}
         self._crossed: list[dict[tuple[int, Crossing], tuple[Tensor, Tensor]]] = []
         self._undo: list[Callable[[], None]] = []
@@ -95,7 +96,15 @@ class TensorForwards:
     def _probe(self, name: str) -> Callable[[], bool]:
         """Whether a module has pieces at the moment. While somebody reads or edits the whole model it has
         whole parameters, and runs as it did uncut."""
-        first = next(each for each in self._cut.layers if each.spans and _is_beside(each.name, name))
+        layers = [each for each in self._cut.layers if each.spans]
+        run = next((run for run in self._runs if name in run), ())
+
+        def distance(layer: Layer) -> int:
+            if _is_beside(layer.name, name):
+                return 0
+            return 1 if any(layer.name.startswith(block + ".") for block in run) else 2
+
+        first = min(layers, key=distance)
         layer = self._model.get_submodule(first.name)
         dim = dim_of(first.style.shares["weight"], "weight", layer)
         size = sum(stop - start for start, stop in first.spans)

@@ -46,10 +46,9 @@ class Head:
         found = next((layer for layer in cut.layers if layer.style.role == "scores"), None)
         if found is None:
             return None
-        sizes = [
-            layer.size for layer in cut.layers if layer.size and layer.style.role in ("vocabulary", "scores")
-        ]
-        return cls(model, found.name, Vocabulary(axis, sizes[-1]))
+        # A head that is a method has no weight of its own, but that of the embedding.
+        embeddings = (layer.size for layer in cut.layers if layer.style.role == "vocabulary")
+        return cls(model, found.name, Vocabulary(axis, found.size or next(embeddings)))
 
     @property
     def is_method(self) -> bool:
@@ -129,13 +128,18 @@ class Head:
                 return own(model, *args, **kwargs)
             with self.parted():
                 output = own(model, *args, **kwargs)
+            if isinstance(output, tuple):  # by return_dict=False, (loss, scores, ...)
+                return output[:1] + output[2:] if self._is_part(output[1]) else output
             logits = getattr(output, "logits", None)
-            if logits is not None and logits.shape[-1] < self.vocabulary.size:
+            if self._is_part(logits):
                 # No rank has them whole: better none than a part that looks like all.
                 return dataclasses.replace(output, logits=None)
             return output
 
         return put_forward(model, MethodType(forward, model))
+
+    def _is_part(self, scores: Any) -> bool:
+        return isinstance(scores, Tensor) and scores.shape[-1] < self.vocabulary.size
 
     def _has_labels(self, args: Any, kwargs: Any) -> bool:
         if kwargs.get("labels") is not None:

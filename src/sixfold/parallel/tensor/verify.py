@@ -122,7 +122,9 @@ def difference(
     failed = [each for each in results if isinstance(each, Exception)]
     if failed:
         own = [each for each in failed if not isinstance(each, threading.BrokenBarrierError)]
-        return f"its forward or backward fails: {_short((own or failed)[0])}"
+        if not own:
+            return f"a rank waited {PATIENCE_S:g} s for the others, which exchange less often or are slow"
+        return f"its forward or backward fails: {_short(own[0])}"
     outputs = [output for output, _ in results]
     off = max(_off(output, expected[0]) for output in outputs)
     if off > TOLERANCE:
