@@ -58,6 +58,8 @@ def test_the_numbers_of_the_model_alone(tied: bool, given: dict[str, Any]) -> No
     remove = chunk_loss(model, 5)
     output = model(**fields(), **given)
     assert output.logits is None
+    (alone, *beside) = model(**fields(), **given, use_cache=False, return_dict=False)
+    assert (alone.shape, beside) == ((), [])
     assert model(input_ids=fields()["input_ids"]).logits.shape == (3, 8, 29)
     torch.testing.assert_close(gradients(model, **given), expected, rtol=1e-5, atol=1e-7)
     shifted = torch.nn.functional.pad(fields()["labels"], (0, 1), value=-100)[:, 1:]

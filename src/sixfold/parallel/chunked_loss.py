@@ -136,10 +136,14 @@ class _Chunks:
         self._rows = rows
         try:
             output = self._own(model, *args, **kwargs)
+            _, hidden = self._handed_on or (None, None)
         finally:
             self._rows = self._handed_on = None
+        # Nobody shall take what was handed on for scores.
+        if isinstance(output, tuple):  # by return_dict=False
+            return tuple(each for each in output if each is not hidden)
         if hasattr(output, "logits"):
-            output.logits = None  # nobody shall take what was handed on for scores
+            output.logits = None
         return output
 
     @functools.cached_property
