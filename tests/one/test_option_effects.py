@@ -318,6 +318,7 @@ DIFFERS: dict[str, tuple[dict[str, Any], Any, Observable]] = {
         ["model.layers.*.mlp.up_proj = colwise", "model.layers.*.mlp.gate_proj = colwise"],
         lambda bench, changes: pieces(bench, changes),
     ),
+    "layout.context": ({}, 2, lambda bench, changes: ranks_along(bench, changes)),
     "layout.sequence_parallel": ({"layout.tensor": 2}, True, lambda bench, changes: pieces(bench, changes)),
     "layout.recompute": ({}, "full", lambda bench, changes: num_runs(bench, changes)),
     "layout.expert": (
@@ -421,6 +422,11 @@ def stages_text(bench: Lab, changes: dict[str, Any]) -> str:
     return str(ModelCut.decide(model, bench.resolved(changes).config.layout).plan)
 
 
+def ranks_along(bench: Lab, changes: dict[str, Any]) -> str:
+    """How two ranks stand along the axes."""
+    return str(decide_geometry(bench.resolved(changes).config.layout, 2))
+
+
 def pieces(bench: Lab, changes: dict[str, Any]) -> str:
     """What the first rank has of a model."""
     config = DecoderConfig.derive(vocab_size=8, context_length=4, width=8, num_layers=2, num_heads=2)
@@ -514,7 +520,6 @@ def test_differs(path: str, bench: Lab) -> None:
 
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "layout.data": (2, {"layout.data": 3}),
-    "layout.context": (2, {"layout.context": 2}),
 }
 
 

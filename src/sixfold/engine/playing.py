@@ -21,9 +21,9 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
+from sixfold.models.chunks import IGNORED
 from sixfold.parallel import DTYPES, Routing, Stage, off_zero
 from sixfold.pipeline import (
-    IGNORED,
     Batch,
     Counts,
     Kind,

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+IGNORED = -100
+"""Label that counts for nothing, as in torch's cross-entropy."""
 SCORES_BYTES = 2**28
 """Scores up to this size in fp32 exist at once, unless it is asked otherwise: nothing is computed twice."""
 CHUNK_BYTES = 2**26

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.models.chunks import Loss, in_chunks, rows_at_once, summed_cross_entropy
+from sixfold.models.chunks import IGNORED, Loss, in_chunks, rows_at_once, summed_cross_entropy
 from sixfold.models.decoder import Decoder
-from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import Remove
 from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
 
-IGNORED = -100
 OfRows = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """Head, hidden states [rows, width] and targets [rows] to their summed loss."""
 _BEHIND = "it changes its scores behind the head"
@@ -109,20 +109,14 @@ class _Chunks:
         self._handed_on: tuple[nn.Module, Tensor] | None = None
         self._own, self._own_head = own_forward(model), own_forward(head)
         self._own_loss: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
-        self._before = [(part, vars(part).get("forward")) for part in (model, head)]
+        undo = ExitStack()
         # Methods, so that a stage of the model, which is a copy of some of it, runs its own.
-        model.forward = MethodType(_as(self._own, self._forward), model)
-        head.forward = MethodType(_as(self._own_head, self._hand_on), head)
+        undo.callback(put_forward(model, MethodType(_as(self._own, self._forward), model)))
+        undo.callback(put_forward(head, MethodType(_as(self._own_head, self._hand_on), head)))
         model.loss_function = self._loss_of_chunks  # type: ignore[assignment]
-
-    def remove(self) -> None:
+        undo.callback(setattr, model, "loss_function", self._own_loss)
+        self.remove = undo.close
         """Give the model its own way back."""
-        self._model.loss_function = self._own_loss  # type: ignore[assignment]
-        for part, forward in self._before:
-            if forward is not None:
-                part.forward = forward
-            else:
-                del part.forward
 
     def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")

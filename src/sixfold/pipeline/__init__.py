@@ -16,7 +16,7 @@ from sixfold.pipeline.batch import (
     to_device,
     without_targets,
 )
-from sixfold.pipeline.loss import IGNORED, Counts, LossForm, Share
+from sixfold.pipeline.loss import Counts, LossForm, Share
 from sixfold.pipeline.passes import Passes
 from sixfold.pipeline.player import Player
 from sixfold.pipeline.scaling import LossScaler
@@ -26,7 +26,6 @@ from sixfold.pipeline.transfers import Kind, Transfers
 from sixfold.pipeline.written_out import WrittenOut
 
 __all__ = [
-    "IGNORED",
     "Batch",
     "Counts",
     "Kind",

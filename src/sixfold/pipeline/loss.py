@@ -19,10 +19,8 @@ from torch import nn
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
+from sixfold.models.chunks import IGNORED
 from sixfold.pipeline.batch import Batch, lengths_of, num_samples, tensors_of
-
-IGNORED = -100
-"""Label that torch's cross-entropy leaves out."""
 
 WAYS = (
     "return (sum, weight) from the model or from loss_fn, or call engine.backward(loss, weight=...) "

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.models.chunks import IGNORED
 from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
-from sixfold.pipeline.loss import IGNORED
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""

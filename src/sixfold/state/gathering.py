@@ -30,6 +30,7 @@ from sixfold.state.passes import (
     EVALUATION,
     FORWARD,
     PASSES,
+    Hooked,
     Order,
     Pass,
     disagreement,
@@ -44,14 +45,13 @@ _SERIALS = count()
 """One for each engine of a process; ranks make their engines in one order."""
 
 
-class Gathering:
+class Gathering(Hooked):
     """Gathers and drops units of one module.
 
     Args:
         units: those whose parameters are cut, in module order; with none it does nothing.
         serve: called in place of a pass that this rank has no part in, with its kind.
-        leave: called with each unit that no rank uses any more in a backward pass; at the same place
-            among the gathers on every rank.
+        leave: called with each unit that a backward pass is through with; at the same place on every rank.
         prefetch_bytes: bound on what is gathered ahead; None for always one unit.
     """
 

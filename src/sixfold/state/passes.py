@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 
@@ -21,6 +22,13 @@ PASSES = (EVALUATION, FORWARD, BACKWARD)
 """Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
 
 _MOST_LETTERS = 96
+
+
+class Hooked:
+    """Whose methods are hooks of a module: a copy of that module keeps to the one there is."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
 
 def forward_kind() -> str:

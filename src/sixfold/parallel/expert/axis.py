@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -23,7 +23,7 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Group, Mesh, Pending
 from sixfold.models.grouped import Order
 from sixfold.models.moe import Experts
-from sixfold.parallel.blocks import own_forward
+from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import AxisChange
 from sixfold.plan import Geometry, Place
 
@@ -91,19 +91,11 @@ def _num_experts(part: nn.Module) -> int | None:
 
 
 def _apply(found: Any, mesh: Mesh) -> Callable[[], None]:
-    group, parts = mesh.along("expert"), list(found)
-    before = [vars(part).get("forward") for part in parts]
-    for part in parts:
-        part.forward = MethodType(_dealing(own_forward(part), group, part.num_experts), part)
-
-    def undo() -> None:
-        for part, given in zip(parts, before, strict=True):
-            if given is None:
-                del part.forward
-            else:
-                part.forward = given
-
-    return undo
+    group, undo = mesh.along("expert"), ExitStack()
+    for part in found:
+        dealing = _dealing(own_forward(part), group, part.num_experts)
+        undo.callback(put_forward(part, MethodType(dealing, part)))
+    return undo.close
 
 
 def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.models.moe import RoutingStatistics, statistics_of, tally_of, with_penalty
+from sixfold.parallel.blocks import put_forward
 from sixfold.parallel.tensor.crossing import Axis, bounds
 
 SETTING = "output_router_logits"
@@ -44,10 +46,12 @@ class ModelBalance:
         self.last: RoutingStatistics | None = None
         self.penalty_scale: Tensor | float = 0.0
         self._mask: Tensor | None = None
-        self._changed: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-        self._change(model, self._around_model)
+        undo = ExitStack()
+        undo.callback(put_forward(model, self._around_model(model)))
         for gate in gates.values():
-            self._change(gate, self._around_gate)
+            undo.callback(put_forward(gate, self._around_gate(gate)))
+        self.remove = undo.close
+        """Give the model its own way back."""
 
     @classmethod
     def find(cls, model: nn.Module, axis: Axis) -> ModelBalance | None:
@@ -71,15 +75,6 @@ class ModelBalance:
                 fix=f"set config.{SETTING} = False",
             )
         return cls(model, gates, float(weight), axis)
-
-    def remove(self) -> None:
-        """Give the model its own way back."""
-        while self._changed:
-            part, given = self._changed.pop()
-            if given is None:
-                del part.forward
-            else:
-                part.forward = given
 
     def refuse_written_out(self) -> None:
         """Raise ModelError: how many tokens an update has is known when it is handed over as a whole."""
@@ -107,10 +102,6 @@ class ModelBalance:
         self.last = statistics_of(summed)
         if self.last is not None:
             self.load.copy_(summed[: self.num_experts])
-
-    def _change(self, part: nn.Module, around: Callable[[nn.Module], Callable[..., Any]]) -> None:
-        self._changed.append((part, vars(part).get("forward")))
-        part.forward = around(part)
 
     def _around_model(self, model: nn.Module) -> Callable[..., Any]:
         own = model.forward

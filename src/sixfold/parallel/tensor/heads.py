@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sixfold.models import decoder
-from sixfold.models.chunks import summed_cross_entropy
+from sixfold.models.chunks import IGNORED, summed_cross_entropy
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.chunked_loss import OF_ROWS
 from sixfold.parallel.tensor.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor.cut import TensorCut
-from sixfold.parallel.tensor.vocabulary import IGNORED, Vocabulary, losses_of
+from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
 
 
 @dataclass

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sixfold.models.chunks import IGNORED
 from sixfold.parallel.tensor.crossing import Axis, bounds, exchange
-
-IGNORED = -100
-"""Target that counts nothing, as in torch."""
 
 
 @dataclass(frozen=True)
