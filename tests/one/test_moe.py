@@ -16,7 +16,7 @@ from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
 from sixfold.models.grouped import Order, grouped_product, is_groupable
 from sixfold.models.moe import Experts, ExpertsConfig, MixtureOfExperts, Router, within_capacity
 from sixfold.parallel import change_forwards
-from sixfold.parallel import expert as expert_axis
+from sixfold.parallel.expert import axis as expert_axis
 
 
 def decoder(seed: int = 0, **changes: object) -> Decoder:

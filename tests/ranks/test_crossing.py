@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sixfold.mesh import Group, Scratch
-from sixfold.parallel import crossing
+from sixfold.parallel.tensor import crossing
 from sixfold.parallel.tensor.crossing import bounds, cross
 from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
 
