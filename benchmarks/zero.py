@@ -115,9 +115,10 @@ def work(setup: Setup, name: str) -> None:
             "losses": losses,
             "device_mb": torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None,
         }
-        print(json.dumps(answer), file=answers, flush=True)
+        # Before the answer, which lets the other job begin: its turn would pay for this.
         gc.collect()
         gc.disable()
+        print(json.dumps(answer), file=answers, flush=True)
     quit_rank()
 
 
