@@ -159,36 +159,27 @@ def _decoder(dropout: float = 0.0) -> Decoder:
     )
 
 
-def llama_config() -> Any:
+def llama_config(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        attn_implementation="sdpa",
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 16,
+    }
+    return LlamaConfig(**sizes | {"attn_implementation": "sdpa"} | changes)
 
 
-def gpt2_config() -> Any:
+def gpt2_config(**changes: Any) -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=16,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2Config(**sizes | plain | changes)
 
 
 def _llama() -> nn.Module:

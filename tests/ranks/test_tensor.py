@@ -43,41 +43,18 @@ def _adapted() -> Decoder:
 
 
 def _llama(tie: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    model: nn.Module = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-            attention_bias=True,
-            tie_word_embeddings=tie,
-        )
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    sizes = {"vocab_size": VOCABULARY, "intermediate_size": 20, "tie_word_embeddings": tie}
+    model: nn.Module = LlamaForCausalLM(plain.llama_config(**heads, **sizes))
     return model
 
 
 def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
-    model: nn.Module = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=16,
-            n_layer=2,
-            n_head=4,
-            n_positions=16,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    model: nn.Module = GPT2LMHeadModel(plain.gpt2_config(vocab_size=VOCABULARY, n_head=4))
     return model
 
 

@@ -17,7 +17,7 @@ from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import Config
 from sixfold.engine.playing import programs_for
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import DTYPES, ModelCut, handed_bytes, measured_costs
+from sixfold.parallel import ModelCut, compute_type, handed_bytes, measured_costs
 from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
 from sixfold.plan import BlockCosts, transfer_memory
 
@@ -81,7 +81,7 @@ def crossing_memory(
     """Bytes of this rank's transfers along the pipe that are under way at most; 0 where no example tells."""
     if cut.plan is None or example is None:
         return 0
-    compute = DTYPES[asked.precision.compute] if asked.precision.compute is not None else None
+    compute = compute_type(asked.precision.compute)
     micros = split(example, asked.batch.micro)
     part = to_device(micros[0], torch.device("meta"), compute)
     args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
@@ -105,7 +105,7 @@ def _measured(
     form: LossForm,
     example: Batch,
 ) -> tuple[tuple[float, ...], float, float]:
-    compute = DTYPES[asked.precision.compute] if asked.precision.compute is not None else None
+    compute = compute_type(asked.precision.compute)
     micro, *_ = split(example, asked.batch.micro)
     part = to_device(micro, device, None)
     args, kwargs = fields_of(

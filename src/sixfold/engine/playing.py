@@ -22,7 +22,7 @@ from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
 from sixfold.models.chunks import IGNORED
-from sixfold.parallel import DTYPES, Routing, Stage, off_zero
+from sixfold.parallel import Routing, Stage, compute_type, off_zero
 from sixfold.pipeline import (
     Batch,
     Counts,
@@ -92,8 +92,7 @@ class Playing:
         self._state = state
         self._loss_form = loss_form
         self._sequences = sequences
-        compute = asked.precision.compute
-        self.cast = DTYPES[compute] if compute is not None else None
+        self.cast = compute_type(asked.precision.compute)
         """Type of the module's floating inputs; None: as they are given."""
 
     def play(

@@ -228,8 +228,7 @@ class Mesh:
                 first = geometry.replica(self.rank) // geometry.expert * geometry.expert
                 ranks = self._peers[first : first + geometry.expert]
             else:
-                here = self._others_of(self.rank, axis)
-                ranks = [rank for rank in range(self.world_size) if self._others_of(rank, axis) == here]
+                ranks = self._ranks_along(axis)
             self._axes[axis] = self._group(ranks, f"{axis} axis")
         return self._axes[axis]
 
@@ -336,11 +335,12 @@ class Mesh:
     @cached_property
     def _peers(self) -> list[int]:
         """The ranks along data and context, by place."""
-        return self._peers_of(self.rank)
+        return self._ranks_along("data", "context")
 
-    def _peers_of(self, rank: int) -> list[int]:
-        here = self._others_of(rank, "data", "context")
-        return [each for each in range(self.world_size) if self._others_of(each, "data", "context") == here]
+    def _ranks_along(self, *axes: str) -> list[int]:
+        """The ranks that differ from this one only in their places along `axes`, in order."""
+        here = self._others_of(self.rank, *axes)
+        return [rank for rank in range(self.world_size) if self._others_of(rank, *axes) == here]
 
     def _group(self, ranks: Sequence[int], purpose: str) -> Group:
         """Some ranks, this one among them.

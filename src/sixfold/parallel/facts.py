@@ -31,6 +31,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, torch_name(dtype))
 
 
+def compute_type(name: str | None) -> torch.dtype | None:
+    """What `precision.compute` names; None where it is unset, and inputs stay as they are given."""
+    return None if name is None else DTYPES[name]
+
+
 def torch_name(dtype: torch.dtype) -> str:
     """What torch calls a type, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -29,7 +29,6 @@ class GradientSums:
     def __init__(self, module: nn.Module, units: Sequence[Unit], plan: Plan, mesh: Mesh) -> None:
         self._module = module
         self._units = units
-        self._residency = plan.residency
         self._mesh = mesh
         self._gradients = [unit.gradients for unit in units if unit.gradients is not None]
         self._partial = [
@@ -38,7 +37,7 @@ class GradientSums:
             if unit.plan.partial
         ]
         self._ties = tied_groups(units, plan.stages, mesh)
-        geometry, cut = mesh.geometry, self._residency.optimizer
+        geometry, cut = mesh.geometry, plan.residency.optimizer
         is_cut = bool(cut) or geometry.cuts_model
         # Every rank has the squares of its slices, and some have the same ones; of what all have, the first
         # rank tells all, which is exact.
