@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import ModelError, StateError
 from sixfold.engine import Engine
-from sixfold.testing import Pool
 from tests.ranks import plain, test_context
 from tests.ranks.test_context import SAMPLES, STEPS, TASKS, alone, engine_of, mean_loss, share_of
 
@@ -321,29 +319,6 @@ def test_dropout_differs_between_parts() -> None:
     rows = engine.mesh.gather(seen[-1])
     assert not torch.equal(rows[0], rows[1])
     engine.close()
-
-
-def _save(folder: Path) -> None:
-    engine = engine_of("plain", context=2, zero=2)
-    for step in range(3):
-        engine.train_step(share_of(engine, "plain", step))
-    engine.save(folder)
-    engine.close()
-
-
-def _go_on(folder: Path, layout: dict[str, Any]) -> None:
-    engine = engine_of("plain", **layout)
-    engine.load(folder)
-    for step in range(3, STEPS):
-        engine.train_step(share_of(engine, "plain", step))
-    assert plain.farthest(engine.full_state_dict(), alone("plain")[0]) < 1e-10
-    engine.close()
-
-
-@pytest.mark.parametrize("layout", [{"context": 3, "zero": 3}, {"zero": 1}, {"pipe": 2}], ids=str)
-def test_a_checkpoint_knows_nothing_of_it(layout: dict[str, Any], rank_pool: Pool, tmp_path: Path) -> None:
-    rank_pool.run(_save, tmp_path, ranks=2)
-    rank_pool.run(_go_on, tmp_path, layout, ranks=layout.get("context", 2))
 
 
 @pytest.mark.matrix  # compiling takes long

@@ -340,42 +340,6 @@ def follow_hugging_face(model: Any, zero: int, sizes: tuple[int, ...]) -> None:
     engine.close()
 
 
-SAVED: list[tuple[int, dict[str, Any]]] = [
-    (1, {"expert": 1}),
-    (2, {"expert": 2}),
-    (4, {"expert": 2, "zero": 3}),
-    (4, {"expert": 4, "zero": 2}),
-    (4, {"expert": 2, "zero": 1, "tensor": 2}),
-]
-
-
-def test_every_layout_saves_the_same_bytes_and_goes_on(tmp_path: Path, rank_pool: Pool) -> None:
-    """Parameters, moments, and the load that balance follows, from one process and back."""
-    found = [rank_pool.run(save_and_go_on, layout, tmp_path, ranks=ranks)[0] for ranks, layout in SAVED]
-    assert found == [pytest.approx(found[0], rel=1e-10)] * len(SAVED)
-
-
-def save_and_go_on(layout: dict[str, Any], folder: Path) -> float:
-    config = {"layout": layout, "optimizer": {"lr": 0.01}}
-    engine = sixfold.initialize(build("loss"), config=config)
-    reference = folder / "reference"
-    whole = {"shares": "even"}
-    if layout["expert"] == 1:
-        for step in range(2):
-            engine.train_step(share(engine, whole, step))
-        engine.save(reference)
-    else:
-        engine.load(reference)
-        engine.save(mine := folder / str(sorted(layout.items())))
-        names = [path.name for path in reference.iterdir() if path.name != "manifest.json"]
-        differ = [name for name in names if (mine / name).read_bytes() != (reference / name).read_bytes()]
-        assert not differ
-    loss = engine.train_step(share(engine, whole, 2))
-    loss += engine.train_step(share(engine, whole, 3))
-    engine.close()
-    return loss
-
-
 BALANCED: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {"zero": 3, "recompute": "full"}),

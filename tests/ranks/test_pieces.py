@@ -4,7 +4,6 @@ checkpoints as in one process, in every residency. A hand-made axis stands in fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.base.axes import CARDS
-from sixfold.checkpoint import open_checkpoint
 from sixfold.config import LayoutConfig
 from sixfold.engine import Engine
 from sixfold.mesh import Group, Mesh
@@ -166,26 +164,3 @@ def same_numbers(layout: dict[str, Any]) -> None:
     edited = engine.full_state_dict()
     assert torch.allclose(edited["up.weight"], 2 * model["up.weight"], atol=1e-12)
     assert torch.allclose(edited["scale"], 3 * model["scale"], atol=1e-12)
-
-
-@pytest.mark.parametrize(("ranks", "layout"), [(4, {"tensor": 2, "zero": 2}), (2, {"tensor": 2, "zero": 3})])
-def test_checkpoints_hold_whole_tensors(
-    ranks: int, layout: dict[str, Any], rank_pool: Pool, tmp_path: Path
-) -> None:
-    rank_pool.run(save_and_go_on, layout, tmp_path, ranks=ranks, timeout_s=60)
-
-
-def save_and_go_on(layout: dict[str, Any], folder: Path) -> None:
-    model, _ = single(4)
-    engine = start(layout)
-    train(engine, 2)
-    engine.save(folder / "cut")
-    saved = open_checkpoint(folder / "cut")
-    assert {name: tuple(each.shape) for name, each in saved.model()} == {
-        name: tuple(each.shape) for name, each in model.items()
-    }
-    other = start(layout)
-    other.load(folder / "cut")
-    train(other, 4)
-    found = other.full_state_dict()
-    assert max((found[name] - model[name]).abs().max().item() for name in model) < 1e-9

@@ -21,7 +21,6 @@ from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
 from sixfold.plan import persistent_memory
 from sixfold.simulate import simulated_again
-from sixfold.testing import Pool
 from sixfold.testing.exchanges import noted_exchanges
 from tests.ranks import pipes, plain
 
@@ -195,43 +194,6 @@ def test_copies_of_a_tied_weight_stay_equal_and_count_once(tmp_path: Path) -> No
     engine.save(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == expected.keys()
-    engine.close()
-
-
-WAYS = {
-    name: replace(case, size=14)
-    for name, case in {
-        "one": pipes.Case(model="tied-decoder", pipe=1),
-        "three": pipes.Case(model="tied-decoder", pipe=3, zero=0),
-        "both": pipes.Case(model="tied-decoder", pipe=2, data=2, zero=3, schedule="interleaved"),
-        "v": replace(TIED, zero=1),
-    }.items()
-}
-
-
-@pytest.mark.parametrize(
-    ("first", "then"), [("v", "both"), ("both", "one"), ("one", "three"), ("three", "v")]
-)
-def test_a_checkpoint_goes_from_any_layout_into_any_other(
-    first: str, then: str, rank_pool: Pool, tmp_path: Path
-) -> None:
-    for number, name in enumerate((first, then)):
-        way = WAYS[name]
-        rank_pool.run(trained_on, name, number, tmp_path, ranks=way.pipe * way.data)
-
-
-def trained_on(name: str, number: int, folder: Path) -> None:
-    """Two updates, a save, and from there two more on another layout: as four on one process."""
-    case = replace(WAYS[name], steps=2)
-    engine = pipes.engine_of(case)
-    if number:
-        engine.load(folder / "saved")
-    pipes.train(engine, case, first=2 * number)
-    if not number:
-        engine.save(folder / "saved")
-    else:
-        reference = pipes.plain_run(replace(WAYS["one"], steps=4))
-        assert plain.farthest(engine.full_state_dict(), reference.model) < 1e-10
     engine.close()
 
 
