@@ -203,7 +203,7 @@ def without(model: str, **more: Any) -> Case:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("model", ["tied", "llama", "gpt2"])
 def test_the_whole_model_can_be_read_used_and_edited(model: str) -> None:
-    case = without(model, zero=3)
+    case = without(model, zero=3, loss_chunk=5)
     engine, whole = engine_of(case), TASKS[model].build().double()
     batch = TASKS[model].batch(0)
     with torch.no_grad(), engine.gathered():

@@ -6,8 +6,8 @@ activations, tokens and keys through the groups of the mesh.
 
 from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.causal_loss import chunk_loss
 from sixfold.parallel.change import AxisChange
-from sixfold.parallel.chunked_loss import chunk_loss
 from sixfold.parallel.context import (
     ContextAttention,
     Sequences,

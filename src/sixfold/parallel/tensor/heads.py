@@ -7,21 +7,19 @@ gathered.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sixfold.models import decoder
-from sixfold.models.chunks import summed_cross_entropy
-from sixfold.parallel.blocks import own_forward, put_forward
-from sixfold.parallel.chunked_loss import counted
+from sixfold.models.chunks import Loss, summed_cross_entropy
+from sixfold.parallel.causal_loss import CausalLoss
+from sixfold.parallel.change import Remove
 from sixfold.parallel.tensor.crossing import COPIED, GATHERED, Axis, cross
 from sixfold.parallel.tensor.cut import TensorCut
 from sixfold.parallel.tensor.vocabulary import Vocabulary, losses_of
@@ -61,17 +59,34 @@ class Head:
             return scores
         return cross(scores, GATHERED, self.vocabulary.axis, -1, self.vocabulary.size)
 
-    def attach(self, owns_loss: bool) -> list[Callable[[], None]]:
+    def attach(self, owns_loss: bool) -> list[Remove]:
         """Put the loss over the cut vocabulary where the model calls its own; returns what undoes it."""
-        undo = [self._attach_method()] if self.is_method else []
+        undo: list[Remove] = [self._attach_method()] if self.is_method else []
         if not owns_loss:
             return undo
         if isinstance(self.model, decoder.Decoder):
             if self.model.loss is summed_cross_entropy:
                 undo += [self._attach_loss(self.model), self._attach_scores()]
-        elif getattr(getattr(self.model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
-            undo += [self._attach_causal_loss(), self._attach_forward()]
+        elif (known := CausalLoss.of(self.model)) is not None:
+            loss, remove = known
+            loss.summed, loss.parted = self._over_parts(loss.summed, torch.float32), self.parted
+            loss.entries = self.vocabulary.size
+            undo.append(remove)
         return undo
+
+    def _over_parts(self, own: Loss, dtype: torch.dtype | None = None) -> Loss:
+        """`own`, and where a rank has a part of the scores the same loss over those of all ranks.
+
+        Args:
+            dtype: in which it is computed; None: that of the scores.
+        """
+
+        def loss(scores: Tensor, targets: Tensor) -> Tensor:
+            if scores.shape[-1] == self.vocabulary.size:
+                return own(scores, targets)
+            return losses_of(scores.to(dtype=dtype), targets, self.vocabulary).sum()
+
+        return loss
 
     def _attach_method(self) -> Callable[[], None]:
         own = getattr(type(self.model), self.name)
@@ -83,28 +98,8 @@ class Head:
         return lambda: delattr(self.model, self.name)
 
     def _attach_loss(self, model: decoder.Decoder) -> Callable[[], None]:
-        own = model.loss
-
-        def loss(scores: Tensor, targets: Tensor) -> Tensor:
-            if scores.shape[-1] == self.vocabulary.size:
-                return own(scores, targets)
-            return losses_of(scores, targets, self.vocabulary).sum()
-
-        model.loss = loss
+        own, model.loss = model.loss, self._over_parts(model.loss)
         return lambda: setattr(model, "loss", own)
-
-    def _attach_causal_loss(self) -> Callable[[], None]:
-        model: Any = self.model
-        own, was_set = model.loss_function, "_loss_function" in vars(model)
-        model.loss_function = CutLoss(self, own)
-
-        def undo() -> None:
-            if was_set:
-                model.loss_function = own
-            else:
-                del model._loss_function
-
-        return undo
 
     def _attach_scores(self) -> Callable[[], None]:
         """A decoder's head is asked by its loss, also in recomputed chunks, and by `logits` for all."""
@@ -118,35 +113,6 @@ class Head:
         model.logits = MethodType(logits, model)
         return lambda: delattr(model, "logits")
 
-    def _attach_forward(self) -> Callable[[], None]:
-        model = self.model
-        own = own_forward(model)
-
-        @functools.wraps(own)
-        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self._has_labels(args, kwargs):
-                return own(model, *args, **kwargs)
-            with self.parted():
-                output = own(model, *args, **kwargs)
-            if isinstance(output, tuple):  # by return_dict=False, (loss, scores, ...)
-                return output[:1] + output[2:] if self._is_part(output[1]) else output
-            logits = getattr(output, "logits", None)
-            if self._is_part(logits):
-                # No rank has them whole: better none than a part that looks like all.
-                return dataclasses.replace(output, logits=None)
-            return output
-
-        return put_forward(model, MethodType(forward, model))
-
-    def _is_part(self, scores: Any) -> bool:
-        return isinstance(scores, Tensor) and scores.shape[-1] < self.vocabulary.size
-
-    def _has_labels(self, args: Any, kwargs: Any) -> bool:
-        if kwargs.get("labels") is not None:
-            return True
-        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        return "labels" in names[: len(args)] and args[names.index("labels")] is not None
-
     @contextmanager
     def parted(self, flag: bool = True) -> Iterator[None]:
         """Inside, each rank keeps the scores of its own entries; or does not."""
@@ -155,31 +121,3 @@ class Head:
             yield
         finally:
             self.is_parted = before
-
-
-class CutLoss:
-    """The library's loss of causal models, where scores may be those of this rank's entries alone.
-
-    Args:
-        own: the library's, for whole ones.
-    """
-
-    def __init__(self, head: Head, own: Callable[..., Tensor]) -> None:
-        functools.update_wrapper(self, own)
-        self._head, self._own = head, own
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CutLoss:
-        return self  # as a function: its ranks have no copy
-
-    def of_rows(self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-        """See `OfRows`."""
-        with self._head.parted():  # backward comes here again, outside of the model's forward
-            scores = head(hidden)
-        return losses_of(scores.float(), targets, self._head.vocabulary).sum()
-
-    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As the library's."""
-        if logits.shape[-1] == self._head.vocabulary.size:
-            return self._own(logits, labels, vocab_size, *args, **kwargs)
-        targets, count = counted(labels.to(logits.device), *args, **kwargs)
-        return losses_of(logits.float().flatten(0, -2), targets, self._head.vocabulary).sum() / count

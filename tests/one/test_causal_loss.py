@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 import sixfold
 from sixfold.base.errors import ModelError
 from sixfold.models import chunks
-from sixfold.parallel import chunk_loss, chunked_loss
+from sixfold.parallel import causal_loss, chunk_loss
 
 SIZES = {
     "vocab_size": 29,
@@ -98,7 +98,7 @@ def test_ranks_with_a_part_of_the_head_chunk_alike(monkeypatch: pytest.MonkeyPat
     model = llama()
     remove = chunk_loss(model, 5)
     model.lm_head.weight.data = model.lm_head.weight.data[:14]  # as the tensor axis cuts it afterwards
-    monkeypatch.setattr(chunked_loss, "rows_at_once", tell)
+    monkeypatch.setattr(causal_loss, "rows_at_once", tell)
     with pytest.raises(Told, match="29 entries"):
         model(**fields())
     remove()
@@ -135,8 +135,8 @@ def test_what_has_no_known_head_is_refused(takes_scores: bool) -> None:
 
 def test_an_engine_trains_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, sizes = [], []
-    whole = chunked_loss.in_chunks
-    monkeypatch.setattr(chunked_loss, "in_chunks", lambda *given: sizes.append(given[-1]) or whole(*given))
+    whole = causal_loss.in_chunks
+    monkeypatch.setattr(causal_loss, "in_chunks", lambda *given: sizes.append(given[-1]) or whole(*given))
     for asked in (0, 5):
         config = {"layout": {"loss_chunk": asked}, "optimizer": {"lr": 0.01}}
         engine = sixfold.initialize(llama(), config=config)
