@@ -1,4 +1,5 @@
-"""Hugging Face architectures from tiny local configurations, and what the tensor axis makes of each.
+"""Hugging Face architectures from tiny local configurations: what the tensor axis makes of each, and whether
+it trains.
 
 `python -m tests.architectures` writes the table into docs/models.md; a test keeps eight of its rows true, and
 under `-m matrix` all. Nothing is asked of a network.
@@ -6,20 +7,26 @@ under `-m matrix` all. Nothing is asked of a network.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import sixfold
+from sixfold.base.errors import SixfoldError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.tensor.cut import decide_tensor
-from sixfold.parallel.tensor.rules import Answer, answer_for
+from sixfold.parallel.tensor.rules import answer_for
+from sixfold.parallel.tensor.tiny import BATCH, inputs_of
+from sixfold.parallel.tensor.verify import TOLERANCE
+from sixfold.testing import Pool
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
@@ -181,27 +188,82 @@ KEPT_TRUE = ("Llama", "Qwen3", "Phi3", "GPT2", "ViT", "ConvNext", "Whisper", "Bl
 """Those whose rows every run of the suite sees."""
 
 
-@cache
-def answer(architecture: Architecture | str) -> Answer:
-    """What the tensor axis knows of one."""
-    if isinstance(architecture, str):
-        architecture = next(each for each in ARCHITECTURES if each.name == architecture)
-    return answer_for(architecture.build(), LayoutConfig(tensor=2))
+BY_NAME = {each.name: each for each in ARCHITECTURES}
+NUM_UPDATES, RATE = 2, 0.1
 
 
-def row(architecture: Architecture) -> str:
+def row(architecture: Architecture, pool: Pool) -> str:
     """A line of the table."""
-    found, model = answer_for(architecture.build(), LayoutConfig(tensor=2)), architecture.build()
+    alone = trained(architecture.name, 1)
+    state, part, why, together = pool.run(cut_and_trained, architecture.name, ranks=2, timeout_s=120)[0]
+    faults = {"1": alone, "2": together}
+    runs = " and ".join(ranks for ranks, fault in faults.items() if fault == "")
+    said = (f"not on {ranks}: {_cell(fault)}" for ranks, fault in faults.items() if fault)
+    name, modality = architecture.name, architecture.modality
+    return f"| {' | '.join((name, modality, '; '.join((runs, *said)), state, part, _cell(why)))} |"
+
+
+def cut_and_trained(name: str) -> tuple[str, str, str, str | None]:
+    """On both of two ranks: what the tensor axis makes of a model and how much of it is cut; what is not, and
+    why; and what goes wrong in training, None where it is refused."""
+    model = BY_NAME[name].build()
+    found = answer_for(model, LayoutConfig(tensor=2))
     if found.rules is None:
-        return f"| {architecture.name} | {architecture.modality} | refused |  | {_cell(found.why)} |"
+        return "refused", "", found.why, None
     cut = decide_tensor(model, found.rules, 2, 0)
     whole = sum(each.numel() for each in model.parameters())
     names = {name for name, place in cut.places.items() if place.axes}
     part = sum(each.numel() for name, each in model.named_parameters() if name in names) / whole
     state = "verified" if found.is_tried else "declared"
     source = found.rules.source.removeprefix("the model's ")
-    cells = (architecture.name, architecture.modality, f"{state}, {source}", f"{part:.0%}", _cell(found.why))
-    return f"| {' | '.join(cells)} |"
+    return f"{state}, {source}", f"{part:.0%}", found.why, trained(name, 2)
+
+
+def trained(name: str, tensor: int) -> str:
+    """On every rank of the tensor axis: some updates through `sixfold.initialize`, and in plain torch.
+
+    Returns:
+        What differs, or why it is refused; empty where nothing does, and weights have changed.
+    """
+    architecture = BY_NAME[name]
+    model: Any = architecture.build().eval()  # without dropout
+    batch, plain = batch_of(model, architecture.kind), copy.deepcopy(model)
+    optimizer, expected = torch.optim.SGD(plain.parameters(), lr=RATE), list[float]()
+    for _ in range(NUM_UPDATES):
+        optimizer.zero_grad()
+        loss = plain(**batch).loss
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    config = {"layout": {"tensor": tensor}, "optimizer": {"name": "sgd", "lr": RATE, "momentum": 0.0}}
+    try:
+        with closing(sixfold.initialize(model, config=config)) as engine:
+            losses = [engine.train_step(batch) for _ in range(NUM_UPDATES)]
+            after = engine.full_state_dict()
+        model.zero_grad()  # caches of the library may keep it, and with it memory that ranks shared
+    except SixfoldError as error:
+        return f"{error.given}; {error.rule}"
+    if not torch.tensor(losses).allclose(torch.tensor(expected), rtol=TOLERANCE, atol=0):
+        return f"losses {losses} instead of {expected}"
+    wanted = {name: each.detach() for name, each in plain.named_parameters()}
+    largest = max(float((each - before[name]).abs().max()) for name, each in wanted.items())
+    far = {name: float((after[name] - each).abs().max()) for name, each in wanted.items()}
+    worst = max(far, key=lambda name: far[name])
+    if not far[worst] <= TOLERANCE * largest:
+        return f"{worst} differs by {far[worst] / (largest or 1.0):.1e} of the largest change"
+    return "" if largest > 0 else "no weight changes"
+
+
+def batch_of(model: Any, kind: str) -> dict[str, Tensor]:
+    """Inputs of a tiny model, with labels for the loss that it computes."""
+    given, draw = inputs_of(model), torch.Generator().manual_seed(2)
+    labels = given.get("decoder_input_ids", given[model.main_input_name])
+    if kind.endswith(_FOR_IMAGES):
+        labels = torch.randint(model.config.num_labels, (BATCH,), generator=draw)
+    elif kind.endswith("ForCTC"):
+        labels = torch.randint(1, model.config.vocab_size, (BATCH, 4), generator=draw)
+    return {**given, "labels": labels}
 
 
 def _cell(text: str) -> str:
@@ -209,12 +271,12 @@ def _cell(text: str) -> str:
     return short if len(short) <= 240 else short[:237] + "..."
 
 
-def table() -> Iterator[str]:
+def table(pool: Pool) -> Iterator[str]:
     """All rows, as they are in the docs."""
-    yield "| architecture | of | tensor 2 | parameters cut | what is not cut, and why |"
-    yield "|---|---|---|---|---|"
+    yield "| architecture | of | trained on ranks | tensor 2 | parameters cut | what is not cut, and why |"
+    yield "|---|---|---|---|---|---|"
     for architecture in ARCHITECTURES:
-        yield row(architecture)
+        yield row(architecture, pool)
 
 
 def main() -> int:
@@ -224,7 +286,8 @@ def main() -> int:
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + "\n" + "\n".join(table()) + "\n" + END + after)
+    with Pool() as pool:
+        PAGE.write_text(before + BEGIN + "\n" + "\n".join(table(pool)) + "\n" + END + after)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The table of Hugging Face architectures says what is so; rules that do not hold are refused by name."""
+"""Where rules of the tensor axis come from: those that do not hold are refused by name."""
 
 from __future__ import annotations
 
@@ -18,26 +18,7 @@ from sixfold.parallel.tensor.rules import find_rules
 from sixfold.parallel.tensor.styles import STYLES
 from sixfold.parallel.tensor.tiny import tiny_of
 from sixfold.parallel.tensor.verify import Meeting, Seat, difference
-from tests.architectures import ARCHITECTURES, KEPT_TRUE, PAGE, Architecture, row
-
-BY_NAME = {each.name: each for each in ARCHITECTURES}
-
-
-@pytest.mark.parametrize("name", KEPT_TRUE)
-def test_the_table_is_true(name: str) -> None:
-    assert row(BY_NAME[name]) in PAGE.read_text()
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
-def test_all_of_the_table_is_true(architecture: Architecture) -> None:
-    assert row(architecture) in PAGE.read_text()
-
-
-def test_the_table_has_forty_of_all_kinds() -> None:
-    kinds = {each.modality for each in ARCHITECTURES}
-    assert len(BY_NAME) == len(ARCHITECTURES) >= 40
-    assert kinds == {"text", "image", "speech"}
+from tests.architectures import BY_NAME
 
 
 class Net(nn.Module):
