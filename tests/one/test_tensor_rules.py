@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from sixfold.base.errors import ConfigError, ModelError, PlanError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
+from sixfold.parallel.tensor.crossing import COPIED, GATHERED, PARTED, SUMMED, Crossing
 from sixfold.parallel.tensor.cut import Layer, Rules, TensorCut, decide_tensor
 from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.rules import find_rules
-from sixfold.parallel.tensor.styles import STYLES
+from sixfold.parallel.tensor.styles import IN, OUT, STYLES, Style
 from sixfold.parallel.tensor.tiny import tiny_of
 from sixfold.parallel.tensor.verify import Meeting, Seat, difference
 from tests.architectures import BY_NAME
@@ -41,7 +42,7 @@ class Net(nn.Module):
 HOLDS = ("fc1 = colwise", "fc2 = rowwise")
 WRONG = {
     "a norm over cut columns": (("up = colwise", "down = rowwise"), "fails"),
-    "the second of a pair alone": (("fc2 = rowwise",), "fails"),
+    "the second of a pair alone": (("fc2 = rowwise",), "fc2 takes its part of the columns"),
     "the first of a pair alone": (("fc1 = colwise",), "fails"),
     "a sum of what is whole on every rank": (
         ("fc1 = colwise_gather_output", "fc2 = replicated_with_grad_allreduce"),
@@ -66,6 +67,21 @@ def test_rules_that_do_not_hold_are_refused(case: str) -> None:
     with pytest.raises(ModelError, match=said) as caught:
         find_rules(Net(), layout(*rules))
     assert "layout.tensor = 1" in caught.value.fix
+
+
+WRONG_STYLES: dict[str, dict[str, Any]] = {
+    "a gradient that stays a summand": {"shares": OUT},
+    "a summand that leaves": {"shares": IN},
+    "a part where all is taken": {"shares": OUT, "entering": PARTED, "leaving": GATHERED},
+    "a sum of parts": {"shares": OUT, "entering": COPIED, "leaving": SUMMED},
+    "a gradient that stays whole": {"shares": OUT, "entering": COPIED, "leaving": Crossing("gather", "same")},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STYLES)
+def test_a_style_whose_borders_do_not_fit_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"partial|cut"):
+        Style(**WRONG_STYLES[name])
 
 
 def test_a_rule_that_cannot_be_read_is_refused() -> None:

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from sixfold.base.errors import PlanError
 from sixfold.config import Config, load
 from sixfold.plan import (
+    REPLICAS,
     BatchPlan,
     LearningRate,
     LossScaling,
     ParameterFacts,
+    Place,
+    StagePlan,
     cut_units,
     decide,
     decide_batch,
@@ -333,6 +336,27 @@ def test_the_plan_says_over_how_many_ranks_state_is_cut() -> None:
         assert said in str(plan)
         assert {unit.num_slices for unit in plan.units} == {plan.geometry.shard}
     assert "groups" not in str(decide(config(), FACTS, world_size=4))
+
+
+def test_the_plan_says_of_how_many_ranks_each_has_a_summand() -> None:
+    layout = {"data": 2, "context": 2, "tensor": 2, "pipe": 2, "expert": 2}
+    stages = StagePlan((range(1), range(1, 2)), (0.5, 0.5), ((0,), (1,)), ((0, 1),))
+    facts = [
+        ParameterFacts("plain", (4,), "fp32", trainable=True),
+        ParameterFacts("norm", (4,), "fp32", trainable=True, place=Place((4,), partial=("tensor",))),
+        ParameterFacts("cut", (2,), "fp32", trainable=True, place=Place((4,), (((0, 2),),), ("tensor",))),
+        ParameterFacts("expert", (2,), "fp32", trainable=True, place=Place((4,), (((0, 2),),), ("expert",))),
+        ParameterFacts("tied", (4,), "fp32", trainable=True, tied=(0, 1)),
+    ]
+    plan = decide(config(layout=layout), facts, 16, stages)
+    found = {unit.slots[0].name: plan.summands(unit) for unit in plan.units}
+    assert found == {
+        "plain": {REPLICAS: 4},
+        "norm": {REPLICAS: 4, "tensor": 2},
+        "cut": {REPLICAS: 4},
+        "expert": {REPLICAS: 2},
+        "tied": {REPLICAS: 4, "pipe": 2},
+    }
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

@@ -50,6 +50,11 @@ class Replicas:
         self._size = shard
         self._make = make
 
+    @property
+    def num_ranks(self) -> int:
+        """How many."""
+        return len(self._ranks)
+
     @cached_property
     def all(self) -> Group:
         """All of them."""

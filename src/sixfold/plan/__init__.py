@@ -9,7 +9,7 @@ from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
 from sixfold.plan.memory import Memory, exchange_memory, persistent_memory, transfer_memory
 from sixfold.plan.places import Place
-from sixfold.plan.plan import Plan, decide
+from sixfold.plan.plan import REPLICAS, Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.stages import BlockCosts, StagePlan, decide_stages
@@ -26,6 +26,7 @@ from sixfold.plan.units import ParameterFacts, Slot, UnitPlan, cut_units, placed
 
 __all__ = [
     "PRESETS",
+    "REPLICAS",
     "AttentionTraffic",
     "BatchPlan",
     "BlockCosts",

@@ -22,6 +22,9 @@ from sixfold.plan.residency import ALL, Residency, decide_residency
 from sixfold.plan.stages import StagePlan
 from sixfold.plan.units import ParameterFacts, UnitPlan, cut_units
 
+REPLICAS = "data x context"
+"""Along what replicas stand, as a key of `Plan.summands`."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +51,15 @@ class Plan:
     def precision_of(self, unit: UnitPlan) -> PrecisionPlan | None:
         """The number types of `unit`; None where its numbers are not floating."""
         return next((types for types in self.precision if types.compute == unit.dtype), None)
+
+    def summands(self, unit: UnitPlan) -> dict[str, int]:
+        """Of how many ranks each has a summand of the gradients of `unit`, by what these ranks stand along:
+        they are summed over all of them before an update."""
+        found = {REPLICAS: self.geometry.num_replicas(unit.cut)}
+        found |= {axis: self.geometry.degree(axis) for axis in unit.partial}
+        if unit.tied and self.stages is not None:
+            found["pipe"] = len({self.stages.rank_of(stage) for stage in unit.tied})
+        return found
 
     def _windows_text(self) -> str:
         sizes = [(unit.blocks, unit.numel * ITEM_BYTES.get(unit.dtype, 1)) for unit in self.units]

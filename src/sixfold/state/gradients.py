@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from sixfold.mesh import Pending, Replicas, untouched_zeros
+from sixfold.mesh import Group, Pending, Replicas, untouched_zeros
 from sixfold.parallel import DTYPES
-from sixfold.plan import PrecisionPlan, Residency, UnitPlan
+from sixfold.plan import REPLICAS, PrecisionPlan, Residency, UnitPlan
 from sixfold.state.absent import Mask
 from sixfold.state.flat import views_of
 
@@ -37,6 +37,7 @@ class Gradients:
         segments: each optimizer group's part of `reduced`, where this rank has one.
         squares: sum of squares of each segment, in fp64.
         local_sum: sum of this rank's own gradients; not finite where one of them is not.
+        summed: over how many ranks what is in `reduced` has been summed; see `Plan.summands`.
         local: [numel], this rank's own gradients until they are reduced; see `open`.
         reduces_each: whether those of each micro-batch are reduced by themselves.
     """
@@ -69,6 +70,7 @@ class Gradients:
         ]
         self.squares = torch.zeros(len(self.segments), dtype=torch.float64)
         self.local_sum = torch.zeros(())
+        self.summed: dict[str, int] = {}
         self._buffers: dict[int, _Buffer] = {}  # by address: a few come again and again
         self.local: _Buffer | None = None
         self._has_sum = False
@@ -96,6 +98,7 @@ class Gradients:
         moves fewer bytes than zeroing and adding.
         """
         self._has_sum = False
+        self.summed = {}
         self.local_sum = torch.zeros((), device=self._replicas.device)
         if self._sent is not None and self.reduces_each:
             # An error left it on its way: memory that others may still write into is not used again.
@@ -181,8 +184,15 @@ class Gradients:
             elif not self._is_landing and mine.data_ptr() != self.reduced.data_ptr():
                 self.reduced.copy_(mine)
             self._has_sum = self.reduces_each
+            self.summed = {REPLICAS: self._replicas.num_ranks}
             if sent is not self.local:
                 self._replicas.exchangeable.give(sent.flat)
+        self.take_norms()
+
+    def sum_over(self, group: Group, axis: str) -> None:
+        """Sum `reduced` over ranks along an axis of the mesh that are no replicas."""
+        group.all_reduce(self.reduced).wait()
+        self.summed[axis] = group.num_ranks
         self.take_norms()
 
     def take_norms(self) -> None:

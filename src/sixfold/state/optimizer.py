@@ -103,7 +103,12 @@ class BoundOptimizer:
         return [group for inner in self.inners for group in inner.param_groups]
 
     def step(self) -> None:
-        """Update the master buffers from the reduced gradients."""
+        """Update the master buffers from the reduced gradients.
+
+        Raises:
+            StateError: one of them is not whole; see `GradientSums.check_whole`.
+        """
+        self._state.sums.check_whole()
         for run in self._runs:
             grad = run.grad
             run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)

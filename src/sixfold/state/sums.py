@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sixfold.base.errors import ModelError
+from sixfold.base.errors import ModelError, StateError
 from sixfold.mesh import Mesh
 from sixfold.plan import Plan
 from sixfold.state.ties import tied_groups
@@ -32,7 +32,7 @@ class GradientSums:
         self._mesh = mesh
         self._gradients = [unit.gradients for unit in units if unit.gradients is not None]
         self._partial = [
-            (gradients, [mesh.along(axis) for axis in unit.plan.partial])
+            (gradients, {axis: mesh.along(axis) for axis in unit.plan.partial})
             for unit, gradients in zip(units, self._gradients, strict=True)
             if unit.plan.partial
         ]
@@ -47,6 +47,10 @@ class GradientSums:
             if not unit.plan.is_copy and (is_cut or mesh.rank == 0)
         ]
         self._wholeness = Wholeness(units, mesh)
+        self._due = [
+            (unit.plan, gradients, plan.summands(unit.plan))
+            for unit, gradients in zip(units, self._gradients, strict=True)
+        ]
 
     def share(self) -> None:
         """Sum reduced gradients over ranks that are no replicas: of weights whose gradients are partial along
@@ -56,12 +60,26 @@ class GradientSums:
             ModelError: see `Wholeness`.
         """
         for gradients, groups in self._partial:
-            for group in groups:
-                group.all_reduce(gradients.reduced).wait()
-            gradients.take_norms()
+            for axis, group in groups.items():
+                gradients.sum_over(group, axis)
         for tie in self._ties:
             tie.sum_grads()
         self._wholeness.check()
+
+    def check_whole(self) -> None:
+        """Raise StateError, with its name, where a gradient has not been summed over all ranks that have a
+        summand of it."""
+        for unit, gradients, due in self._due:
+            if gradients.summed != due:
+                axis = next(axis for axis in due if gradients.summed.get(axis) != due[axis])
+                raise StateError(
+                    f"the gradient of {unit.slots[0].name} has been summed over "
+                    f"{gradients.summed.get(axis, 1)} of the {due[axis]} ranks along {axis}",
+                    rule="an update is made from whole gradients: every rank along an axis of which each has "
+                    "a summand adds its own",
+                    fix="update by engine.step() or engine.train_step(batch), which sum first; where that "
+                    f"was so, make {axis} 1 and report it",
+                )
 
     def squares(self, num_groups: int) -> list[float]:
         """This rank's share of the square of the 2-norm of each optimizer group's reduced gradients."""

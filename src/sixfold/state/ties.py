@@ -35,10 +35,10 @@ class Tie:
         for first, *others in self._same:
             for other in others:
                 first.reduced.add_(other.reduced)
-            self._group.all_reduce(first.reduced).wait()
-            first.take_norms()
+            first.sum_over(self._group, "pipe")
             for other in others:
                 other.reduced.copy_(first.reduced)
+                other.summed = first.summed
                 other.take_norms()
 
 

@@ -46,6 +46,17 @@ class Axis(Protocol):
 
 
 Operation = Literal["same", "sum", "gather", "part", "scatter"]
+State = Literal["whole", "cut", "partial"]
+"""What the ranks of an axis have of an activation, or of its gradient: all of it each, a part each, or a
+summand each."""
+
+BETWEEN: dict[Operation, tuple[State, State]] = {
+    "sum": ("partial", "whole"),
+    "gather": ("cut", "whole"),
+    "part": ("whole", "cut"),
+    "scatter": ("partial", "cut"),
+}
+"""What an operation takes, and what it gives; "same" gives what it is given."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from sixfold.parallel.tensor.crossing import (
 )
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
-from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
+from sixfold.parallel.tensor.styles import OUTPUTS, dim_of, dims_of
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -128,7 +128,9 @@ class TensorForwards:
         entering, leaving = style.entering, style.leaving
         outputs = sum(stop - start for start, stop in layer.spans)
         counts = dict.fromkeys(OUTPUTS, outputs) if style.shares["weight"] == "out" else {}
-        parent = layer.name.rpartition(".")[0]
+        parent, inputs = layer.name.rpartition(".")[0], outputs
+        if not is_row:
+            inputs = _inputs_of(self._model.get_submodule(layer.name))
         if self._is_inside(layer.name):
             if entering == COPIED:
                 entering = None if self._opens(parent) else OPENED
@@ -137,6 +139,8 @@ class TensorForwards:
         def make(own: Own) -> Own:
             def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
                 x = self._enter(x, entering)
+                if x.shape[-1] != inputs:
+                    raise self._misfit(layer, x.shape[-1], inputs)
                 if is_row and module.bias is not None:
                     with _without_bias(module) as bias:
                         y = own(module, x, *args, **kwargs)
@@ -152,6 +156,16 @@ class TensorForwards:
             return forward
 
         return make
+
+    def _misfit(self, layer: Layer, given: int, wanted: int) -> ModelError:
+        what = "its part of the columns" if layer.style.shares["weight"] == "in" else "all columns"
+        return ModelError(
+            f"{layer.name} takes {what} on each rank of the tensor axis, {wanted}, and is given {given}",
+            rule='a layer that gives its columns cut ("colwise") feeds one that takes them cut ("rowwise"), '
+            "and nothing else does",
+            fix=f"change the rules of {layer.name} or of what feeds it, for example to "
+            '"colwise_gather_output" or "rowwise_split_input", or set layout.tensor = 1',
+        )
 
     def _embedding(self, layer: Layer) -> Callable[[Own], Own]:
         ((start, stop),) = layer.spans
@@ -255,6 +269,12 @@ class TensorForwards:
                 fix=f"pad sequences to a multiple of {self._axis.num_ranks}, or leave "
                 "layout.sequence_parallel unset",
             )
+
+
+def _inputs_of(module: nn.Module) -> int:
+    dims = dims_of(module)
+    assert dims is not None, "only layers with dims are cut"
+    return int(module.get_parameter("weight").shape[dims["in"]])
 
 
 def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:

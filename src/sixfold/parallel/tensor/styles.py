@@ -13,7 +13,16 @@ from typing import Literal
 
 from torch import nn
 
-from sixfold.parallel.tensor.crossing import COPIED, GATHERED, PARTED, SUMMED, Crossing
+from sixfold.parallel.tensor.crossing import (
+    BETWEEN,
+    COPIED,
+    GATHERED,
+    PARTED,
+    SUMMED,
+    Crossing,
+    Operation,
+    State,
+)
 
 Share = Literal["out", "in", "whole", "partial"]
 """What a rank has of a parameter: rows of outputs or of inputs; or all of it, with the whole gradient or
@@ -31,8 +40,31 @@ ALL: Mapping[str, Share] = dict.fromkeys(OUT, "partial")
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a layer does by itself to the state of activations, and on the way back of their gradients."""
+
+    takes: State
+    gives: State
+    takes_back: State
+    gives_back: State
+
+
+PRODUCTS: dict[tuple[str, Share], Product] = {
+    ("linear", "out"): (by_columns := Product("whole", "cut", "cut", "partial")),
+    ("linear", "in"): Product("cut", "partial", "whole", "cut"),
+    ("linear", "partial"): by_columns,  # of which each rank goes on with its own
+    ("scores", "out"): by_columns,
+    ("vocabulary", "out"): Product("whole", "partial", "whole", "whole"),  # zeros for entries of others
+}
+"""By role and share of the weight."""
+
+
+@dataclass(frozen=True)
 class Style:
     """How a layer is cut.
+
+    The states of activations fit at each of its borders, in both directions, and a summand never leaves it:
+    checked as it is made.
 
     Args:
         shares: of its parameters, by their names in it.
@@ -48,6 +80,34 @@ class Style:
     entering: Crossing | None = None
     leaving: Crossing | None = None
     role: Literal["linear", "vocabulary", "scores", "none"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.role == "none":
+            return
+        product = PRODUCTS[self.role, self.shares["weight"]]
+        entering, leaving = self.entering or _UNCHANGED, self.leaving or _UNCHANGED
+        before = product.takes if entering.there == "same" else BETWEEN[entering.there][0]
+        after = _behind(product.gives, leaving.there)
+        back, last = _behind(after, leaving.back), _behind(product.gives_back, entering.back)
+        fits = _behind(before, entering.there) == product.takes and back == product.takes_back
+        if not fits or last != before or after == "partial":
+            raise ValueError(
+                f"a {self.role} layer cut by {self.shares['weight']}, entered by {self.entering} and left by "
+                f"{self.leaving}: {before} becomes {after}, and of gradients {back} becomes {last}"
+            )
+
+
+_UNCHANGED = Crossing("same", "same")
+
+
+def _behind(state: State, operation: Operation) -> State:
+    """What an operation makes of something in that state."""
+    if operation == "same":
+        return state
+    takes, gives = BETWEEN[operation]
+    if state != takes:
+        raise ValueError(f'"{operation}" takes what is {takes}, and is given what is {state}')
+    return gives
 
 
 STYLES: dict[str, Style] = {
