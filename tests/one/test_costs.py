@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from sixfold.config import LayoutConfig, load
 from sixfold.engine.costs import crossing_memory, cut_by_measure
 from sixfold.mesh import Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
-from sixfold.parallel import ModelCut, handed_bytes, measured_costs
+from sixfold.parallel import ModelCut, handed_bytes, measured_costs, on_meta
 from sixfold.parallel.pipe.parts import find_parts
 from sixfold.pipeline import LossForm
 from sixfold.plan import BlockCosts, decide_geometry, decide_stages, transfer_memory
@@ -149,7 +150,7 @@ def test_what_parts_hand_on_is_known_without_running_them(
     )
     model = Decoder(config)
     tokens = torch.zeros(4, 33, dtype=torch.int64, device="meta")
-    found = handed_bytes(model, find_parts(model), lambda call: call(tokens), compute=compute)
+    found = handed_bytes(model, find_parts(model), partial(on_meta(model, compute), tokens))
     assert [found[f"model.layers.{number}"] for number in range(2)] == [4 * 32 * 16 * size] * 2
     assert all("forward" not in vars(part) for part in model.modules())
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import Config
 from sixfold.engine.playing import programs_for
 from sixfold.mesh import Mesh, Streams
-from sixfold.parallel import ModelCut, compute_type, handed_bytes, measured_costs
+from sixfold.parallel import AxisChange, ModelCut, compute_type, handed_bytes, measured_costs, on_meta
+from sixfold.parallel.change import nothing
 from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
-from sixfold.plan import BlockCosts, transfer_memory
+from sixfold.plan import BlockCosts, offered_memory, transfer_memory
 
 _log = logging.getLogger(__name__)
 
@@ -81,19 +84,59 @@ def crossing_memory(
     """Bytes of this rank's transfers along the pipe that are under way at most; 0 where no example tells."""
     if cut.plan is None or example is None:
         return 0
-    compute = compute_type(asked.precision.compute)
-    micros = split(example, asked.batch.micro)
-    part = to_device(micros[0], torch.device("meta"), compute)
-    args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
-    try:
-        sizes = handed_bytes(model, cut.parts, lambda call: call(*args, **kwargs), compute=compute)
-    except Exception as error:  # of the model's own code: it looks at numbers, and on meta there are none
-        _log.info("transfers are not priced: %s does not run on meta (%s)", type(model).__name__, error)
+    sizes: dict[str, int] = {}
+
+    def watched(run: Callable[[], object]) -> None:
+        sizes.update(handed_bytes(model, cut.parts, run))
+
+    if not _run_on_meta(watched, model, asked, form, example):
         return 0
     handed = [sizes.get(cut.parts.blocks[blocks.stop - 1], 0) if blocks else 0 for blocks in cut.plan.blocks]
-    programs = programs_for(asked.layout, "training", len(micros))
+    programs = programs_for(asked.layout, "training", len(split(example, asked.batch.micro)))
     # Sequences are cut over ranks, and each hands on its own part.
     return transfer_memory(cut.plan, programs, mesh.pipe_rank, handed) // mesh.geometry.degree("context")
+
+
+def axes_memory(axes: AxisChange, model: nn.Module, asked: Config, form: LossForm, example: Batch) -> int:
+    """Bytes that this rank offers others inside forward and backward at most, with even load of experts; 0
+    where no example tells.
+
+    Args:
+        model: whole, as it was handed over.
+    """
+    if example is None or axes.watch is nothing:
+        return 0
+    offers: list[tuple[str, int]] = []
+
+    def watched(run: Callable[[], object]) -> None:
+        undo = axes.watch(lambda kind, num_bytes: offers.append((kind, num_bytes)))
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            undo()
+
+    _run_on_meta(watched, model, asked, form, example)
+    return offered_memory(offers)
+
+
+def _run_on_meta(
+    watched: Callable[[Callable[[], object]], None],
+    model: nn.Module,
+    asked: Config,
+    form: LossForm,
+    example: Batch,
+) -> bool:
+    """Have the first micro-batch run, without numbers; returns whether it came to its end."""
+    compute = compute_type(asked.precision.compute)
+    part = to_device(split(example, asked.batch.micro)[0], torch.device("meta"), compute)
+    args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
+    try:
+        watched(partial(on_meta(model, compute), *args, **kwargs))
+    except Exception as error:  # of the model's own code: it looks at numbers, and on meta there are none
+        _log.info("not all is priced: %s does not run on meta (%s)", type(model).__name__, error)
+        return False
+    return True
 
 
 def _measured(

@@ -27,7 +27,7 @@ from sixfold.engine.admission import (
     check_model,
     tell_idle_settings,
 )
-from sixfold.engine.costs import check_example, crossing_memory, cut_by_measure
+from sixfold.engine.costs import axes_memory, check_example, crossing_memory, cut_by_measure
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.playing import Playing
@@ -91,8 +91,9 @@ def initialize(
             such as a Hugging Face one, one such file, or a checkpoint, of which the model part counts. With
             the model on meta each rank reads the elements that it owns, and nothing else is made.
         device: where this rank computes. None: its GPU where there is one, else the CPU.
-        example: a batch as `train_step` will get it, read under `layout.pipe` alone: needed where
-            `layout.cost` is "measured"; and what stages hand to each other in shared memory is priced by it.
+        example: a batch as `train_step` will get it, needed where `layout.cost` is "measured". What stages
+            hand to each other, and what ranks along tensor, context and expert exchange, in shared memory is
+            priced by it.
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
@@ -148,7 +149,8 @@ def initialize(
     mesh = mesh.sharing(
         asked.layout.transport,
         exchange_bytes=exchange_memory(plan_of(facts))
-        + crossing_memory(cut, model, asked, mesh, loss_form, example),
+        + crossing_memory(cut, model, asked, mesh, loss_form, example)
+        + axes_memory(axes, model, asked, loss_form, example),
         timeout_s=patience_of(asked.launch),
     )
     ending.callback(axes.apply(mesh))

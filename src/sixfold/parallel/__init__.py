@@ -32,7 +32,7 @@ from sixfold.parallel.facts import (
     torch_type,
 )
 from sixfold.parallel.materialize import materialize, move_buffers
-from sixfold.parallel.pipe.costs import handed_bytes, measured_costs
+from sixfold.parallel.pipe.costs import handed_bytes, measured_costs, on_meta
 from sixfold.parallel.pipe.cut import ModelCut
 from sixfold.parallel.pipe.deferral import Deferral, Product
 from sixfold.parallel.pipe.stage import Stage
@@ -67,6 +67,7 @@ __all__ = [
     "move_buffers",
     "num_rows",
     "off_zero",
+    "on_meta",
     "persistent_buffers",
     "seen_by",
     "torch_name",

@@ -17,6 +17,13 @@ from sixfold.parallel.context.attention import ContextAttention
 from sixfold.plan import Geometry, Place
 
 Remove: TypeAlias = Callable[[], object]
+Note: TypeAlias = Callable[[str, int], object]
+"""Takes a kind of exchange, and bytes that a rank offers the others of the axis in one of them."""
+
+
+def nothing(note: Note) -> Remove:
+    """Of an axis whose ranks exchange nothing inside forward and backward."""
+    return lambda: None
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,15 @@ class AxisChange:
             engine's.
         attention: what is to be told of the sequences that run; None where ranks have whole ones.
         agreed: what all ranks have to decide alike, as text.
+        watch: has the model, while it is whole, note what its ranks would exchange as it runs; returns what
+            undoes it.
     """
 
     places: Mapping[str, Place] = field(default_factory=dict)
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
     attention: ContextAttention | None = None
     agreed: str = ""
+    watch: Callable[[Note], Remove] = nothing
 
 
 Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]

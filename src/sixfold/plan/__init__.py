@@ -7,7 +7,13 @@ allocates, starts or plays anything.
 from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.learning_rate import LearningRate, decide_learning_rate
-from sixfold.plan.memory import Memory, exchange_memory, persistent_memory, transfer_memory
+from sixfold.plan.memory import (
+    Memory,
+    exchange_memory,
+    offered_memory,
+    persistent_memory,
+    transfer_memory,
+)
 from sixfold.plan.places import Place
 from sixfold.plan.plan import REPLICAS, Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
@@ -57,6 +63,7 @@ __all__ = [
     "dispatch_traffic",
     "exchange_memory",
     "layer_traffic",
+    "offered_memory",
     "persistent_memory",
     "placed",
     "scores_traffic",

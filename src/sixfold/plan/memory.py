@@ -6,7 +6,7 @@ their way, gathered copies, activations) are not counted here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sixfold.base.units import bytes_text
@@ -105,6 +105,21 @@ def transfer_memory(
             if 0 <= other <= stages.last and stages.rank_of(other) != pipe_rank:
                 total += handed[before] * waiting.get(before, 0)
     return total
+
+
+def offered_memory(offers: Iterable[tuple[str, int]]) -> int:
+    """Bytes of shared memory that a rank offers along axes inside forward and backward, at most.
+
+    A rank that goes on with the next exchange has others read this one meanwhile, so there are two buffers of
+    each kind and size, of whole pages, with a table of what is in it.
+
+    Args:
+        offers: (kind of exchange, bytes), as often as it happens.
+    """
+    return 2 * sum((num_bytes // PAGE_BYTES + 1) * PAGE_BYTES for _, num_bytes in set(offers))
+
+
+PAGE_BYTES = 4096
 
 
 OTHER_ITEM_BYTES = {

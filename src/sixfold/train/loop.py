@@ -130,7 +130,8 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
 
 def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
     """A batch of a rank, for what is measured and priced by one."""
-    if config.layout.pipe == 1:
+    layout = config.layout
+    if max(layout.pipe, layout.tensor, layout.context, layout.expert) == 1:
         return None
     placement = discover(os.environ)
     geometry = decide_geometry(config.layout, placement.world_size if placement else 1)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from math import gcd
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Remove
+from sixfold.parallel.change import AxisChange, Note, Remove
 from sixfold.parallel.context.attention import OFF, ContextAttention
 from sixfold.parallel.context.calls import answer_calls
 from sixfold.parallel.facts import BATCH_NORMS
@@ -55,7 +56,32 @@ def decide_context_axis(
             fix=f"use LayerNorm or GroupNorm, or {OFF}",
         )
     attention = ContextAttention(is_compiled=layout.compile is not None)
-    return AxisChange(apply=partial(_apply, model, attention), attention=attention)
+    return AxisChange(
+        apply=partial(_apply, model, attention), attention=attention, watch=partial(_watched, model, geometry)
+    )
+
+
+def _watched(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
+    """See `AxisChange.watch`: what attention exchanges."""
+    num_ranks, tensor = geometry.degree("context"), geometry.degree("tensor")
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads, kv_heads = -(-query.shape[1] // tensor), -(-key.shape[1] // tensor)
+        swapped = gcd(num_ranks, kv_heads)
+        # Bytes of this rank's rows of one head, in two chunks.
+        row = query[:, 0, 0].nbytes * 2 * -(-query.shape[2] // (2 * num_ranks))
+        if swapped > 1:
+            note("heads", row * (heads + 2 * kv_heads) * (swapped - 1) // swapped)
+            note("rows", row * heads * (swapped - 1) // swapped)
+        if swapped < num_ranks:
+            note("ring", 2 * row * kv_heads)
+            note("ring of sums", 2 * row * kv_heads * max(4, key.itemsize) // key.itemsize)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    undo = ExitStack()
+    undo.callback(take_implementation(model))
+    undo.callback(answer_calls(model, lambda: noting))
+    return undo.close
 
 
 def _apply(model: nn.Module, attention: ContextAttention, mesh: Mesh) -> Remove:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -25,6 +26,7 @@ from sixfold.models.grouped import Order
 from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import AxisChange
+from sixfold.parallel.expert.watch import watched
 from sixfold.plan import Geometry, Place
 
 TAKES = ("hidden_states", "top_k_index", "top_k_weights")
@@ -77,7 +79,8 @@ def decide_expert(
             before = places.get(first, Place(tuple(parameter.shape)))
             others = before.spans[1:] or ((),) * (parameter.dim() - 1)
             made[first] = Place(before.shape, (span, *others), (*before.axes, "expert"), before.partial)
-    return AxisChange(made, lambda mesh: _apply(found.values(), mesh))
+    watch = partial(watched, found.values(), geometry)
+    return AxisChange(made, lambda mesh: _apply(found.values(), mesh), watch=watch)
 
 
 def _num_experts(part: nn.Module) -> int | None:

@@ -85,17 +85,10 @@ def measured_costs(
     return BlockCosts(tuple(blocks), sum(before.values()), after)
 
 
-def handed_bytes(
-    model: nn.Module,
-    parts: Parts,
-    run: Callable[[Callable[..., Any]], object],
-    *,
-    compute: torch.dtype | None,
-) -> dict[str, int]:
-    """Bytes of what each part up to the last block returns for a micro-batch, found on the meta device.
+def on_meta(model: nn.Module, compute: torch.dtype | None) -> Callable[..., Any]:
+    """A function that stands for the model, with arguments and all its tensors on the meta device.
 
     Args:
-        run: calls the function it is given, which stands for the model, with a micro-batch on meta.
         compute: as for `measured_costs`.
     """
     tensors = {
@@ -104,6 +97,15 @@ def handed_bytes(
         )
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
+    return lambda *args, **kwargs: functional_call(model, tensors, args, kwargs)
+
+
+def handed_bytes(model: nn.Module, parts: Parts, run: Callable[[], object]) -> dict[str, int]:
+    """Bytes of what each part up to the last block returns for a micro-batch.
+
+    Args:
+        run: runs the model with a micro-batch on meta; see `on_meta`.
+    """
     found: dict[str, int] = {}
 
     def noting(names: list[str], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +119,7 @@ def handed_bytes(
         return run_part
 
     with _watched(model, parts, noting), torch.no_grad(), suppress(_Enough):
-        run(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs))
+        run()
     return found
 
 

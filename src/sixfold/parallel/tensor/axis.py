@@ -5,17 +5,20 @@ Called through `axes.py`. It joins its rooms in order: rules, pieces, forwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Remove
+from sixfold.parallel.change import AxisChange, Note, Remove
 from sixfold.parallel.facts import block_names
 from sixfold.parallel.pipe.cut import ModelCut
-from sixfold.parallel.tensor.cut import AXIS, decide_tensor, in_lists, in_sequence
+from sixfold.parallel.tensor.crossing import IN_SEQUENCE, Crossing, offered
+from sixfold.parallel.tensor.cut import AXIS, Layer, TensorCut, decide_tensor, in_lists, in_sequence
 from sixfold.parallel.tensor.forwards import TensorForwards
 from sixfold.parallel.tensor.rules import find_rules
 from sixfold.plan import Geometry, Place
@@ -38,8 +41,47 @@ def decide_tensor_axis(
     def apply(mesh: Mesh) -> Remove:
         return TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss).remove
 
+    def watch(note: Note) -> Remove:
+        blocks = {name for run in runs for name in run}
+        return _watched(model, cut, blocks, geometry.degree("context"), owns_loss, note)
+
     agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
-    return AxisChange(cut.places, apply, agreed=agreed)
+    return AxisChange(cut.places, apply, agreed=agreed, watch=watch)
+
+
+def _watched(
+    model: nn.Module, cut: TensorCut, blocks: set[str], share: int, owns_loss: bool, note: Note
+) -> Remove:
+    """See `AxisChange.watch`: what crosses the borders of layers.
+
+    Args:
+        share: ranks that divide the tokens.
+    """
+
+    def note_crossing(crossing: Crossing | None, tensor: Tensor) -> None:
+        num_bytes = -(-tensor.nbytes // share)
+        for operation in (crossing.there, crossing.back) if crossing is not None else ():
+            for kind, part in offered(operation, num_bytes, cut.num_ranks).items():
+                note(kind, part)
+
+    def noting(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        around, is_head = [layer.style.entering, layer.style.leaving], layer.style.role == "scores"
+        if any(layer.name.startswith(block + ".") for block in blocks):
+            around = [crossing and IN_SEQUENCE.get(crossing, crossing) for crossing in around]
+
+        def hook(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+            note_crossing(around[0], given[0])
+            note_crossing(None if is_head and owns_loss else around[1], output)
+            if layer.style.role == "vocabulary":  # of each token the loss tells three numbers
+                note("slices", 3 * -(-given[0].numel() // share) * max(4, output.itemsize))
+
+        return hook
+
+    undo, parts = ExitStack(), dict(model.named_modules())
+    for layer in cut.layers:
+        if layer.name in parts:
+            undo.callback(parts[layer.name].register_forward_hook(noting(layer)).remove)
+    return undo.close
 
 
 def _runs(model: nn.Module, layout: LayoutConfig) -> list[list[str]]:

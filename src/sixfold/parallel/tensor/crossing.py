@@ -86,6 +86,23 @@ OPENED = Crossing("gather", "scatter")
 """Every rank has a part, gets the whole, and goes on with another part of the work on it."""
 CLOSED = Crossing("scatter", "gather")
 """Every rank has a summand of the whole, and goes on with a part of the sum."""
+IN_SEQUENCE = {COPIED: OPENED, SUMMED: CLOSED}
+"""Between blocks where each rank keeps its part of the sequence alone, instead."""
+
+
+def offered(operation: Operation, num_bytes: int, num_ranks: int) -> dict[str, int]:
+    """Bytes that a rank offers the others in one operation, by kind.
+
+    Args:
+        num_bytes: of the whole tensor.
+    """
+    part = -(-num_bytes // num_ranks)
+    kinds: dict[Operation, dict[str, int]] = {
+        "sum": {"sums": num_bytes, "slices": part},
+        "gather": {"slices": part},
+        "scatter": {"sums": num_bytes},
+    }
+    return kinds.get(operation, {})
 
 
 def bounds(total: int, num_ranks: int, place: int) -> tuple[int, int]:

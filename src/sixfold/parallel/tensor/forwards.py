@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.parallel.blocks import own_forward, put_forward
+from sixfold.parallel.change import Remove
 from sixfold.parallel.tensor.crossing import (
     CLOSED,
     COPIED,
     GATHERED,
+    IN_SEQUENCE,
     OPENED,
     PARTED,
     SUMMED,
@@ -65,7 +67,7 @@ class TensorForwards:
         self._runs = runs
         self._blocks = {name for run in runs for name in run}
         self._crossed: list[dict[tuple[int, Crossing], tuple[Tensor, Tensor]]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Remove] = []
         self._head = Head.find(model, cut, axis)
         for layer in cut.layers:
             self._change(layer)
@@ -132,9 +134,11 @@ class TensorForwards:
         if not is_row:
             inputs = _inputs_of(self._model.get_submodule(layer.name))
         if self._is_inside(layer.name):
-            if entering == COPIED:
-                entering = None if self._opens(parent) else OPENED
-            leaving = CLOSED if leaving == SUMMED else leaving
+            opened = entering == COPIED and self._opens(parent)
+            entering, leaving = (
+                crossing and IN_SEQUENCE.get(crossing, crossing)
+                for crossing in (None if opened else entering, leaving)
+            )
 
         def make(own: Own) -> Own:
             def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
