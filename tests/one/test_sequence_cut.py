@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.parallel import ContextAttention, off_zero
-from sixfold.pipeline import SequenceCut
+from sixfold.pipeline import SequenceCut, tensors_of
 
 
 def cut_of(num_ranks: int, multiple: int, module: nn.Module | None = None, place: int = 0) -> SequenceCut:
@@ -42,6 +42,29 @@ def test_a_length_is_refused_on_all_ranks_or_on_none() -> None:
         with pytest.raises(ModelError, match=r"34 tokens .* have 9, 8, 8, 9") as caught:
             cut_of(4, 2, place=place).piece(torch.zeros(2, 34), shift=None)
         assert "a multiple of 8" in caught.value.fix
+
+
+def fields(tokens: Tensor, targets: Tensor) -> list[Any]:
+    """A batch in every form."""
+    return [
+        (tokens, targets),
+        {"tokens": tokens, "targets": targets},
+        {"tokens": tokens, "labels": targets},
+        [{"tokens": tokens}, targets],
+    ]
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_targets_are_counted_wherever_they_are(form: int) -> None:
+    """Of 32 tokens, of which eight have no target, ranks have 8 and 16 that have one; tried is a piece with
+    one everywhere."""
+    tokens, targets = torch.ones(2, 2, 32, dtype=torch.long)
+    targets[:, :8] = -100
+    batch = fields(tokens, targets)[form]
+    pieces = [cut_of(2, 1, place=place).piece(batch, shift=None) for place in range(2)]
+    assert [(piece.share, piece.targets) for piece in pieces] == [(1 / 3, 16), (2 / 3, 32)]
+    assert all(int(each.min()) >= 0 for each in tensors_of(cut_of(2, 1).short(batch)))
+    assert int(targets.min()) == -100
 
 
 def test_weights_at_rest_are_moved_while_a_module_runs() -> None:

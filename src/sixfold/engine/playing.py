@@ -21,7 +21,6 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
-from sixfold.models.chunks import IGNORED
 from sixfold.parallel import Routing, Stage, compute_type, off_zero
 from sixfold.pipeline import (
     Batch,
@@ -229,9 +228,7 @@ class Playing:
     def _cut_into(self, batch: Batch, parts: int) -> list[Batch]:
         # Models that count their targets need not be able to run without any sample.
         return [
-            without_targets(micro, IGNORED)
-            if self._loss_form.shift is not None and not num_samples(micro)
-            else micro
+            without_targets(micro) if self._loss_form.shift is not None and not num_samples(micro) else micro
             for micro in divide(batch, parts)
         ]
 
@@ -258,7 +255,7 @@ class Playing:
         if self._layout.pipe == 1:
             if self._layout.expert > 1:  # ranks wait for each other's tokens
                 with torch.no_grad():
-                    bare = to_device(without_targets(batch, IGNORED), self._mesh.device, None)
+                    bare = to_device(without_targets(batch), self._mesh.device, None)
                     for _ in range(num_trials, self._mesh.largest(num_trials)):
                         self._output_of(*self._arguments(Piece(bare), 1.0))
             yield lambda: self._state.arrive(what)

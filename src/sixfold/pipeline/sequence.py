@@ -21,7 +21,14 @@ from sixfold.base.errors import ModelError
 from sixfold.models.chunks import IGNORED
 from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.parallel.context.attention import OFF
-from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
+from sixfold.pipeline.batch import (
+    Batch,
+    change_tensors,
+    num_samples,
+    targets_of,
+    tensors_of,
+    with_targets,
+)
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
@@ -131,15 +138,14 @@ class SequenceCut:
             is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
             return cut_rows(tensor, spans, 1) if is_sequence else tensor
 
-        part = change_tensors(fields, cut)
-        labels = fields.get("labels") if isinstance(fields, Mapping) else None
+        part, targets = change_tensors(fields, cut), targets_of(fields)
         known = {name: each.to(self._device) for name, each in known.items()}
         sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
         if sequences.seen is not None:
             part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
-        if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
+        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
             return Piece(part, sequences, num_rows(spans) / length)
-        valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
+        valid, own = (float((each != IGNORED).sum()) for each in (targets, cut(targets)))
         return Piece(part, sequences, own / max(1.0, valid), own)
 
     def short(self, batch: Batch) -> Batch:
@@ -158,11 +164,7 @@ class SequenceCut:
             is_of_pairs = tensor.dim() == 4 and tensor.shape[2:] == (length, length)
             return tensor[:1, :, :kept, :kept] if is_of_pairs else tensor[:1] if tensor.dim() else tensor
 
-        short = change_tensors(batch, begin)
-        if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
-            labels = short["labels"]
-            short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
-        return short
+        return change_tensors(with_targets(batch), begin)
 
     def padded(self, short: Batch) -> list[Batch]:
         """The same with its first tokens hidden, for a model that is told positions, and could count
