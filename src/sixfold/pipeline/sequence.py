@@ -32,8 +32,9 @@ from sixfold.pipeline.batch import (
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
-_TRIED = 8
-"""Tokens for each rank, at least, on which it is tried whether a model can be cut."""
+_TRIED = 4096
+"""Tokens, or as many as a rank has where that is more, on which it is tried whether a model can be cut: what
+mixes tokens farther apart is not seen. A forward of so many takes no more memory than an update does."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
 
@@ -149,14 +150,15 @@ class SequenceCut:
         return Piece(part, sequences, own / max(1.0, valid), own)
 
     def short(self, batch: Batch) -> Batch:
-        """The beginning of a batch's first sample, to try the model on, with a target everywhere; all of the
-        batch where nothing is cut or there is nothing."""
+        """A batch's first sample, or its beginning where that is long, to try the model on, with a target
+        everywhere; all of the batch where nothing is cut or there is nothing."""
         if self._attention is None or not num_samples(batch):
             return batch
         length, num_ranks = _length(batch), self._attention.group.num_ranks
         # The parts of a beginning that is shorter by periods divide as those of the whole do.
         period = 2 * num_ranks * self._multiple
-        kept = -(-_TRIED * num_ranks // period) * period + length % period
+        spare = length - max(_TRIED, length // num_ranks)
+        kept = length - max(0, spare) // period * period
 
         def begin(tensor: Tensor) -> Tensor:
             if tensor.dim() > 1 and tensor.shape[1] == length:
