@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.models.chunks import check_entries
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.tensor.crossing import (
     CLOSED,
@@ -32,6 +33,7 @@ from sixfold.parallel.tensor.crossing import (
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
+from sixfold.parallel.tensor.vocabulary import entries_here
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -158,11 +160,12 @@ class TensorForwards:
 
         def make(own: Own) -> Own:
             def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-                is_here = (ids >= start) & (ids < stop)
+                check_entries(ids, layer.size, f"ids of {layer.name}")
+                is_here, places = entries_here(ids, (start, stop), layer.size)
                 padding: Any = module.padding_idx
                 local = padding - start if padding is not None and start <= padding < stop else None
                 with _put(module, {"padding_idx": local}):
-                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
+                    rows = own(module, places, *args, **kwargs)
                 return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
 
             return forward
