@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sixfold.base.errors import ModelError
 from sixfold.parallel.pieces import piece_of
 from sixfold.parallel.tensor.cut import Rules, decide_tensor
 from sixfold.parallel.tensor.forwards import TensorForwards
@@ -65,3 +66,16 @@ def test_what_is_not_in_the_vocabulary_is_refused_on_every_rank(number: int) -> 
     for found in _on_threads(2, lambda axis: losses_of(scores, numbers, Vocabulary(axis, VOCABULARY))):
         with pytest.raises(IndexError, match=f"targets .*{said}"):
             raise found
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    ids = torch.arange(VOCABULARY)
+    for found in on_ranks(ids, True):
+        torch.testing.assert_close(found, Net()(ids).detach())
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_embeddings_that_need_all_their_entries_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ModelError, match=f"embed has {name} = {options[name]}"):
+        decide_tensor(Net(**options), Rules(STYLES), 2, 0)
