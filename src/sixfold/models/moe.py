@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.grouped import Order, gated, grouped_product
+from sixfold.models.choices import Order
+from sixfold.models.grouped import fed_forward
 from sixfold.models.layers import FeedForward
 
 ENTROPY_UNIT = 1e-6
@@ -230,8 +231,7 @@ class Experts(nn.Module):
 
     def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
         """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
-        inner = gated(grouped_product(rows, self.gate_up_proj, counts))
-        return grouped_product(inner, self.down_proj, counts)
+        return fed_forward(rows, self.gate_up_proj, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):
