@@ -197,7 +197,7 @@ def test_penalties_add_their_gradient_to_that_of_the_loss(monkeypatch: pytest.Mo
 
     given: list[Tensor] = []
     monkeypatch.setattr(
-        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+        moe, "with_penalty", lambda weights, penalties, router: given.append(penalties.sum()) or weights
     )
     written_out = model(tokens(3))[0] + sum(given)
     expected = torch.autograd.grad(written_out * 0.7, parameters)
@@ -209,18 +209,21 @@ def test_penalties_add_their_gradient_to_that_of_the_loss(monkeypatch: pytest.Mo
 def test_penalties_are_sums_over_tokens_of_the_load_before(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Tensor] = []
     monkeypatch.setattr(
-        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+        moe, "with_penalty", lambda weights, penalties, router: given.append(penalties.sum()) or weights
     )
     torch.manual_seed(0)
     router = Router(16, ExpertsConfig(4, balance="loss", balance_rate=0.3, z_weight=0.2)).double()
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     router(x)
-    router.end_update(torch.tensor([5, 1, 0, 2, 0, 4, 0]))
+    router.end_update(torch.tensor([5, 1, 0, 2, 0, 4, 0, 0]))
     router(x)
     scores = x.flatten(0, 1) @ router.weight.T
     z = 0.2 * sum(row.exp().sum().log() ** 2 for row in scores)
     uneven = 0.3 * 4 * sum(row.softmax(0) @ torch.tensor([5, 1, 0, 2]).double() / 8 for row in scores)
     torch.testing.assert_close(given, [z, z + uneven])
+    router.end_update(router.tally)
+    assert router.last is not None
+    assert router.last.penalty == pytest.approx(float((z + uneven).detach()) / 6, abs=1e-6)
 
 
 def test_a_bias_moves_towards_equal_shares() -> None:
