@@ -223,7 +223,7 @@ class Experts(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        beside: Callable[[], Tensor] | None = None,
+        beside: Callable[[], object] | None = None,
     ) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.
 
@@ -231,11 +231,12 @@ class Experts(nn.Module):
             hidden_states: [tokens, width].
             top_k_index: [tokens, choices]; `num_experts` is none.
             top_k_weights: [tokens, choices].
-            beside: computes something to be added, [tokens, width]; tokens may be on their way meanwhile.
+            beside: is called once; tokens may be on their way meanwhile.
         """
         order = Order.by_expert(top_k_index, self.num_experts)
-        out = order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
-        return out if beside is None else out + beside()
+        if beside is not None:
+            beside()
+        return order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
 
     def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
         """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
@@ -261,10 +262,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, length, width] to the same."""
         experts, weights = self.gate(x)
-        tokens, shared = x.flatten(0, 1), self.shared_experts
-        beside = None if shared is None else lambda: shared(tokens)
+        tokens, shared, made = x.flatten(0, 1), self.shared_experts, list[Tensor]()
+        beside = None if shared is None else lambda: made.append(shared(tokens))
         out: Tensor = self.experts(tokens, experts, weights, beside)
-        return out.view(x.shape)
+        return sum(made, out).view(x.shape)
 
 
 def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) -> Tensor:

@@ -72,10 +72,8 @@ def decide_expert(
         share = num_experts // degree
         span = ((here * share, (here + 1) * share),)
         for parameter in part.parameters():
-            first = first_names[parameter]
-            before = places.get(first, Place(tuple(parameter.shape)))
-            others = before.spans[1:] or ((),) * (parameter.dim() - 1)
-            made[first] = Place(before.shape, (span, *others), (*before.axes, "expert"), before.partial)
+            spans = (span, *((),) * (parameter.dim() - 1))
+            made[first_names[parameter]] = Place(tuple(parameter.shape), spans, ("expert",))
     return AxisChange(made, lambda mesh: _apply(found.values(), mesh))
 
 
@@ -106,7 +104,7 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        beside: Callable[[], Tensor] | None = None,
+        beside: Callable[[], object] | None = None,
     ) -> Tensor:
         if next(self.parameters()).shape[0] == num_experts:  # gathered: the whole model is here
             given = () if beside is None else (beside,)
@@ -114,15 +112,15 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         order = Order.by_expert(top_k_index, num_experts)
         journey = Journey(group, order, hidden_states.device)
         receipt = journey.send(hidden_states)
-        extra = None if beside is None else beside()
+        if beside is not None:
+            beside()
         rows, counts = journey.receive(receipt), journey.counts
         if isinstance(self, Experts):
             made = self.on_groups(rows, counts)
         else:
             with _having(self, share):
                 made = _tied(own(self, rows, *_choices(counts, rows)), rows, self)
-        result = journey.bring_back(made, top_k_weights)
-        return result if extra is None else result + extra
+        return journey.bring_back(made, top_k_weights)
 
     return forward  # type: ignore[no-any-return]
 
