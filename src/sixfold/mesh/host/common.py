@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,7 @@ class Common:
     part: torch.Tensor
     whole: torch.Tensor
     _window: mmap.mmap
+    is_copy: ClassVar[bool] = False
 
     @classmethod
     def open(
@@ -53,9 +55,6 @@ class Common:
     def gather(self) -> Pending:
         """See `Cut`."""
         return NOTHING
-
-    def drop(self) -> None:
-        """See `Cut`."""
 
     def forget(self) -> None:
         """See `Cut`: every page is read from shared memory again."""
