@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sixfold
@@ -329,6 +330,52 @@ def test_ranks_that_would_cut_a_model_differently_are_told() -> None:
     model = NormOfHeads(forgets=torch.distributed.get_rank() == 1)
     with pytest.raises(MeshError, match=r"rank\(s\) 1 differ from rank 0 in: cuts of the model"):
         sixfold.initialize(model, config={"layout": {"tensor": 2}})
+
+
+class Dropping(nn.Module):
+    """Drops columns, of which ranks have unequally many, and what it adds to what all have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 33), nn.Linear(33, 16)
+        self.dropped: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.dropout(torch.tanh(self.up(self.norm(x))), 0.5, self.training)
+        branch = F.dropout(self.down(inner), 0.5, self.training)
+        self.dropped.append((branch == 0).detach().to(torch.int64))
+        return x + branch
+
+
+class DroppingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Dropping() for _ in range(2))
+        self.tensor_rules = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ranks_drop_alike_what_they_have_alike(sequence: bool) -> None:
+    """And each its own of columns and of parts of a sequence, also where blocks run again for backward."""
+    layout = {"tensor": 2, "sequence_parallel": sequence, "recompute": "full"}
+    engine = sixfold.initialize(DroppingBlocks(), config={"layout": layout})
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.train_step({"x": x})
+    rows: list[Tensor] = [engine.mesh.gather(block.dropped[0]) for block in engine.module.blocks]  # type: ignore[union-attr, assignment]
+    assert [torch.equal(*each) for each in rows] == [not sequence] * 2
+    for block in engine.module.blocks:  # type: ignore[union-attr]
+        first, again, later, _ = block.dropped  # type: ignore[misc]
+        assert torch.equal(first, again)
+        assert not torch.equal(first, later)
+    engine.close()
 
 
 class LateNorm(NormOfHeads):
