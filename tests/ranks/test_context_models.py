@@ -142,6 +142,26 @@ class _Branch(nn.Module):
         return x + self.scale * self.inner(x)
 
 
+class Windowed(nn.Module):
+    """Attention to the last rows, by a mask that it makes of positions. For the rank that has the innermost
+    ones these are all that come before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.up = nn.Linear(WIDTH, WIDTH).double()
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        distance = position_ids[:1, :, None] - position_ids[:1, None]
+        heads = self.up(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        mask = (distance >= 0) & (distance < 7)
+        return F.scaled_dot_product_attention(heads, heads, heads, mask).transpose(1, 2).flatten(2)
+
+
+def _sum(output: Tensor, batch: Any) -> tuple[Tensor, float]:
+    return output.square().sum(), float(output.shape[0] * output.shape[1])
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "convolution at a distance": (lambda: Encoder(AlongTokens(60)), squares, "differ by"),
     "convolution of zeros": (_asleep, squares, "differ by"),
@@ -149,6 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
     "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),
     "attention dropout": (lambda: Encoder(dropout=0.1), squares, "dropout 0.1"),
+    "mask on one rank": (Windowed, _sum, "mask"),
     # Longer than the part of a rank.
     "window": (lambda: _mistral(20), None, "sliding_window 20"),
 }
@@ -159,6 +180,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
     build, loss_fn, said = REFUSED[name]
     batch: Any = vectors(0, 120 if "distance" in name else LENGTH)
+    if name == "mask on one rank":
+        batch = {"x": batch[0]}
     if name == "window":
         batch = test_context._padded(0)
 
