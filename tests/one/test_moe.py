@@ -244,6 +244,25 @@ def test_nothing_is_tallied_outside_of_training() -> None:
     assert all(int(router.tally.sum()) == 0 for router in routers(model))
 
 
+def test_only_updates_that_change_weights_move_the_balance() -> None:
+    """Neither one that fp16 skips nor one that ends in an error."""
+    config = {"precision": {"compute": "fp16", "initial_scale": 2.0**40}, "optimizer": {"lr": 0.01}}
+    engine = sixfold.initialize(decoder(balance="bias").float(), config=config)
+    engine.train_step(tokens(4))
+    assert engine.num_skipped == 1
+    bad = tokens(4)
+    bad[:, -1] = 31  # a target alone, at which it ends when routers have chosen
+    with pytest.raises(IndexError):
+        engine.train_step(bad)
+    found = routers(engine.module)
+    assert [int(each.bias_steps.abs().sum() + each.tally.sum()) for each in found] == [0, 0]
+    while engine.num_skipped == engine.num_steps:
+        engine.train_step(tokens(4))
+    assert all(int(each.bias_steps.abs().sum()) > 0 for each in found)
+    assert all(sum(each.load.tolist()) == 4 * 8 * 2 for each in found)
+    engine.close()
+
+
 def test_operations_are_counted() -> None:
     model = decoder(num_shared=1).float()
     with FlopCounterMode(display=False) as counter:
