@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import ModelError, StateError
 from sixfold.engine import Engine
+from sixfold.plan import attention_traffic
 from sixfold.testing import Pool
+from sixfold.testing.exchanges import noted_exchanges
 from tests.ranks import plain, test_context
 from tests.ranks.test_context import SAMPLES, STEPS, TASKS, alone, engine_of, mean_loss, share_of
 
@@ -316,11 +318,17 @@ def test_losses_in_fp32_stay_together() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_bf16_attends_across_ranks_too() -> None:
-    model = test_context.build("plain").float()
-    reference = float(mean_loss(model, TASKS["plain"].batch(0)))
+def test_bf16_attends_across_ranks_too_and_sends_what_the_formula_says() -> None:
+    model, batch = test_context.build("plain").float(), {"tokens": test_context._tokens(0, 21)}
+    reference = float(mean_loss(model, batch))
     engine = sixfold.initialize(model, config={"layout": {"context": 2}, "precision": {"compute": "bf16"}})
-    assert engine.train_step(TASKS["plain"].batch(0)) == pytest.approx(reference, rel=3e-3)
+    assert engine.train_step(batch) == pytest.approx(reference, rel=3e-3)
+    with noted_exchanges() as topics:
+        engine.train_step(batch)
+    sent = sum(topic.num_bytes for topic in topics if topic.op == "all-to-all")
+    sizes = {"samples": SAMPLES, "length": 20, "heads": 6, "kv_heads": 2, "head_width": 4}
+    layer = attention_traffic(2, **sizes, item_bytes=2)
+    assert sent == 2 * (layer.forward + layer.backward)
     engine.close()
 
 
