@@ -43,11 +43,11 @@ class Encoder(nn.Module):
 
 
 class AlongTokens(nn.Module):
-    """A convolution over neighbouring tokens."""
+    """A convolution over tokens, neighbours or at some distance."""
 
-    def __init__(self) -> None:
+    def __init__(self, distance: int = 1) -> None:
         super().__init__()
-        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=distance, dilation=distance)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x.transpose(1, 2)).transpose(1, 2)
@@ -61,9 +61,9 @@ class ByName(nn.Module):
         return _own_attention(heads, heads, heads).transpose(1, 2).flatten(2)
 
 
-def vectors(step: int) -> tuple[Tensor, Tensor]:
+def vectors(step: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(step)
-    x, y = torch.randn(2, SAMPLES, LENGTH, WIDTH, dtype=torch.float64, generator=draw)
+    x, y = torch.randn(2, SAMPLES, length, WIDTH, dtype=torch.float64, generator=draw)
     return x, y
 
 
@@ -143,13 +143,13 @@ class _Branch(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "convolution": (lambda: Encoder(AlongTokens()), squares, "differ by"),
+    "convolution at a distance": (lambda: Encoder(AlongTokens(60)), squares, "differ by"),
     "convolution of zeros": (_asleep, squares, "differ by"),
     "shifted by loss_fn": (Encoder, _shifting, "differ by"),
     "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
     "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),
     "attention dropout": (lambda: Encoder(dropout=0.1), squares, "dropout 0.1"),
-    # Longer than the part of a rank, and than the piece on which it is tried.
+    # Longer than the part of a rank.
     "window": (lambda: _mistral(20), None, "sliding_window 20"),
 }
 
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
     build, loss_fn, said = REFUSED[name]
-    batch: Any = vectors(0)
+    batch: Any = vectors(0, 120 if "distance" in name else LENGTH)
     if name == "window":
         batch = test_context._padded(0)
 

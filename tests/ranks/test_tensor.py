@@ -249,8 +249,14 @@ def test_scores_are_whole_where_somebody_reads_them() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_sequence_that_does_not_divide_is_refused() -> None:
+def test_a_written_out_loop_counts_samples_once_and_refuses_what_does_not_fit() -> None:
     engine = engine_of(without("decoder", sequence=True))
+    loss, weight = engine(**TASKS["decoder"].batch(0))
+    engine.backward(loss / weight, weight=float(weight))
+    assert engine.step().samples == plain.NUM_SAMPLES
+    assert engine.num_samples == plain.NUM_SAMPLES
+    with pytest.raises(ModelError, match=r"2 ranks .* different batches"):
+        engine(**TASKS["decoder"].batch(engine.mesh.rank))
     with pytest.raises(ModelError, match=r"sequences of 7 with layout\.sequence_parallel on 2") as caught:
         engine.train_step({"tokens": _tokens(0, LENGTH)})
     assert "a multiple of 2" in caught.value.fix

@@ -198,8 +198,10 @@ class Engine:
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()
+        batch = {**dict(enumerate(args)), **kwargs}
+        self._playing.compare_written_out(batch)
         with (
-            self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place,
+            self._written_out.forward(batch) as place,
             self._playing.stream(self.num_steps, *place),
         ):
             return self.module(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
 from sixfold.models.chunks import IGNORED
-from sixfold.pipeline.batch import Batch, lengths_of, num_samples, tensors_of
+from sixfold.pipeline.batch import Batch, lengths_of, num_samples, targets_of, with_targets
 
 WAYS = (
     "return (sum, weight) from the model or from loss_fn, or call engine.backward(loss, weight=...) "
@@ -61,7 +61,7 @@ class Counts:
     def of(cls, batch: Batch) -> Counts:
         """Count a batch; without integer labels every sample is one target."""
         samples = float(num_samples(batch))
-        labels = _labels_of(batch)
+        labels = targets_of(batch)
         if labels is None:
             return cls(samples, samples, samples, samples, samples)
         valid = (labels != IGNORED).double()
@@ -209,17 +209,6 @@ class LossForm:
         return counts.shifted if self.shift == 1 else counts.targets
 
 
-def _labels_of(batch: Batch) -> torch.Tensor | None:
-    """The labels: the integer field of that name, else the first integer tensor with -100 in it."""
-    named = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(named, torch.Tensor):
-        return named if named.dim() and not named.is_floating_point() else None
-    for tensor in tensors_of(batch):
-        if not tensor.dtype.is_floating_point and tensor.dtype.is_signed and bool((tensor == IGNORED).any()):
-            return tensor
-    return None
-
-
 def weight_of(value: Any) -> float:
     """A weight as a number.
 
@@ -298,8 +287,7 @@ def _honoured_shift(module: nn.Module, run: Callable[[Mapping[str, Any]], Any], 
         key: value[:1] if isinstance(value, torch.Tensor) and value.dim() else value
         for key, value in batch.items()
     }
-    labels = one["labels"]
-    one["labels"] = torch.where(labels == IGNORED, torch.zeros_like(labels), labels)
+    labels, one = one["labels"], with_targets(one)
     was_training = module.training
     module.eval()
     try:

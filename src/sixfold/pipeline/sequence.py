@@ -21,12 +21,20 @@ from sixfold.base.errors import ModelError
 from sixfold.models.chunks import IGNORED
 from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.parallel.context.attention import OFF
-from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
+from sixfold.pipeline.batch import (
+    Batch,
+    change_tensors,
+    num_samples,
+    targets_of,
+    tensors_of,
+    with_targets,
+)
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
-_TRIED = 8
-"""Tokens for each rank, at least, on which it is tried whether a model can be cut."""
+_TRIED = 4096
+"""Tokens, or as many as a rank has where that is more, on which it is tried whether a model can be cut: what
+mixes tokens farther apart is not seen. A forward of so many takes no more memory than an update does."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
 
@@ -131,26 +139,26 @@ class SequenceCut:
             is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
             return cut_rows(tensor, spans, 1) if is_sequence else tensor
 
-        part = change_tensors(fields, cut)
-        labels = fields.get("labels") if isinstance(fields, Mapping) else None
+        part, targets = change_tensors(fields, cut), targets_of(fields)
         known = {name: each.to(self._device) for name, each in known.items()}
         sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
         if sequences.seen is not None:
             part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
-        if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
+        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
             return Piece(part, sequences, num_rows(spans) / length)
-        valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
+        valid, own = (float((each != IGNORED).sum()) for each in (targets, cut(targets)))
         return Piece(part, sequences, own / max(1.0, valid), own)
 
     def short(self, batch: Batch) -> Batch:
-        """The beginning of a batch's first sample, to try the model on, with a target everywhere; all of the
-        batch where nothing is cut or there is nothing."""
+        """A batch's first sample, or its beginning where that is long, to try the model on, with a target
+        everywhere; all of the batch where nothing is cut or there is nothing."""
         if self._attention is None or not num_samples(batch):
             return batch
         length, num_ranks = _length(batch), self._attention.group.num_ranks
         # The parts of a beginning that is shorter by periods divide as those of the whole do.
         period = 2 * num_ranks * self._multiple
-        kept = -(-_TRIED * num_ranks // period) * period + length % period
+        spare = length - max(_TRIED, length // num_ranks)
+        kept = length - max(0, spare) // period * period
 
         def begin(tensor: Tensor) -> Tensor:
             if tensor.dim() > 1 and tensor.shape[1] == length:
@@ -158,11 +166,7 @@ class SequenceCut:
             is_of_pairs = tensor.dim() == 4 and tensor.shape[2:] == (length, length)
             return tensor[:1, :, :kept, :kept] if is_of_pairs else tensor[:1] if tensor.dim() else tensor
 
-        short = change_tensors(batch, begin)
-        if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
-            labels = short["labels"]
-            short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
-        return short
+        return change_tensors(with_targets(batch), begin)
 
     def padded(self, short: Batch) -> list[Batch]:
         """The same with its first tokens hidden, for a model that is told positions, and could count

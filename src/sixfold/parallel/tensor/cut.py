@@ -170,8 +170,9 @@ class _Cutting:
             raise self.refused(
                 f"{name} is a {type(module).__name__}", "only linear layers and embeddings are cut"
             )
-        if style.role == "vocabulary" and getattr(module, "max_norm", None) is not None:
-            raise self.refused(f"{name} has max_norm", "an embedding that is cut leaves its rows as they are")
+        for option, rule in _WHOLE_ONLY.items() if style.role == "vocabulary" else ():
+            if getattr(module, option, None) not in (None, False):
+                raise self.refused(f"{name} has {option} = {getattr(module, option)}", rule)
         size = _weight(module).shape[dims[share]]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
@@ -297,6 +298,13 @@ class _Cutting:
 def _weight(module: nn.Module) -> nn.Parameter:
     return module.get_parameter("weight")
 
+
+_WHOLE_ONLY = {
+    "max_norm": "an embedding that is cut leaves its rows as they are",
+    "scale_grad_by_freq": "a rank that has some entries counts no others",
+    "sparse": "gradients of an embedding that is cut are dense",
+}
+"""Options of an embedding that it cannot have where it is cut, and why."""
 
 _KNOWN = "weight and bias of linear layers are known, and low-rank adapters beside them"
 

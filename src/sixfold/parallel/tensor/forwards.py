@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.models.chunks import check_entries
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.tensor.crossing import (
     CLOSED,
@@ -32,6 +33,7 @@ from sixfold.parallel.tensor.crossing import (
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
+from sixfold.parallel.tensor.vocabulary import entries_here
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -135,14 +137,14 @@ class TensorForwards:
             leaving = CLOSED if leaving == SUMMED else leaving
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                x = self._enter(x, entering)
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                args, kwargs = _with_first(args, kwargs, lambda x: self._enter(x, entering))
                 if is_row and module.bias is not None:
                     with _without_bias(module) as bias:
-                        y = own(module, x, *args, **kwargs)
+                        y = own(module, *args, **kwargs)
                     return self._leave(y, leaving, layer.size) + bias
                 with _put(module, {name: count for name, count in counts.items() if hasattr(module, name)}):
-                    y = own(module, x, *args, **kwargs)
+                    y = own(module, *args, **kwargs)
                 if layer.heads is not None:
                     y = _heads_of(y, layer.heads, layer.head_width)
                 if style.role == "scores" and self._head is not None:
@@ -157,12 +159,15 @@ class TensorForwards:
         ((start, stop),) = layer.spans
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-                is_here = (ids >= start) & (ids < stop)
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                ids = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+                check_entries(ids, layer.size, f"ids of {layer.name}")
+                is_here, places = entries_here(ids, (start, stop), layer.size)
                 padding: Any = module.padding_idx
                 local = padding - start if padding is not None and start <= padding < stop else None
                 with _put(module, {"padding_idx": local}):
-                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
+                    args, kwargs = _with_first(args, kwargs, lambda _ids: places)
+                    rows = own(module, *args, **kwargs)
                 return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
 
             return forward
