@@ -8,8 +8,8 @@ bit. It moves no state and knows nothing of ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -101,18 +101,27 @@ def _contexts(block: nn.Module, kind: Recompute) -> tuple[_Context, _Context]:
         if owner.training
         for name, buffer in owner.named_buffers(recurse=False)
     ]
-    return first, _as_before(buffers, second) if buffers else second
+    return first, _AsBefore(buffers, second) if buffers else second
 
 
-@contextmanager
-def _as_before(buffers: list[tuple[nn.Module, str, torch.Tensor]], inner: _Context) -> Iterator[None]:
-    """Run again on buffers as they were before the first run; what it makes of them is dropped."""
-    current = [(owner, name, getattr(owner, name)) for owner, name, _ in buffers]
-    for owner, name, before in buffers:
-        setattr(owner, name, before.clone())
-    try:
-        with inner:
-            yield
-    finally:
-        for owner, name, buffer in current:
-            setattr(owner, name, buffer)
+class _AsBefore(AbstractContextManager[None]):
+    """Run again on buffers as they were before the first run; what it makes of them is dropped.
+
+    Entered once for every backward through the block, so it is no generator.
+    """
+
+    def __init__(self, buffers: list[tuple[nn.Module, str, torch.Tensor]], inner: _Context) -> None:
+        self._before, self._inner = buffers, inner
+
+    def __enter__(self) -> None:
+        self._current = [(owner, name, getattr(owner, name)) for owner, name, _ in self._before]
+        for owner, name, before in self._before:
+            setattr(owner, name, before.clone())
+        self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self._inner.__exit__(*raised)
+        finally:
+            for owner, name, buffer in self._current:
+                setattr(owner, name, buffer)
