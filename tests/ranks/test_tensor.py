@@ -342,10 +342,12 @@ class Dropping(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 33), nn.Linear(33, 16)
+        self.columns: list[Tensor] = []
         self.dropped: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.dropout(torch.tanh(self.up(self.norm(x))), 0.5, self.training)
+        self.columns.append((inner == 0).detach())
         branch = F.dropout(self.down(inner), 0.5, self.training)
         self.dropped.append((branch == 0).detach().to(torch.int64))
         return x + branch
@@ -372,12 +374,16 @@ def test_ranks_drop_alike_what_they_have_alike(sequence: bool) -> None:
     x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         engine.train_step({"x": x})
-    rows: list[Tensor] = [engine.mesh.gather(block.dropped[0]) for block in engine.module.blocks]  # type: ignore[union-attr, assignment]
-    assert [torch.equal(*each) for each in rows] == [not sequence] * 2
-    for block in engine.module.blocks:  # type: ignore[union-attr]
-        first, again, later, _ = block.dropped  # type: ignore[misc]
+    blocks: Any = engine.module.blocks
+    for block in blocks:
+        rows = engine.mesh.gather(block.dropped[0])
+        assert torch.equal(rows[0], rows[1]) != sequence
+        first, again, later, _ = block.columns
         assert torch.equal(first, again)
         assert not torch.equal(first, later)
+    columns = blocks[0].columns[0][..., :16].to(torch.int64)
+    rows = engine.mesh.gather(columns)
+    assert not torch.equal(rows[0], rows[1])
     engine.close()
 
 
