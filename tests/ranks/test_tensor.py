@@ -272,9 +272,10 @@ SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("sequence", [False, True])
-def test_what_is_sent_is_what_the_formula_says(sequence: bool, num_ranks: int) -> None:
-    case = without("decoder", tensor=num_ranks, sequence=sequence)
+@pytest.mark.parametrize(("sequence", "recompute"), [(False, "selective"), (True, None)])
+def test_what_is_sent_is_what_the_formula_says(sequence: bool, recompute: str | None, num_ranks: int) -> None:
+    """Sums are kept where blocks run again for backward, so none is sent twice."""
+    case = without("decoder", tensor=num_ranks, sequence=sequence, recompute=recompute)
     engine = engine_of(case)
     train(engine, case, 1)  # the first update is checked, which sends more
     with noted_exchanges() as topics:
