@@ -64,6 +64,7 @@ def test_targets_are_counted_wherever_they_are(form: int) -> None:
     batch = fields(tokens, targets)[form]
     pieces = [cut_of(2, 1, place=place).piece(batch, shift=None) for place in range(2)]
     assert [(piece.share, piece.targets) for piece in pieces] == [(1 / 3, 16), (2 / 3, 32)]
+    assert [piece.least for piece in pieces] == [1 / 3, 1 / 3]
     assert all(int(each.min()) >= 0 for each in tensors_of(cut_of(2, 1).short(batch)))
     assert int(targets.min()) == -100
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.mesh import Branch, Streams
 from sixfold.parallel.pieces import piece_of
 from sixfold.parallel.tensor.cut import Rules, decide_tensor
 from sixfold.parallel.tensor.forwards import TensorForwards
@@ -79,3 +80,32 @@ def test_embeddings_that_need_all_their_entries_are_refused(options: dict[str, A
     (name,) = options
     with pytest.raises(ModelError, match=f"embed has {name} = {options[name]}"):
         decide_tensor(Net(**options), Rules(STYLES), 2, 0)
+
+
+def drawn(place: int, num_here: int) -> list[Tensor]:
+    """What a rank draws from the common stream, twice from its branch, and from the former again."""
+    branch, device = Branch(place, torch.device("cpu")), torch.device("cpu")
+    with Streams(0, device).keyed("step"):
+        found = [torch.rand(3)]
+        before = torch.get_rng_state()
+        branch.leave()  # not entered yet
+        for num in (num_here, 1):
+            branch.enter()
+            branch.enter()
+            found.append(torch.rand(num))
+        branch.leave()
+        found.append(torch.rand(3))
+        # As backward does that runs a part again, and stops in the middle of it; and then the whole.
+        for _ in range(2):
+            torch.set_rng_state(before)
+            branch.enter()
+            assert torch.equal(torch.rand(num_here), found[1])
+    return found
+
+
+def test_what_ranks_draw_for_their_parts_is_their_own_and_the_rest_alike() -> None:
+    one, other = drawn(0, 3), drawn(1, 5)
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[3], other[3])
+    assert not torch.equal(one[1], other[1][:3])
+    assert not torch.equal(one[0], one[3])

@@ -177,7 +177,8 @@ class Playing:
         return args, kwargs
 
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
-        return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
+        told = {"part": piece.share, "least": piece.least, "items": piece.targets}
+        return self._loss_form.read(output, piece.batch, scale, **told)
 
     def _compare(self, batch: Batch) -> None:
         """Compare the batches of ranks that are to have the same, before anything is sent whose shape follows
@@ -275,14 +276,19 @@ class Playing:
         errors, sums = [0.0, 0.0], self._loss_form.shift is not None  # means may weigh padded parts unequally
         was_training = self._module.training
         self._module.eval()
-        trying = self._trying("cut", 2 * len(tried), short)
-        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"), off_zero(self._module):
+        with (
+            self._trying("cut", 2 * len(tried), short) as arrive,
+            torch.no_grad(),
+            self._streams.keyed("settle"),
+            off_zero(self._module),
+            self._sequences.noting() as refused,
+        ):
             for number, each in enumerate(tried):
                 errors[number] = self._difference_of_cut(each, compares_loss=not number or sums)
             arrive()
         self._module.train(was_training)
         is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
-        self._sequences.judge(*errors, is_narrow=is_narrow, is_bad=self._mesh.any)
+        self._sequences.judge(*errors, refused, is_narrow=is_narrow, is_bad=self._mesh.any)
 
     def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
         """How far outputs and loss for pieces are from those for whole sequences, relative to these."""

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sixfold.parallel.tensor.crossing import SUMS
+
 Forward = Callable[..., Any]
 """`forward(block, *args, **kwargs)`, as a class defines it."""
 
@@ -43,7 +45,8 @@ def recomputed(forward: Forward, kind: Recompute) -> Forward:
     Args:
         forward: of a block; may take and return anything.
         kind: "full" saves the block's inputs alone; "selective" also the results of matrix products with
-            weights and of fused attention, and recomputes the rest (norms, activations, dropout, rotations).
+            weights, of sums over the tensor axis and of fused attention, and recomputes the rest (norms,
+            activations, dropout, rotations).
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; selective after Korthikanti et
     al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
@@ -72,8 +75,11 @@ def saves(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolic
     """The policy of selective recompute: whether the result of one torch operation is kept.
 
     Fused attention with dropout is not: a kernel that does not run again would not draw again either, and all
-    that is drawn after it in the block would differ.
+    that is drawn after it in the block would differ. Nor are gathers over the tensor axis, as large as what
+    they are parts of: they run again.
     """
+    if op is torch.ops.sixfold.exchange.default and args[1] not in SUMS:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     place = _KEPT.get(op)
     if place is None or (place < len(args) and args[place] > 0):
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -88,6 +94,7 @@ def _ops(places: dict[str, int]) -> dict[Any, int]:
 
 _NEVER = 1 << 30
 _KEPT = _ops(dict.fromkeys(_PRODUCTS, _NEVER) | _ATTENTION)
+_KEPT[torch.ops.sixfold.exchange.default] = _NEVER
 _SELECTIVE = functools.partial(create_selective_checkpoint_contexts, saves)
 
 _Context = AbstractContextManager[Any]

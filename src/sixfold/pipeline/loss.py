@@ -171,13 +171,21 @@ class LossForm:
         return self._items(update) if self.shift is not None else update.samples
 
     def read(
-        self, output: Any, batch: Batch, scale: float, *, part: float = 1.0, items: float | None = None
+        self,
+        output: Any,
+        batch: Batch,
+        scale: float,
+        *,
+        part: float = 1.0,
+        least: float = 1.0,
+        items: float | None = None,
     ) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`.
 
         Args:
             batch: what the output came from.
             part: how much of its samples' targets it holds, where sequences are cut.
+            least: and how much the rank does that has least of them.
             items: how many labels it holds; None: they are counted.
         """
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
@@ -195,10 +203,10 @@ class LossForm:
                 fix="return (sum, weight) from the model or from loss_fn",
             )
         samples = lengths[0] * part
-        if not samples:
+        if not lengths[0] * least:  # judged alike on all ranks that share them
             raise ModelError(
-                f"a mean loss over {lengths[0]} samples with {part:.0%} of their targets, run because other "
-                "ranks have more",
+                f"a mean loss over {lengths[0]} samples, of whose targets a rank has {least:.0%}, run where "
+                "other ranks have more",
                 rule="a mean over nothing is no number",
                 fix="return (sum, weight) from the model or from loss_fn, or give every rank as many samples "
                 "as there are micro-batches, with targets in every part of a sequence",
