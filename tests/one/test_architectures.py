@@ -226,6 +226,11 @@ def test_the_plan_of_a_model_cuts_experts_in_their_width(sequence: bool) -> None
     assert place.spans == ((), ((width // 2, width), (3 * width // 2, 2 * width)), ())
     place = cut.places["model.layers.0.mlp.experts.down_proj"]
     assert place.spans == ((), (), ((width // 2, width),))
+    turned = {"model.layers.*.mlp.experts.gate_up_proj": "packed_rowwise"}  # stacked the other way round
+    place = decide_tensor(model, Rules(rules | turned), 2, 1).places[
+        "model.layers.0.mlp.experts.gate_up_proj"
+    ]
+    assert place.spans == ((), (), ((8, 16), (24, 32)))
     with pytest.raises(ModelError, match=rf"gate_up_proj is {width} wide"):
         decide_tensor(
             model, Rules({name: style for name, style in rules.items() if "experts" in name}), 2 * width, 0

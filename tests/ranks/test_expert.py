@@ -439,6 +439,8 @@ def follow_balanced(kind: str, layout: dict[str, Any], folder: Path) -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
     config = {"layout": layout, "batch": {"micro": 4}, "optimizer": {"name": "sgd", "lr": 0.5}}
     engine, load = sixfold.initialize(deepcopy(model), config=config), torch.zeros(4)
+    stacked = [p for name, p in engine.module.named_parameters() if name.endswith("experts.down_proj")]
+    assert {each.shape[-1] for each in stacked} == {8 // layout.get("tensor", 1)}
     with pytest.raises(ModelError, match="written-out"):
         engine(**labelled(0))
     for step in range(STEPS):
