@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sixfold
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import load
+from sixfold.mesh import Pending
 from sixfold.models import grouped, moe
 from sixfold.models.choices import Order
 from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
@@ -60,6 +63,41 @@ def test_counts_travel_from_where_the_tokens_are() -> None:
     forward = expert_axis._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
     with pytest.raises(Told, match="meta"):
         forward(layer, tokens.to("meta"), choices, choices)
+
+
+def test_shared_experts_run_while_tokens_are_on_their_way() -> None:
+    """There, and their gradients on the way back."""
+    events: list[str] = []
+
+    class Coming(Pending):
+        def wait(self) -> None:
+            events.append("wait")
+
+    class Group:
+        """Two ranks, of which the other one neither has tokens nor gets any."""
+
+        num_ranks = 2
+
+        def all_to_all(self, sent: Sequence[Tensor], arriving: Sequence[Tensor]) -> Pending:
+            events.append("start")
+            arriving[0].copy_(sent[0])
+            arriving[1].zero_()
+            return Coming()
+
+    def beside() -> Tensor:
+        events.append("beside")
+        extra = 2 * rows
+        extra.register_hook(lambda gradient: events.append("beside"))
+        return extra
+
+    layer, rows = Experts(4, 4, 1), torch.ones(3, 4, requires_grad=True)
+    forward = expert_axis._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
+    out = forward(layer, rows, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), beside)
+    exchange, hidden = ["start", "wait"], ["start", "beside", "wait"]
+    assert events == exchange + hidden + exchange  # numbers of tokens; there; back
+    events.clear()
+    out.sum().backward()
+    assert events == exchange + hidden
 
 
 @pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
@@ -269,6 +307,25 @@ def test_nothing_is_tallied_outside_of_training() -> None:
     model.eval()
     model(tokens(2))
     assert all(int(router.tally.sum()) == 0 for router in routers(model))
+
+
+def test_only_updates_that_change_weights_move_the_balance() -> None:
+    """Neither one that fp16 skips nor one that ends in an error."""
+    config = {"precision": {"compute": "fp16", "initial_scale": 2.0**40}, "optimizer": {"lr": 0.01}}
+    engine = sixfold.initialize(decoder(balance="bias").float(), config=config)
+    engine.train_step(tokens(4))
+    assert engine.num_skipped == 1
+    bad = tokens(4)
+    bad[:, -1] = 31  # a target alone, at which it ends when routers have chosen
+    with pytest.raises(IndexError):
+        engine.train_step(bad)
+    found = routers(engine.module)
+    assert [int(each.bias_steps.abs().sum() + each.tally.sum()) for each in found] == [0, 0]
+    while engine.num_skipped == engine.num_steps:
+        engine.train_step(tokens(4))
+    assert all(int(each.bias_steps.abs().sum()) > 0 for each in found)
+    assert all(sum(each.load.tolist()) == 4 * 8 * 2 for each in found)
+    engine.close()
 
 
 def test_operations_are_counted() -> None:

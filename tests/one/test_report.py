@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, DataError
 from sixfold.launch import current_session
-from sixfold.monitor.report import picture
+from sixfold.monitor.report import curves, picture
 from sixfold.monitor.report.page import page
 from sixfold.monitor.report.story import differing, read_story
 from sixfold.train import loop
@@ -88,6 +89,17 @@ def test_a_page_stands_alone_and_tells_everything(tmp_path: Path) -> None:
     assert text.count("rank 1<") == 2
 
 
+def test_a_long_curve_has_a_line_through_medians_of_neighbours(tmp_path: Path) -> None:
+    values = [3.0, 1.0, 100.0] * 50
+    steps, bold = curves.medians(list(range(150)), [*values[:-2], math.nan, 7.0])
+    assert len(steps) == len(bold) == 75
+    assert steps[:3] == [1, 3, 5]
+    assert bold[:3] == [2.0, 51.5, 50.5]
+    assert bold[-1] == 7.0
+    assert "the bold line" in page([read_story(make_run(tmp_path / "long", num_steps=101))])
+    assert "the bold line" not in page([read_story(make_run(tmp_path / "short"))])
+
+
 def test_only_what_differs_is_compared(tmp_path: Path) -> None:
     stories = [read_story(make_run(tmp_path / "a")), read_story(make_run(tmp_path / "b", lr=3e-3))]
     assert differing(stories) == {"optimizer.lr": [1e-3, 3e-3]}
@@ -150,7 +162,7 @@ def test_a_recorded_update_is_drawn_above_its_simulation(tmp_path: Path) -> None
     outline = Outline(text)
     assert "One update on every rank" in outline.headings
     assert (outline.open, outline.fetched) == ([], [])
-    assert f"update 3, measured {1e3 * spans['measured']:.4g} ms, simulated 1.4e+04 ms" in text
+    assert f"update 3, measured {1e3 * spans['measured']:.0f} ms, simulated 14000 ms" in text
     for rank in range(2):
         measured, simulated = (text.index(f"rank {rank} {name} compute") for name in spans if name != "off")
         assert measured < simulated

@@ -117,11 +117,10 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             # Spelt out, because "-1" is ambiguous in an empty batch.
             num_heads = projected.shape[-1] // self.head_width
-            return projected.view(*projected.shape[:2], num_heads, self.head_width)
+            return projected.view(*projected.shape[:2], num_heads, self.head_width).transpose(1, 2)
 
-        query = rotate(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
-        key = rotate(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
-        return query, key, heads(self.v_proj(x)).transpose(1, 2)
+        query, key = (rotate(heads(proj(x)), cos, sin) for proj in (self.q_proj, self.k_proj))
+        return query, key, heads(self.v_proj(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
         mixed = attend(*self.project(x, cos, sin), allowed)

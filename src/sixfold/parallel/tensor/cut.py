@@ -182,8 +182,9 @@ class _Cutting:
             raise self.refused(
                 f"{name} is a {type(module).__name__}", "only linear layers and embeddings are cut"
             )
-        if style.role == "vocabulary" and getattr(module, "max_norm", None) is not None:
-            raise self.refused(f"{name} has max_norm", "an embedding that is cut leaves its rows as they are")
+        for option, rule in _WHOLE_ONLY.items() if style.role == "vocabulary" else ():
+            if getattr(module, option, None) not in (None, False):
+                raise self.refused(f"{name} has {option} = {getattr(module, option)}", rule)
         size = _weight(module).shape[dims[share]]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
@@ -342,6 +343,14 @@ def _in_each_part(span: Span, size: int, parts: int) -> tuple[Span, ...]:
 def _cut_in(shape: tuple[int, ...], dim: int, spans: tuple[Span, ...]) -> Place:
     cut = dim % len(shape)
     return Place(shape, tuple(spans if each == cut else () for each in range(len(shape))), (AXIS,))
+
+
+_WHOLE_ONLY = {
+    "max_norm": "an embedding that is cut leaves its rows as they are",
+    "scale_grad_by_freq": "a rank that has some entries counts no others",
+    "sparse": "gradients of an embedding that is cut are dense",
+}
+"""Options of an embedding that it cannot have where it is cut, and why."""
 
 
 _KNOWN = "weight and bias of linear layers are known, and low-rank adapters beside them"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.mesh import Branch
+from sixfold.models.chunks import check_entries
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.tensor.crossing import (
     CLOSED,
@@ -32,6 +34,7 @@ from sixfold.parallel.tensor.crossing import (
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.styles import OUTPUTS
+from sixfold.parallel.tensor.vocabulary import entries_here
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -48,6 +51,7 @@ class TensorForwards:
         runs: names of blocks that follow each other on one rank; in them each rank keeps its part of the
             sequence alone.
         owns_loss: whether the model computes its loss by itself, so that nobody else reads its scores.
+        device: where random numbers are drawn besides the CPU.
     """
 
     def __init__(
@@ -58,7 +62,10 @@ class TensorForwards:
         runs: Sequence[Run] = (),
         *,
         owns_loss: bool = True,
+        device: str | torch.device = "cpu",
     ) -> None:
+        # What a rank drops of its columns, and between blocks of its part of the sequence, is its own.
+        self._columns, self._rows = (Branch(axis.place, torch.device(device)) for _ in range(2))
         self._model = model
         self._axis = axis
         self._cut = cut
@@ -134,19 +141,19 @@ class TensorForwards:
             leaving = CLOSED if leaving == SUMMED else leaving
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                x = self._enter(x, entering)
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                args, kwargs = _with_first(args, kwargs, lambda x: self._enter(x, entering))
                 if is_row and module.bias is not None:
                     with _without_bias(module) as bias:
-                        y = own(module, x, *args, **kwargs)
-                    return self._leave(y, leaving, layer.size) + bias
+                        y = own(module, *args, **kwargs)
+                    return self._leave(module, y, leaving, layer.size) + bias
                 with _put(module, {name: count for name, count in counts.items() if hasattr(module, name)}):
-                    y = own(module, x, *args, **kwargs)
+                    y = own(module, *args, **kwargs)
                 if layer.heads is not None:
                     y = _heads_of(y, layer.heads, layer.head_width)
                 if style.role == "scores" and self._head is not None:
                     return self._head.leave(y)
-                return self._leave(y, leaving, layer.size)
+                return self._leave(module, y, leaving, layer.size)
 
             return forward
 
@@ -156,13 +163,16 @@ class TensorForwards:
         ((start, stop),) = layer.spans
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-                is_here = (ids >= start) & (ids < stop)
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                ids = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+                check_entries(ids, layer.size, f"ids of {layer.name}")
+                is_here, places = entries_here(ids, (start, stop), layer.size)
                 padding: Any = module.padding_idx
                 local = padding - start if padding is not None and start <= padding < stop else None
                 with _put(module, {"padding_idx": local}):
-                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
-                return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
+                    args, kwargs = _with_first(args, kwargs, lambda _ids: places)
+                    rows = own(module, *args, **kwargs)
+                return self._leave(module, rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
 
             return forward
 
@@ -201,9 +211,13 @@ class TensorForwards:
             known[key] = x, cross(x, crossing, self._axis, dim)
         return known[key][1]
 
-    def _leave(self, y: Tensor, crossing: Crossing | None, total: int) -> Tensor:
+    def _leave(self, module: nn.Module, y: Tensor, crossing: Crossing | None, total: int) -> Tensor:
         if crossing is None:
+            if module.training:
+                self._columns.enter()
             return y
+        if crossing in (SUMMED, CLOSED):
+            self._columns.leave()
         if crossing == CLOSED:
             self._check_length(y.shape[_sequence_dim(y)])
             return cross(y, crossing, self._axis, _sequence_dim(y))
@@ -253,6 +267,8 @@ class TensorForwards:
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_first(args, kwargs, part)
+            if module.training:
+                self._rows.enter()
             return own(module, *args, **kwargs)
 
         return forward
@@ -260,6 +276,7 @@ class TensorForwards:
     def _last(self, own: Own) -> Own:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = own(module, *args, **kwargs)
+            self._rows.leave()
             if isinstance(output, Tensor):
                 return cross(output, GATHERED, self._axis, SEQUENCE)
             return (cross(output[0], GATHERED, self._axis, SEQUENCE), *output[1:])
