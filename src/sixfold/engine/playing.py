@@ -177,8 +177,9 @@ class Playing:
         return args, kwargs
 
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
-        told = {"part": piece.share, "least": piece.least, "items": piece.targets}
-        return self._loss_form.read(output, piece.batch, scale, **told)
+        return self._loss_form.read(
+            output, piece.batch, scale, part=piece.share, least=piece.least, items=piece.targets
+        )
 
     def _compare(self, batch: Batch) -> None:
         """Compare the batches of ranks that are to have the same, before anything is sent whose shape follows
@@ -288,7 +289,7 @@ class Playing:
             arrive()
         self._module.train(was_training)
         is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
-        self._sequences.judge(*errors, refused, is_narrow=is_narrow, is_bad=self._mesh.any)
+        self._sequences.judge(errors[0], errors[1], refused, is_narrow=is_narrow, is_bad=self._mesh.any)
 
     def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
         """How far outputs and loss for pieces are from those for whole sequences, relative to these."""
