@@ -23,6 +23,16 @@ def all_cases(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool
     return [case for case in cases if legal(case)]
 
 
+def with_drawn(
+    factors: Mapping[str, Sequence[Any]], names: Sequence[str], legal: Callable[[Case], bool]
+) -> Iterator[Case]:
+    """Every combination of all factors but some, whose values are drawn for each so that it is legal."""
+    draw = random.Random(0)
+    fixed = {name: values for name, values in factors.items() if name not in names}
+    for values in product(*fixed.values()):
+        yield from _drawn(factors, legal, dict(zip(fixed, values, strict=True)), draw, 1)
+
+
 def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
     """Legal combinations that hold every pair of values which any legal combination holds; greedy.
 
