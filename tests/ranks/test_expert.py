@@ -200,6 +200,8 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
     here = {part.down_proj.shape[0] for part in engine.module.modules() if isinstance(part, Experts)}
     num_experts = engine.module.config.experts.num_experts
     assert case["zero"] == 3 or min(here) == num_experts // case["expert"]
+    widths = {part.down_proj.shape[2] for part in engine.module.modules() if isinstance(part, Experts)}
+    assert case["zero"] == 3 or widths == {PLAIN.ffn_width // (1 if case["tensor"] is None else 2)}
     assert engine.memory() == persistent_memory(engine.plan, 2)
     whole = engine.full_state_dict()
     # Compiled blocks that recompute tally twice, which changes no fraction.
@@ -437,6 +439,8 @@ def follow_balanced(kind: str, layout: dict[str, Any], folder: Path) -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
     config = {"layout": layout, "batch": {"micro": 4}, "optimizer": {"name": "sgd", "lr": 0.5}}
     engine, load = sixfold.initialize(deepcopy(model), config=config), torch.zeros(4)
+    stacked = [p for name, p in engine.module.named_parameters() if name.endswith("experts.down_proj")]
+    assert {each.shape[-1] for each in stacked} == {8 // layout.get("tensor", 1)}
     with pytest.raises(ModelError, match="written-out"):
         engine(**labelled(0))
     for step in range(STEPS):

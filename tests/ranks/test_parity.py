@@ -13,19 +13,10 @@ from sixfold.engine import Engine
 from sixfold.testing import Pool
 from tests.covering import Case, all_cases, covering, label
 from tests.ranks import plain
+from tests.ranks.rows import RESIDENCIES
 
 FP64_BOUND = 1e-10
 FP32_LOSS_BOUND = 1e-5
-
-RESIDENCIES: dict[str, dict[str, Any]] = {
-    "0": {"zero": 0},
-    "1": {"zero": 1},
-    "2": {"zero": 2},
-    "3": {"zero": 3},
-    "hybrid": {"zero": 3, "shard": 2},
-    "secondary": {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"},
-}
-"""What `layout` says of each."""
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("decoder", "llama", "gpt2", "conv", "recommender", "patchwork"),

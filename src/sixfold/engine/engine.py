@@ -197,7 +197,7 @@ class Engine:
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()
-        batch = {**dict(enumerate(args)), **kwargs}
+        batch: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         self._playing.compare_written_out(batch)
         with (
             self._written_out.forward(batch) as place,

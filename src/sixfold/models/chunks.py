@@ -106,10 +106,11 @@ class _CrossEntropy(torch.autograd.Function):
             place, counts = (each[start : start + BLOCK_ROWS, None] for each in (places, ~is_ignored))
             # Where the scores are wide themselves, nothing lives beside them and the gradient.
             made = part if part.dtype == wide else None
-            shares = torch.softmax(rows, 1, dtype=wide, out=made)
+            rows = rows.to(wide)
+            shares = torch.softmax(rows, 1, out=made)
             # The largest share is at least 1 / vocab_size, so its logarithm is exact enough for all of them.
-            normaliser = rows.amax(1, keepdim=True).to(wide) - shares.amax(1, keepdim=True).log()
-            sums.append(((normaliser - rows.gather(1, place).to(wide)) * counts).sum())
+            normaliser = rows.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log()
+            sums.append(((normaliser - rows.gather(1, place)) * counts).sum())
             shares.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
             if not counts.all():
                 shares.mul_(counts)

@@ -27,6 +27,10 @@ _CURVES = (
     ("tokens_per_s", "tokens per second", 1.0),
     ("mfu", "utilisation, %", 100.0),
     ("memory_bytes", "memory of rank 0, MiB", 2.0**-20),
+    ("expert_imbalance", "busiest expert, equal share = 1", 1.0),
+    ("expert_dropped", "choices without room, %", 100.0),
+    ("expert_entropy", "entropy of routing, nats", 1.0),
+    ("expert_penalty", "penalty on routing, nats", 1.0),
 )
 
 

@@ -13,6 +13,7 @@ from sixfold.base.units import bytes_text, count_text, duration_text, millisecon
 from sixfold.config.problems import show
 from sixfold.config.schema import flat
 from sixfold.monitor.report.curves import MOST_POINTS, colour, curves
+from sixfold.monitor.report.loads import loads
 from sixfold.monitor.report.picture import layout
 from sixfold.monitor.report.story import SPENT, Story, differing
 from sixfold.simulate import lanes
@@ -48,6 +49,7 @@ def page(stories: Sequence[Story]) -> str:
         _section("What differs", _comparison(stories)) if len(stories) > 1 else "",
         _section("Curves", _curves(stories)),
         _section("Where the time of an update went", _times(stories)),
+        _section("Load of experts", _loads(stories)),
         _section("One update on every rank", _lanes(stories)),
         _section("Layout", _layouts(stories)),
         _section("Samples", _samples(stories)),
@@ -158,6 +160,20 @@ def _times(stories: Sequence[Story]) -> str:
         "behind the host, and their time shows wherever the host waits for them.</p>"
     )
     return "".join(rows) + note if rows else ""
+
+
+def _loads(stories: Sequence[Story]) -> str:
+    drawn = []
+    for number, story in enumerate(stories):
+        if story.loads:
+            step, by_router = story.loads[-1]
+            drawn.append(f"<p>{_key(number, story)}: update {step}</p>{loads(by_router)}")
+    note = (
+        "<p>Choices that fell on each expert (across) of each layer (down): white is an equal share, orange "
+        "more, blue less; behind them the least and the most of a layer, an equal share being 1. In a "
+        "pipeline these are layers of the first rank's stages.</p>"
+    )
+    return "".join(drawn) + note if drawn else ""
 
 
 def _lanes(stories: Sequence[Story]) -> str:

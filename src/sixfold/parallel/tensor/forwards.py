@@ -33,7 +33,7 @@ from sixfold.parallel.tensor.crossing import (
 )
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
-from sixfold.parallel.tensor.styles import OUTPUTS, dim_of
+from sixfold.parallel.tensor.styles import OUTPUTS
 from sixfold.parallel.tensor.vocabulary import entries_here
 
 Own = Callable[..., Any]
@@ -112,13 +112,11 @@ class TensorForwards:
             return 1 if any(layer.name.startswith(block + ".") for block in run) else 2
 
         first = min(layers, key=distance)
-        layer = self._model.get_submodule(first.name)
-        dim = dim_of(first.style.shares["weight"], "weight", layer)
+        layer, (key, dim) = self._model.get_submodule(first.name), first.known_by
         size = sum(stop - start for start, stop in first.spans)
-        assert dim is not None, "a layer that has spans is cut"
 
         def is_cut() -> bool:
-            return bool(layer.get_parameter("weight").shape[dim] == size)
+            return bool(layer.get_parameter(key).shape[dim] == size)
 
         return is_cut
 
@@ -128,7 +126,8 @@ class TensorForwards:
         role = layer.style.role
         if role == "none" or (role == "scores" and self._head is not None and self._head.is_method):
             return
-        self._wrap(layer.name, self._embedding(layer) if role == "vocabulary" else self._linear(layer))
+        make = {"vocabulary": self._embedding, "experts": self._experts}.get(role, self._linear)
+        self._wrap(layer.name, make(layer))
 
     def _linear(self, layer: Layer) -> Callable[[Own], Own]:
         style, is_row = layer.style, layer.style.shares["weight"] == "in"
@@ -179,11 +178,31 @@ class TensorForwards:
 
         return make
 
+    def _experts(self, layer: Layer) -> Callable[[Own], Own]:
+        """Every rank has a part of each expert's width. What is said of tokens crosses with them; between
+        blocks each has its part of the tokens, which experts take one by one, in any order."""
+        is_inside = self._is_inside(layer.name)
+        entering, leaving = (OPENED, CLOSED) if is_inside else (COPIED, SUMMED)
+
+        def enter(given: Any) -> Any:
+            if not isinstance(given, Tensor) or not (is_inside or given.is_floating_point()):
+                return given
+            return cross(given, entering, self._axis, 0)
+
+        def make(own: Own) -> Own:
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                named = {name: enter(given) for name, given in kwargs.items()}
+                return cross(own(module, *map(enter, args), **named), leaving, self._axis, 0)
+
+            return forward
+
+        return make
+
     def _enter(self, x: Tensor, crossing: Crossing | None) -> Tensor:
         """`x` beyond the border of a layer; what several layers of a module are given crosses once."""
         if crossing is None:
             return x
-        dim = SEQUENCE if crossing == OPENED else -1
+        dim = _sequence_dim(x) if crossing == OPENED else -1
         if not self._crossed:
             return cross(x, crossing, self._axis, dim)
         known, key = self._crossed[-1], (id(x), crossing)
@@ -200,8 +219,8 @@ class TensorForwards:
         if crossing in (SUMMED, CLOSED):
             self._columns.leave()
         if crossing == CLOSED:
-            self._check_length(y.shape[SEQUENCE])
-            return cross(y, crossing, self._axis, SEQUENCE)
+            self._check_length(y.shape[_sequence_dim(y)])
+            return cross(y, crossing, self._axis, _sequence_dim(y))
         return cross(y, crossing, self._axis, -1, total or None)
 
     # Around modules that hold layers, and around the blocks.
@@ -239,7 +258,7 @@ class TensorForwards:
         return make
 
     def _open(self, x: Tensor) -> Tensor:
-        return cross(x, OPENED, self._axis, SEQUENCE)
+        return cross(x, OPENED, self._axis, _sequence_dim(x))
 
     def _first(self, own: Own) -> Own:
         def part(x: Tensor) -> Tensor:
@@ -272,6 +291,12 @@ class TensorForwards:
                 fix=f"pad sequences to a multiple of {self._axis.num_ranks}, or leave "
                 "layout.sequence_parallel unset",
             )
+
+
+def _sequence_dim(x: Tensor) -> int:
+    """The dim of activations that is cut between blocks. Where a block has put the tokens of all samples in a
+    row, [tokens, width], to work on them one by one, it is that one: their order does not matter there."""
+    return SEQUENCE if x.dim() > 2 else 0
 
 
 def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:
