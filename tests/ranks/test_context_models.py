@@ -153,8 +153,9 @@ class Windowed(nn.Module):
         torch.manual_seed(2)
         self.up = nn.Linear(WIDTH, WIDTH).double()
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        distance = position_ids[:1, :, None] - position_ids[:1, None]
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        place = torch.arange(x.shape[1]) if position_ids is None else position_ids[0]
+        distance = place[:, None] - place
         heads = self.up(x).unflatten(-1, (2, -1)).transpose(1, 2)
         mask = (distance >= 0) & (distance < 7)
         return F.scaled_dot_product_attention(heads, heads, heads, mask).transpose(1, 2).flatten(2)

@@ -201,7 +201,7 @@ def follow(case: Case, expected: tuple[dict[str, Tensor], list[float], list[floa
     num_experts = engine.module.config.experts.num_experts
     assert case["zero"] == 3 or min(here) == num_experts // case["expert"]
     widths = {part.down_proj.shape[2] for part in engine.module.modules() if isinstance(part, Experts)}
-    assert case["zero"] == 3 or widths == {PLAIN.ffn_width // (1 if case["tensor"] is None else 2)}
+    assert case["zero"] == 3 or min(widths) == PLAIN.ffn_width // (1 if case["tensor"] is None else 2)
     assert engine.memory() == persistent_memory(engine.plan, 2)
     whole = engine.full_state_dict()
     # Compiled blocks that recompute tally twice, which changes no fraction.
