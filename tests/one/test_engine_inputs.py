@@ -225,9 +225,24 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
     engine.train_step(X)
     with pytest.raises(StateError, match=r"engine\.step"):
         optimizer.step()
+    plain = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(StateError, match=r"groups of \[2\] tensor\(s\); here are \[1\]") as caught:
+        optimizer.load_state_dict(plain.state_dict())
+    assert "engine.load" in caught.value.fix
+    params = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = [model.weight]
+    with pytest.raises(StateError, match=r"1 tensor\(s\) were added to it, 1 taken out"):
+        engine.train_step(X)
+    optimizer.param_groups[0]["params"] = params
+    engine.train_step(X)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(StateError, match="added"):
         engine.train_step(X)
+
+
+class _WithoutRate(torch.optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
 
 
 @pytest.mark.parametrize(
@@ -236,9 +251,10 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
         (nn.Linear(2, 1).requires_grad_(False), None, ModelError),
         (nn.ReLU(), None, ModelError),
         (nn.Linear(2, 1), lambda parameters: None, ConfigError),
+        (nn.Linear(2, 1), _WithoutRate, ConfigError),
     ],
 )
-def test_nothing_to_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:
+def test_what_cannot_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
 
