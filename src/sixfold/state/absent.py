@@ -72,10 +72,11 @@ class Absent(nn.Parameter):
     ) -> Any:
         if func in _HARMLESS:
             return nn.Parameter.__torch_function__(func, types, args, dict(kwargs or {}))  # type: ignore[no-untyped-call]
-        what = getattr(func, "__name__", str(func)).strip("_")
-        accessor = getattr(getattr(func, "__self__", None), "__name__", None)
+        what = getattr(func, "__name__", str(func))
+        if what in ("__get__", "__set__"):
+            what = func.__self__.__name__  # type: ignore[attr-defined]
         raise StateError(
-            f"{_touched(cls, args, kwargs)}: {accessor or what} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
+            f"{_touched(cls, args, kwargs)}: {what.strip('_')} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
         )
 
 
