@@ -266,7 +266,7 @@ class Engine:
         average = self._order.average("ema")
         self._order.check_idle("ema")
         self.state.arrive("ema")
-        with torch.no_grad(), average.shown(), self._order.averaged():
+        with torch.no_grad(), self.state.shown(average.numbers), self._order.averaged():
             yield self.module
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:

@@ -321,16 +321,39 @@ class ModelState:
 
     def publish(self, stage: int) -> None:
         """Bring a stage's updated state into its working parameters."""
-        self._publish(self._publications[stage])
+        self._publish([self._publications[stage]])
 
     def publish_all(self) -> None:
         """The same for frozen parameters too, after `Unit.fill_own`."""
-        self._publish(Publication(self.units))
+        self._publish([Publication(self.units)])
 
-    def _publish(self, publication: Publication) -> None:
+    @contextmanager
+    def shown(self, numbers: Mapping[Unit, torch.Tensor]) -> Iterator[None]:
+        """`numbers` [own] of all trained units in place of their working parameters; edits of these are
+        forgotten. Collectives at the beginning and, unless an error on this rank has to find its way out, at
+        the end; what was there is kept for that time."""
+        kept = {unit: unit.part.clone() for unit in self.trained}
+        try:
+            self._publish(self._publications.values(), numbers)
+            yield
+            self._refresh()
+            for pending in [unit.settle() for unit in kept]:
+                pending.wait()
+        finally:
+            for unit, part in kept.items():
+                unit.part.copy_(part)
+                unit.forget_edits()
+
+    def _publish(
+        self, publications: Iterable[Publication], numbers: Mapping[Unit, torch.Tensor] | None = None
+    ) -> None:
+        self._refresh()
+        for each in publications:
+            each.run(numbers)
+
+    def _refresh(self) -> None:
         for gathering in self._gathering:
             gathering.refresh()
-        publication.run()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:
         """Every parameter's unit and place."""
