@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,6 +287,26 @@ def test_an_edit_that_fails_is_undone(compute: str) -> None:
         edit()
     assert torch.equal(model.weight, before)
     assert torch.equal(model.bias, bias)
+
+
+def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    engine.save(tmp_path / "saved")
+    refusing: tuple[Callable[[], object], ...] = (
+        lambda: engine.train_step(X),
+        lambda: engine.backward(engine(X).mean()),
+        engine.step,
+        lambda: engine.load(tmp_path / "saved"),
+        engine.full_state_dict,
+        lambda: engine.gathered().__enter__(),
+    )
+    with engine.gathered():
+        for call in refusing:
+            with pytest.raises(StateError, match=r"inside `with engine\.gathered"):
+                call()
+        engine.eval_step(X)
+    engine.train_step(X)
 
 
 def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:
