@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError, StateError
 from sixfold.pipeline import fields_of, num_samples, split, to_device
+from sixfold.state.edits import SEARCHED_UPDATES
 
 
 class Pair(NamedTuple):
@@ -260,14 +261,45 @@ def test_what_cannot_train_is_refused(model: nn.Module, optimizer: Any, error: t
         sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
 
 
-def test_edits_between_updates_hold_under_a_narrow_compute_type() -> None:
+@pytest.mark.parametrize("edit", ["counted", "uncounted"])
+def test_edits_at_any_time_hold_under_a_narrow_compute_type(edit: str, tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
-    config = {"precision": {"compute": "bf16"}, "optimizer": {"lr": 1e-6}}
+    config = {"precision": {"compute": "bf16"}, "optimizer": {"lr": 1e-6, "ema_decay": 0.5}}
     engine = sixfold.initialize(model, config=config, loss_fn=_mean_square)
+
+    def write(value: float) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                (parameter if edit == "counted" else parameter.data).fill_(value)
+
+    def weights() -> list[float]:
+        return [round(value, 3) for value in engine.full_state_dict()["weight"].flatten().tolist()]
+
+    write(1.0)
     engine.train_step(X)
-    model.load_state_dict({"weight": torch.full((1, 2), 3.0), "bias": torch.full((1,), -2.0)})
-    engine.train_step(X)
-    assert engine.full_state_dict()["weight"] == pytest.approx(torch.full((1, 2), 3.0), abs=1e-4)
+    assert weights() == [1, 1]
+    engine.backward(engine(X).mean())
+    write(2.0)
+    engine.step()
+    assert weights() == [2, 2]
+    write(3.0)
+    assert weights() == [3, 3]
+    write(4.0)
+    engine.save(tmp_path)
+    write(5.0)
+    with engine.ema():
+        pass
+    assert weights() == [5, 5]
+    write(6.0)
+    with pytest.raises(RuntimeError, match="mine"), engine.gathered():
+        raise RuntimeError("mine")
+    assert weights() == [6, 6]
+    engine.load(tmp_path)
+    assert weights() == [4, 4]
+    for number in range(2 * SEARCHED_UPDATES):  # having seen such edits, every update looks for them
+        write(number)
+        engine.train_step(X)
+        assert weights() == [number, number]
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
@@ -293,6 +325,7 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(tmp_path: Path) -> 
     model = nn.Linear(2, 1)
     engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
     engine.save(tmp_path / "saved")
+    asked: list[Any] = [model.weight, torch.ones(1)]
     refusing: tuple[Callable[[], object], ...] = (
         lambda: engine.train_step(X),
         lambda: engine.backward(engine(X).mean()),
@@ -306,6 +339,8 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(tmp_path: Path) -> 
             with pytest.raises(StateError, match=r"inside `with engine\.gathered"):
                 call()
         engine.eval_step(X)
+    with pytest.raises(StateError, match=r"1 of 2 tensor\(s\) to be gathered are not parameters"):
+        engine.gathered(asked).__enter__()
     engine.train_step(X)
 
 

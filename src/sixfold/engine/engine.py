@@ -244,7 +244,7 @@ class Engine:
         """
         self._order.check_idle("gathered")
         self.state.arrive("gathered")
-        with self.state.edited(parameters), self._order.lent("gathered"):
+        with self.state.edits.lent(parameters), self._order.lent("gathered"):
             yield self.module
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:

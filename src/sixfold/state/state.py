@@ -20,6 +20,7 @@ from sixfold.mesh import Mesh
 from sixfold.parallel import Stage, torch_type
 from sixfold.plan import Plan, Slot
 from sixfold.state.catalog import make_catalog
+from sixfold.state.edits import Edits
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
@@ -106,6 +107,7 @@ class ModelState:
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
+        self.edits = Edits(module, self.units, self.foreign, self._known, self._gathering, mesh)
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
         self._places = {
@@ -212,62 +214,6 @@ class ModelState:
         """Whether each backward of a written-out loop ends in a reduction; all ranks are in it anyway."""
         return bool(self.residency.parameters and self.residency.reduces_each)
 
-    @contextmanager
-    def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Working parameters of the units of `parameters` whole; edits that rank 0 makes of them and of
-        buffers are everyone's afterwards. Where the block raises, those of parameters are undone. A
-        collective.
-
-        Args:
-            parameters: those asked for, the same on every rank; None for the whole model.
-        """
-        asked = None if parameters is None else {id(parameter) for parameter in parameters}
-        units = [
-            unit
-            for unit in self.units
-            if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
-        ]
-        # Whole parameters are there twice for that time; cut ones still have their part.
-        kept = {} if self.residency.parameters else {unit: unit.part.clone() for unit in units}
-        with torch.no_grad(), ExitStack() as stack:
-            for gathering in self._gathering:
-                stack.enter_context(gathering.held(units))
-            everyones = self._module.named_parameters()
-            names = None if asked is None else {name for name, each in everyones if id(each) in asked}
-            stack.enter_context(self.foreign.lent(names))
-            try:
-                try:
-                    yield
-                except BaseException:
-                    # Without an exchange: the error may not have come to every rank.
-                    for unit, part in kept.items():
-                        unit.part.copy_(part)
-                    raise
-                self._share_edits(units)
-            finally:
-                for unit in units:
-                    unit.forget_edits()
-
-    def _share_edits(self, units: list[Unit]) -> None:
-        self.foreign.share_edits()
-        for pending in [unit.align_edits() for unit in units]:
-            pending.wait()
-        self.mesh.barrier()  # a slower rank may still read what is written now, where memory is common
-        for unit in units:
-            unit.absorb_edits()
-        self.share_buffers(self._module.buffers())
-
-    def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Give every rank rank 0's buffers."""
-        # A broadcast writes in place, so buffers that are views of something go through a copy.
-        copies = [(buffer, buffer.detach().contiguous().clone()) for buffer in buffers if buffer.numel()]
-        pending = [self.mesh.broadcast(copy) for _, copy in copies]
-        for each in pending:
-            each.wait()
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
-
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go. Until `end` a
         further call does nothing: a rank may have served others before its own first backward."""
@@ -332,6 +278,7 @@ class ModelState:
         """`numbers` [own] of all trained units in place of their working parameters; edits of these are
         forgotten. Collectives at the beginning and, unless an error on this rank has to find its way out, at
         the end; what was there is kept for that time."""
+        self.edits.absorb()
         kept = {unit: unit.part.clone() for unit in self.trained}
         try:
             self._publish(self._publications.values(), numbers)

@@ -89,6 +89,11 @@ class Unit:
         self._adopt(is_blank=is_blank)
         self._versions = [parameter._version for parameter in self.parameters]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether working numbers are roundings of the master's."""
+        return self.master is not self.held
+
     def _range_of(self, spread: Spread) -> slice:
         size = self.plan.numel // self.replicas.num_parts(spread)
         place = self.replicas.place_in(spread)
@@ -192,21 +197,19 @@ class Unit:
         self.cut.drop()
 
     def begin(self) -> None:
-        """Before an update: gradients of the last one go, and edits that torch has counted since then
-        (`load_state_dict`, `mul_`, ...) are taken over.
+        """Before an update: gradients of the last one go.
 
         Raises:
             StateError: a parameter was frozen, unfrozen, or moved out of the working buffer by the user. It
                 would be trained past: its gradients would go nowhere.
         """
         trainable, base, size = self.plan.trainable, self.working.data_ptr(), self.working.element_size()
-        mask, versions = self._mask, []
+        mask = self._mask
         is_dropped = mask.is_on
         if is_dropped:
             mask.take_off()
         try:
             for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
-                versions.append(parameter._version)
                 if parameter.requires_grad is not trainable:
                     raise _changed(slot, parameter)
                 # Without numbers there is nothing that could have been replaced.
@@ -217,10 +220,20 @@ class Unit:
         finally:
             if is_dropped:
                 mask.put_on()
-        if versions != self._versions and not self.residency.parameters:  # else `drop` has looked
-            if trainable:
-                self.absorb_edits()
-            self._versions = versions
+
+    def absorb(self, *, compares: bool) -> bool:
+        """Take over edits of working parameters that are whole for good.
+
+        Args:
+            compares: find all, by a pass over master and working copy; else those that torch has counted
+                (`load_state_dict`, `mul_`, ..., but nothing that is done to `.data`).
+
+        Returns:
+            Whether there were some that torch had not counted.
+        """
+        versions = [parameter._version for parameter in self.parameters]
+        is_counted, self._versions = versions != self._versions, versions
+        return (compares or is_counted) and self.absorb_edits() and not is_counted
 
     def settle(self) -> Pending:
         """Start to wait until all ranks have come here and read what was published; `part` may then be
@@ -232,16 +245,24 @@ class Unit:
         """Start to give every replica the first one's `working`."""
         return self.replicas.align(self.working)
 
-    def absorb_edits(self) -> None:
-        """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
-        if self.master is not self.held:
+    def absorb_edits(self) -> bool:
+        """Take over what a user wrote into working parameters; untouched numbers keep full precision.
+
+        Returns:
+            Whether a master was changed.
+        """
+        is_changed = False
+        if self.rounds:
             edited = self.working[self.own]
             kept = edited == self.master.to(edited.dtype)
-            self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
+            is_changed = not kept.all()
+            if is_changed:
+                self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
         if self.part is not self.working:
             self.part.copy_(self.working[self.kept])
             self.settle().wait()
             self._versions = [parameter._version for parameter in self.parameters]
+        return is_changed
 
     def forget_edits(self) -> None:
         """What was written into `working` is lost, unless it was absorbed."""
