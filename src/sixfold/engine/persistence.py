@@ -224,7 +224,7 @@ class Persistence:
             unit.fill_own(values)
         for unit, values in incoming.averages.items():
             self._averages[unit].copy_(values)
-        self.state.publish_all()
+        self.state.publish(None)
         with torch.no_grad():
             for name, buffer in persistent_buffers(self.module).items():
                 if name in incoming.buffers:

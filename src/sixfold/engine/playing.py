@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -88,6 +88,7 @@ class Playing:
         self._micro = asked.batch.micro
         self._residency = plan.residency
         self._mesh = mesh
+        self._posts_ahead = is_duplex(mesh.device)
         self._streams = streams
         self._state = state
         self._loss_form = loss_form
@@ -126,11 +127,8 @@ class Playing:
         programs = self._programs(purpose, len(micros), num_served, num_reduces)
 
         cut, shift = self._sequences, self._loss_form.shift
-        pieces = [cut.piece(micro, shift=shift) for micro in micros]
-
-        def run(stage: int, micro: int, received: Any) -> Any:
-            return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
-
+        pieces = list(map(partial(cut.piece, shift=shift), micros))
+        run = partial(self._run, step, scale, pieces)
         kinds = [self._kind(piece.batch) for piece in pieces] if self._mesh.pipe_ranks > 1 else ()
         enter = (lambda micro: cut.enter(pieces[micro])) if cut.is_cut else None
         work = Work(run, scale, counts, kinds, enter)
@@ -162,8 +160,9 @@ class Playing:
         return self._streams.keyed("step", step, self._mesh.replica, micro, forward, stage)
 
     def _run(
-        self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
+        self, step: int, scale: float, pieces: Sequence[Piece], number: int, micro: int, received: Any
     ) -> Share | Any:
+        stage, piece = self._stages[number], pieces[micro]
         piece = replace(piece, batch=to_device(piece.batch, self._mesh.device, None))
         args, kwargs = self._arguments(piece, scale)
         with self.stream(step, micro, stage=stage.number):
@@ -335,7 +334,7 @@ class Playing:
             num_served,
             num_reduces,
             cuts=bool(self._residency.parameters),
-            posts_ahead=is_duplex(self._mesh.device),
+            posts_ahead=self._posts_ahead,
         )
 
     def _pass_through(self, programs: tuple[Program, ...], work: Work) -> None:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import Piece, start_copy, start_pieces, start_sum, start_swap
-from sixfold.mesh.carriers import Swap, SwapSum, Then
-from sixfold.mesh.dispatch import Called, Carried, Carrier, Dispatcher, Pending
+from sixfold.mesh.backend import Piece, copy_call, piece_calls, start_swap, sum_call
+from sixfold.mesh.carriers import in_turn, swap, swap_sum
+from sixfold.mesh.dispatch import Call, Carried, Carrier, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
 _UPDATE = ("all", "shard", "copies", "world", "ties")
@@ -119,7 +119,7 @@ class Group:
         """Start to copy the first member's `tensor` into everyone's, in place."""
         if self.num_ranks == 1:
             return Pending()
-        return self._dispatcher.start("broadcast", self._gathers, tensor, lambda: self._copy_first(tensor))
+        return self._dispatcher.start("broadcast", self._gathers, tensor, *self._copy_first(tensor))
 
     def all_to_all(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Pending:
         """Start to send a tensor to each member and to fill one from each; this member's own is copied.
@@ -138,32 +138,33 @@ class Group:
             "all-to-all", self._gathers, leaving, lambda: self._deal(sent, arriving)
         )
 
-    def _copy_first(self, tensor: torch.Tensor) -> list[Carried]:
+    def _copy_first(self, tensor: torch.Tensor) -> list[Call]:
         first = self._ranks[0]
         if self._native is not None:
-            return start_copy(tensor, first, self._native)
+            return [copy_call(tensor, first, self._native)]
         if self.place > 0:
-            return start_pieces([(first, tensor)], (), self._gather_tag)
-        return start_pieces((), [(rank, tensor) for _, rank in self._others()], self._gather_tag)
+            return piece_calls([(first, tensor)], (), self._gather_tag)
+        return piece_calls((), [(rank, tensor) for _, rank in self._others()], self._gather_tag)
 
     # How sums into slices, sums and gathers of slices are carried.
 
     def _summing(self, whole: torch.Tensor, into: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(
-                lambda: [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
-            )
+            call = partial(dist.reduce_scatter_tensor, into, whole, group=self._native, async_op=True)
+            return Carrier([call], lingers=True)
         sent = [(rank, self.slice_of(whole, place)) for place, rank in self._others()]
-        return SwapSum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self._scratch)
+        return swap_sum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self._scratch)
 
     def _reducing(self, whole: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(lambda: start_sum(whole, self._native))
-        return Then(self._summing(whole, self.slice_of(whole, self.place)), self._filling(whole))
+            return Carrier([sum_call(whole, self._native)], lingers=True)
+        return in_turn(self._summing(whole, self.slice_of(whole, self.place)), self._filling(whole))
 
     def _filling(self, *wholes: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(lambda: [self._start_native_gather(whole) for whole in wholes])
+            call = partial(dist.all_gather_into_tensor, group=self._native, async_op=True)
+            calls = [partial(call, whole, self.slice_of(whole, self.place)) for whole in wholes]
+            return Carrier(calls, lingers=True)
         arriving: list[Piece] = []
         sent: list[Piece] = []
         for whole in wholes:
@@ -171,14 +172,9 @@ class Group:
             for place, rank in self._others():
                 arriving.append((rank, self.slice_of(whole, place)))
                 sent.append((rank, mine))
-        return Swap(self._gather_tag, arriving, sent)
+        return swap(self._gather_tag, arriving, sent)
 
-    def _start_native_gather(self, whole: torch.Tensor) -> Carried:
-        mine = self.slice_of(whole, self.place)
-        work: Carried = dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)
-        return work
-
-    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
+    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Carried:
         others = self._others()
         return start_swap(
             [(rank, arriving[place]) for place, rank in others],
@@ -196,9 +192,9 @@ class World(Group):
 
     def prepare_all_reduce(self, whole: torch.Tensor) -> Pending:
         """Sum `whole`, in place: the same bits on every member."""
-        carrier = Called(partial(start_sum, whole))
+        carrier = Carrier([sum_call(whole)], lingers=True)
         return self._dispatcher.prepare("all-reduce", self._everyone, whole, carrier)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first member's `tensor` into everyone's, in place."""
-        return self._dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, 0))
+        return self._dispatcher.start("broadcast", self._everyone, tensor, copy_call(tensor, 0))

@@ -8,8 +8,8 @@ collectives only through the mesh and never looks at a loss.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
 from sixfold.state.publishing import Publication
+from sixfold.state.readiness import Readiness
 from sixfold.state.sums import GradientSums
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
@@ -75,18 +76,19 @@ class ModelState:
             )
             self.units.append(unit)
             if self.residency.parameters:
-                unit.drop()
+                unit.presence.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
         self._gradients = [unit.gradients for unit in self.trained if unit.gradients is not None]
         names = [name for name, _ in module.named_parameters()]
         self.catalog = make_catalog(names, self.units, mesh)
         places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
         self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
-        own_ids = {id(parameter) for unit in self.units for parameter in unit.parameters}
-        self._known = own_ids | self.foreign.ids
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
+        self._readiness = Readiness(module, self.units, known)
         self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
+        self._is_free = True
         self._windows: dict[int, ReduceWindow] = {}
         self._gatherings: dict[int, Gathering] = {}
         self._publications: dict[int, Publication] = {}
@@ -103,13 +105,13 @@ class ModelState:
                 units if self.residency.parameters else [],
                 mesh,
                 partial(self._serve_asked, stage.number),
-                window.hand_over,
+                window,
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
-        self.edits = Edits(module, self.units, self.foreign, self._known, self._gathering, mesh)
+        self.edits = Edits(module, self.units, self.foreign, known, self._gathering, mesh)
         # Of a stage that has parameters, where one has: the others meet nobody.
-        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
+        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units).meeting
         self._places = {
             id(parameter): (gradients, index)
             for unit, gradients in zip(self.trained, self._gradients, strict=True)
@@ -118,21 +120,19 @@ class ModelState:
 
     # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
 
-    def arrive(self, what: str) -> None:
-        """Come to the call `what` of the engine; ranks in a pass are served until they come too."""
-        self._close_passes()
-        self._meeting.meet(what)
-
-    def _close_passes(self) -> None:
+    def arrive(self, what: str, number: float = 0.0) -> list[float]:
+        """Come to the call `what` of the engine; ranks in a pass are served until they come too. Returns
+        everyone's `number`."""
         for gathering in self._gathering:
-            gathering.close()
+            if gathering.current is not None:
+                gathering.close()
+        return self._meeting.meet(what, number)
 
     def largest(self, what: str, num_micro: int) -> int:
         """`arrive`; the largest `num_micro` of all ranks, or this rank's own where nothing that is sent
         depends on the others'."""
         if self.residency.parameters:
-            self._close_passes()
-            return round(max(self._meeting.meet(what, num_micro)))
+            return round(max(self.arrive(what, num_micro)))
         # With several stages here, the order in which they are reduced depends on the number too.
         depends = self.residency.reduces_each or len(self._windows) > 1
         return self.mesh.largest(num_micro) if depends else num_micro
@@ -140,26 +140,26 @@ class ModelState:
     @contextmanager
     def by_program(self) -> Iterator[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
-        with ExitStack() as stack:
+        was_free, self._is_free = self._is_free, False
+        for gathering in self._gathering:
+            gathering.is_free = False
+        try:
+            yield
+        finally:
+            self._is_free = was_free
             for gathering in self._gathering:
-                stack.enter_context(gathering.by_program())
-            yield
+                gathering.is_free = was_free
 
-    @contextmanager
-    def backward(self, stage: int = 0) -> Iterator[None]:
-        """Inside, the one backward pass that this rank makes now; a window that is open is its own."""
-        gathering = self._gatherings[stage]
-        with gathering.backward() if gathering.has_units else nullcontext():
-            yield
-        self.complete(stage)
+    def backward(self, stage: int = 0) -> AbstractContextManager[None]:
+        """Inside, the one backward pass that this rank makes now; a window that is open is its own, and
+        completed at its end."""
+        return self._gatherings[stage].backward()
 
-    @contextmanager
-    def backward_input(self, stage: int) -> Iterator[None]:
+    def backward_input(self, stage: int) -> AbstractContextManager[None]:
         """Inside, the input part of a backward. What it accumulates belongs to the next reduction, so the
         one under way is waited for."""
         self._windows[stage].close()
-        with self._gatherings[stage].backward():
-            yield
+        return self._gatherings[stage].backward()
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
@@ -220,29 +220,14 @@ class ModelState:
         if self._is_begun:
             return
         for window in self._windows.values():
-            window.abandon()
+            window.is_open = False  # an error may have left it so
         self._is_reduced = set()
-        self._check_module()
-        for unit in self.units:
-            unit.begin()
+        self._readiness.restore()
         self._is_begun = True
 
     def end(self) -> None:
         """The update is over, or given up."""
         self._is_begun = False
-
-    def _check_module(self) -> None:
-        strangers = []
-        for name, parameter in self._module.named_parameters():
-            if id(parameter) not in self._known:
-                strangers.append(name)
-        if strangers:
-            raise StateError(
-                f"{len(strangers)} parameter(s) came into the module after initialize: "
-                f"{', '.join(strangers[:4])}",
-                rule="what is trained is decided once, when units and optimizer are made",
-                fix="change the module before sixfold.initialize, or initialize it anew",
-            )
 
     def open_reduce(self, stage: int = 0) -> None:
         """From here on a unit of a stage is reduced as soon as its gradients are complete; ends an earlier
@@ -265,13 +250,12 @@ class ModelState:
         for window in self._windows.values():
             window.close()
 
-    def publish(self, stage: int) -> None:
-        """Bring a stage's updated state into its working parameters."""
-        self._publish([self._publications[stage]])
-
-    def publish_all(self) -> None:
-        """The same for frozen parameters too, after `Unit.fill_own`."""
-        self._publish([Publication(self.units)])
+    def publish(self, stage: int | None) -> None:
+        """Bring a stage's updated state into its working parameters; None: of all units, of frozen ones too,
+        after `Unit.fill_own`."""
+        self._refresh()
+        publication = Publication(self.units) if stage is None else self._publications[stage]
+        publication.run()
 
     @contextmanager
     def shown(self, numbers: Mapping[Unit, torch.Tensor]) -> Iterator[None]:
@@ -281,7 +265,9 @@ class ModelState:
         self.edits.absorb()
         kept = {unit: unit.part.clone() for unit in self.trained}
         try:
-            self._publish(self._publications.values(), numbers)
+            self._refresh()
+            for publication in self._publications.values():
+                publication.run(numbers)
             yield
             self._refresh()
             for pending in [unit.settle() for unit in kept]:
@@ -290,13 +276,6 @@ class ModelState:
             for unit, part in kept.items():
                 unit.part.copy_(part)
                 unit.forget_edits()
-
-    def _publish(
-        self, publications: Iterable[Publication], numbers: Mapping[Unit, torch.Tensor] | None = None
-    ) -> None:
-        self._refresh()
-        for each in publications:
-            each.run(numbers)
 
     def _refresh(self) -> None:
         for gathering in self._gathering:

@@ -58,7 +58,7 @@ class GradientSums:
         for gradients, groups in self._partial:
             for group in groups:
                 group.all_reduce(gradients.reduced).wait()
-            gradients.take_norms()
+            gradients.finish_reduce()
         for tie in self._ties:
             tie.sum_grads()
         self._wholeness.check()

@@ -36,10 +36,10 @@ class Tie:
             for other in others:
                 first.reduced.add_(other.reduced)
             self._group.all_reduce(first.reduced).wait()
-            first.take_norms()
+            first.finish_reduce()
             for other in others:
                 other.reduced.copy_(first.reduced)
-                other.take_norms()
+                other.finish_reduce()
 
 
 def tied_groups(units: Sequence[Unit], plan: StagePlan | None, mesh: Mesh) -> list[Tie]:

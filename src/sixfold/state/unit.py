@@ -13,14 +13,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sixfold.base.errors import StateError
 from sixfold.mesh import Pending, Replicas, untouched_zeros
 from sixfold.parallel import DTYPES
 from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
 from sixfold.plan.residency import ALL
-from sixfold.state.absent import Mask
 from sixfold.state.flat import view_of, views_of
 from sixfold.state.gradients import Gradients
+from sixfold.state.presence import Presence
 
 
 class Unit:
@@ -77,9 +76,10 @@ class Unit:
         """What the optimizer updates: [own] in the master type."""
         if precision and plan.trainable and precision.master != precision.compute:
             self.master = untouched_zeros(self.held.numel(), DTYPES[precision.master], replicas.device)
-        self._mask = Mask(self.parameters, [slot.name for slot in plan.slots])
+        self.presence = Presence(self.parameters, [slot.name for slot in plan.slots], self.cut)
+        """Whether parameters have numbers: where working parameters are cut, they come and go."""
         self.gradients = (
-            Gradients(plan, precision, residency, self.parameters, self.own, self._mask, replicas)
+            Gradients(plan, precision, residency, self.parameters, self.own, self.presence, replicas)
             if precision and plan.trainable
             else None
         )
@@ -87,7 +87,7 @@ class Unit:
         self.working_bytes = self.working.numel() * self.working.element_size()
         """Size of `working` while it is whole."""
         self._adopt(is_blank=is_blank)
-        self._versions = [parameter._version for parameter in self.parameters]
+        self.presence.note_edits()
 
     @property
     def rounds(self) -> bool:
@@ -157,70 +157,6 @@ class Unit:
         """Take over numbers [own] as master; publishing brings them into the working copy."""
         self.master.copy_(mine)
 
-    # Where working parameters are cut: they come and go.
-
-    def gather(self) -> Pending:
-        """Start to make `working` whole; the parameters can be used after `show`."""
-        return self.cut.gather()
-
-    def show(self) -> None:
-        """Let the parameters be used: `working` is whole."""
-        self._mask.take_off()
-
-    @property
-    def is_dropped(self) -> bool:
-        """Whether the parameters have no numbers now."""
-        return self._mask.is_on
-
-    def drop(self) -> None:
-        """Free `working`; its parameters raise when they are touched.
-
-        Raises:
-            StateError: a parameter was edited since `show`, which would be lost.
-        """
-        versions = []
-        for parameter in self.parameters:
-            versions.append(parameter._version)
-        if versions != self._versions:
-            edited = [
-                slot.name
-                for slot, now, then in zip(self.plan.slots, versions, self._versions, strict=True)
-                if now != then
-            ]
-            raise StateError(
-                f"{', '.join(edited[:4])} changed in place during a forward or backward",
-                rule="with cut parameters (layout.zero = 3) a gathered copy lives until its block has run, "
-                "so an edit of it would be lost",
-                fix="edit inside `with engine.gathered():`, or set layout.zero = 2",
-            )
-        self._mask.put_on()
-        self.cut.drop()
-
-    def begin(self) -> None:
-        """Before an update: gradients of the last one go.
-
-        Raises:
-            StateError: a parameter was frozen, unfrozen, or moved out of the working buffer by the user. It
-                would be trained past: its gradients would go nowhere.
-        """
-        trainable, base, size = self.plan.trainable, self.working.data_ptr(), self.working.element_size()
-        mask = self._mask
-        is_dropped = mask.is_on
-        if is_dropped:
-            mask.take_off()
-        try:
-            for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
-                if parameter.requires_grad is not trainable:
-                    raise _changed(slot, parameter)
-                # Without numbers there is nothing that could have been replaced.
-                if not is_dropped and slot.numel and parameter.data_ptr() != base + slot.offset * size:
-                    raise _replaced(slot, parameter)
-            if self.gradients is not None:
-                self.gradients.drop()
-        finally:
-            if is_dropped:
-                mask.put_on()
-
     def absorb(self, *, compares: bool) -> bool:
         """Take over edits of working parameters that are whole for good.
 
@@ -231,8 +167,8 @@ class Unit:
         Returns:
             Whether there were some that torch had not counted.
         """
-        versions = [parameter._version for parameter in self.parameters]
-        is_counted, self._versions = versions != self._versions, versions
+        is_counted = self.presence.has_edits()
+        self.presence.note_edits()
         return (compares or is_counted) and self.absorb_edits() and not is_counted
 
     def settle(self) -> Pending:
@@ -261,32 +197,14 @@ class Unit:
         if self.part is not self.working:
             self.part.copy_(self.working[self.kept])
             self.settle().wait()
-            self._versions = [parameter._version for parameter in self.parameters]
+            self.presence.note_edits()
         return is_changed
 
     def forget_edits(self) -> None:
         """What was written into `working` is lost, unless it was absorbed."""
         self.cut.forget()
-        self._versions = [parameter._version for parameter in self.parameters]
+        self.presence.note_edits()
 
 
 def _length(part: slice) -> int:
     return int(part.stop - part.start)
-
-
-def _changed(slot: Slot, parameter: nn.Parameter) -> StateError:
-    return StateError(
-        f"{slot.name}.requires_grad became {parameter.requires_grad} after initialize",
-        rule="what is trained is decided once, when units and optimizer are made",
-        fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
-    )
-
-
-def _replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
-    return StateError(
-        f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
-        f"(now {parameter.dtype} on {parameter.device})",
-        rule="parameters are views of the engine's buffers; type and device are set by the plan",
-        fix="change values in place (parameter.copy_(...)), types with precision.compute, and "
-        "devices with sixfold.initialize(device=...)",
-    )

@@ -79,7 +79,7 @@ Read = Callable[[list[Offer]], None]
 
 
 class Work:
-    """One exchange of a lane, to be started as often as it is needed; a carrier of exchanges.
+    """One exchange of a lane, to be started as often as it is needed; what carries an exchange.
 
     Args:
         kind: what it is, the same on all members.
@@ -139,7 +139,7 @@ class Work:
             lane.read_next()
         return self
 
-    def wait(self) -> Sequence[Work]:
+    def wait(self) -> None:
         """Block until the tensor may be used."""
         lane, number = self._lane, self._number
         if lane.done <= number:
@@ -149,10 +149,10 @@ class Work:
                 if one.row.words[DONE] <= number:
                     lane.await_readers(number)
         if self._then is not None:
-            self._then.start().wait()  # the others have offered it, so they have read this
+            self._then.start()
+            self._then.wait()  # the others have offered it, so they have read this
         if (self._holds or self._then is not None) and self._readers.get(lane) == number:
             del self._readers[lane]
-        return ()
 
     def is_completed(self) -> bool:
         """Whether that is so already, apart from what comes then; reads nothing."""
