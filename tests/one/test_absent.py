@@ -158,6 +158,17 @@ def test_a_crash_would_be_seen(engine: Engine) -> None:
     )
 
 
+def test_what_is_kept_of_gathered_parameters_keeps_its_numbers(engine: Engine) -> None:
+    def touch(model: nn.Module, parameter: nn.Parameter) -> None:
+        with engine.gathered():
+            kept = {**model.state_dict(), "a view": parameter.detach()[0]}
+            copies = {name: numbers.clone() for name, numbers in kept.items()}
+        engine.train_step((torch.ones(2, 4),))
+        assert all(torch.equal(kept[name], numbers) for name, numbers in copies.items())
+
+    assert outcome(touch, engine) == ""
+
+
 def test_a_gathered_parameter_is_itself_again(engine: Engine) -> None:
     model: Any = engine.module
     parameter = model[0].weight

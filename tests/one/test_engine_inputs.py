@@ -321,9 +321,10 @@ def test_an_edit_that_fails_is_undone(compute: str) -> None:
     assert torch.equal(model.bias, bias)
 
 
-def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [0, 3])
+def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(zero: int, tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
-    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    engine = sixfold.initialize(model, config={"layout": {"zero": zero}}, loss_fn=_mean_square)
     engine.save(tmp_path / "saved")
     asked: list[Any] = [model.weight, torch.ones(1)]
     refusing: tuple[Callable[[], object], ...] = (
@@ -341,6 +342,10 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(tmp_path: Path) -> 
         engine.eval_step(X)
     with pytest.raises(StateError, match=r"1 of 2 tensor\(s\) to be gathered are not parameters"):
         engine.gathered(asked).__enter__()
+    before = engine.full_state_dict()
+    with pytest.raises(StateError, match="weight no longer lies in its unit"), engine.gathered():
+        model.weight.data = torch.zeros(1, 2)
+    assert torch.equal(engine.full_state_dict()["weight"], before["weight"])
     engine.train_step(X)
 
 

@@ -285,3 +285,8 @@ def test_an_edit_that_fails_everywhere_is_undone_in_common_memory() -> None:
         edit()
     for name, numbers in engine.full_state_dict().items():
         assert torch.equal(numbers, before[name]), name
+    with engine.gathered() as whole:
+        kept = whole.state_dict()
+    towers.step(engine)
+    for name, numbers in kept.items():
+        assert torch.equal(numbers, before[name]), name

@@ -17,6 +17,7 @@ from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
+from sixfold.state.readiness import replaced
 from sixfold.state.unit import Unit
 
 SEARCHED_UPDATES = 4
@@ -77,7 +78,7 @@ class Edits:
             parameters: those asked for, the same on every rank; None for the whole model.
 
         Raises:
-            StateError: a tensor is none of the model's parameters.
+            StateError: a tensor is none of the model's parameters; or data were replaced inside the block.
         """
         asked = None if parameters is None else {id(parameter) for parameter in parameters}
         self._check_known(asked or ())
@@ -98,10 +99,12 @@ class Edits:
             try:
                 try:
                     yield
+                    self._check_places(units)
                 except BaseException:
                     # Without an exchange: the error may not have come to every rank.
                     for unit, part in kept.items():
                         unit.part.copy_(part)
+                        unit.point()
                     raise
                 self._share(units)
             finally:
@@ -116,6 +119,13 @@ class Edits:
                 rule="what is asked for are parameters that the module had when it was initialized",
                 fix="pass some of engine.module.parameters(), or nothing for all of them",
             )
+
+    def _check_places(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            for slot, view, parameter in zip(unit.plan.slots, unit.views, unit.parameters, strict=True):
+                is_away = slot.numel and parameter.data_ptr() != view.data_ptr()
+                if is_away and not self._foreign.lends(slot.name):
+                    raise replaced(slot, parameter)
 
     def _share(self, units: Sequence[Unit]) -> None:
         self._foreign.share_edits()

@@ -251,14 +251,22 @@ class Gathering:
 
     @contextmanager
     def held(self, units: Iterable[Unit]) -> Iterator[None]:
-        """Whole inside the block, all at once; the model may be called there by any rank alone."""
-        for unit in (asked := [unit for unit in units if unit in set(self._units)]):
-            self._whole.gather(unit)
-        was, self._is_held = self._is_held, len(asked) == len(self._units)
+        """Whole inside the block, all at once, in memory of their own; the model may be called there by any
+        rank alone."""
+        self.refresh()
+        asked = set(units).intersection(self._units)
+        for unit in self._units:
+            if unit in asked:
+                unit.lend()
+                self._whole.units.add(unit)
+        self._is_held = len(asked) == len(self._units)
         try:
             yield
         finally:
-            self._is_held = was
+            self._is_held = False
+            for unit in asked:
+                unit.take_back()
+                self._whole.units.add(unit)
             self._drop_all_but(())
 
     def keep(self, is_kept: bool) -> None:

@@ -64,6 +64,20 @@ class Presence:
             parameter.__class__ = kind
         if self.is_copy:
             self._storage.resize_(0)
+        if edited is not None:
+            self._forget()  # told once, and undone
+            self.note_edits()
+            raise edited
+
+    def free(self) -> None:
+        """Give their memory back, while they are views of other memory."""
+        if self.is_copy:
+            self._storage.resize_(0)
+
+    def end(self) -> None:
+        """They do not come any more."""
+        for _, kind in self.absent:
+            kind.why = CLOSED
 
     def note_edits(self) -> None:
         """Edits up to now are known."""

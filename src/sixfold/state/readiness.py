@@ -63,7 +63,7 @@ class Readiness:
                 if parameter.requires_grad is not trainable:
                     raise _changed(slot, parameter)
                 if start is not None and slot.numel and parameter.data_ptr() != start + slot.offset * size:
-                    raise _replaced(slot, parameter)
+                    raise replaced(slot, parameter)
                 if trainable:
                     parameter.grad = None
         for gradients in self._gradients:
@@ -89,7 +89,8 @@ def _changed(slot: Slot, parameter: nn.Parameter) -> StateError:
     )
 
 
-def _replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
+def replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
+    """The error for a parameter that is no view of its unit any more."""
     return StateError(
         f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
         f"(now {parameter.dtype} on {parameter.device})",

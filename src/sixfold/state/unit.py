@@ -86,6 +86,8 @@ class Unit:
         """None for frozen units."""
         self.working_bytes = self.working.numel() * self.working.element_size()
         """Size of `working` while it is whole."""
+        self.shown = self.working
+        """What parameters are views of while they have numbers: `working`, or memory that `lend` took."""
         self._adopt(is_blank=is_blank)
         self.presence.note_edits()
 
@@ -103,8 +105,9 @@ class Unit:
         with torch.no_grad():
             if not is_blank:
                 self._take_over()
-            for view, parameter in zip(views_of(self.working, self.plan.slots), self.parameters, strict=True):
-                parameter.data = view
+            self._home = views_of(self.working, self.plan.slots)
+            self.views = self._home
+            self.point()
         if self.gradients is not None:
             self.gradients.adopt()
 
@@ -157,6 +160,28 @@ class Unit:
         """Take over numbers [own] as master; publishing brings them into the working copy."""
         self.master.copy_(mine)
 
+    def point(self) -> None:
+        """Have parameters show what they are to."""
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            parameter.data = view
+
+    def lend(self) -> None:
+        """Have cut parameters whole in memory of their own until `take_back`. Whoever keeps a view of it, as
+        in a `state_dict`, keeps the numbers of then. A collective."""
+        self.presence.gather().wait()
+        self._show(self.working.clone())
+        self.presence.free()
+
+    def take_back(self) -> None:
+        """The reverse; what was edited and not absorbed is lost."""
+        self._show(self.working)
+
+    def _show(self, flat: torch.Tensor) -> None:
+        self.shown = flat
+        self.views = self._home if flat is self.working else views_of(flat, self.plan.slots)
+        self.presence.show()
+        self.point()
+
     def absorb(self, *, compares: bool) -> bool:
         """Take over edits of working parameters that are whole for good.
 
@@ -178,8 +203,8 @@ class Unit:
         return self.replicas.prepare_publish([self.cut], cut, cut).start()
 
     def align_edits(self) -> Pending:
-        """Start to give every replica the first one's `working`."""
-        return self.replicas.align(self.working)
+        """Start to give every replica what the first one shows."""
+        return self.replicas.align(self.shown)
 
     def absorb_edits(self) -> bool:
         """Take over what a user wrote into working parameters; untouched numbers keep full precision.
@@ -189,19 +214,19 @@ class Unit:
         """
         is_changed = False
         if self.rounds:
-            edited = self.working[self.own]
+            edited = self.shown[self.own]
             kept = edited == self.master.to(edited.dtype)
             is_changed = not kept.all()
             if is_changed:
                 self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
-        if self.part is not self.working:
-            self.part.copy_(self.working[self.kept])
+        if self.part is not self.shown:
+            self.part.copy_(self.shown[self.kept])
             self.settle().wait()
             self.presence.note_edits()
         return is_changed
 
     def forget_edits(self) -> None:
-        """What was written into `working` is lost, unless it was absorbed."""
+        """What was written into parameters is lost, unless it was absorbed."""
         self.cut.forget()
         self.presence.note_edits()
 
