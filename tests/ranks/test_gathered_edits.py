@@ -151,13 +151,27 @@ def test_gradients_of_gradients_are_refused() -> None:
 # Errors that are caught.
 
 
+class Bitter(torch.autograd.Function):
+    """The identity, which fails in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ValueError("poison")
+
+
 class Poisoned(Tower):
-    """Fails in its third block on samples that begin with a large number."""
+    """Fails in its third block on samples that begin with a large number, or in its backward."""
 
     def run(self, x: Tensor) -> Tensor:
         for place, block in enumerate(self.blocks):
             if place == 2 and (x.detach() > 50).any():
                 raise ValueError("poison")
+            if place == 2 and (x.detach() < -50).any():
+                x = Bitter.apply(x)  # type: ignore[no-untyped-call]
             x = block(x)
         return x
 
@@ -183,14 +197,15 @@ def test_a_forward_that_failed_counts_for_nothing(zero: int, who: str, num_ranks
 
 
 @pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_an_update_that_failed_on_all_ranks_can_be_left_out(zero: int, num_ranks: int) -> None:
     reference = towers.reference(Poisoned, 4, num_ranks, "even")
     engine = towers.start(Poisoned, {"zero": zero})
     for number in range(4):
         if number in (1, 2):
             share = torch.cat(towers.parts(number, num_ranks, "even")[engine.data_rank])
-            share[-1] = 1e4  # in the last micro-batch, behind some that went well
+            # In the last micro-batch, behind some that went well; in backward when sums are under way.
+            share[-1] = 1e4 if number == 1 else -1e4
             with pytest.raises(ValueError, match="poison"):
                 engine.train_step((share,))
         towers.step(engine, "even")

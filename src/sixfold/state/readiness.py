@@ -68,8 +68,7 @@ class Readiness:
                     parameter.grad = None
         for gradients in self._gradients:
             gradients.has_sum = False
-            is_held = gradients.local is not None or gradients.sent is not None
-            if is_held or len(gradients.awaited) < len(gradients.plan.slots):
+            if gradients.local is not None or len(gradients.awaited) < len(gradients.plan.slots):
                 gradients.reclaim()
 
 

@@ -220,7 +220,7 @@ class ModelState:
         if self._is_begun:
             return
         for window in self._windows.values():
-            window.is_open = False  # an error may have left it so
+            window.abandon()
         self._is_reduced = set()
         self._readiness.restore()
         self._is_begun = True
