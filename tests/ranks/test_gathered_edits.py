@@ -136,16 +136,22 @@ def test_a_model_that_edits_itself_is_refused_by_name() -> None:
 
 
 @pytest.mark.ranks(1, 2)
-def test_gradients_of_gradients_are_refused() -> None:
+def test_gradients_of_gradients_are_refused_and_others_go_on(num_ranks: int) -> None:
     engine = towers.start(Tower, {"zero": 3})
     for _ in range(2):
         x = towers.data(0)[:2].requires_grad_()
-        (slope,) = torch.autograd.grad(engine(x).sum(), x)
+        (slope,) = torch.autograd.grad(engine.module(x).sum(), x)
         reference = towers.seeded(Tower)
         (expected,) = torch.autograd.grad(reference(x).sum(), x)
         assert torch.allclose(slope, expected, rtol=0, atol=1e-12)
         with pytest.raises(StateError, match=r"create_graph=True through blocks\.5"):
-            torch.autograd.grad(engine(x).sum(), x, create_graph=True)
+            torch.autograd.grad(engine.module(x).sum(), x, create_graph=True)
+    if engine.data_rank == 0:  # what one rank alone asks for, the others serve
+        (slope,) = torch.autograd.grad(engine.module(x).sum(), x)
+        assert torch.allclose(slope, expected, rtol=0, atol=1e-12)
+    for number in range(2):
+        towers.step(engine, "uneven", ("written out", "train_step")[number])
+    assert plain.farthest(engine.full_state_dict(), towers.reference(Tower, 2, num_ranks)) < BOUND
 
 
 # Errors that are caught.

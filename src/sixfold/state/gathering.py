@@ -32,6 +32,7 @@ from sixfold.state.passes import (
     BACKWARD,
     EVALUATION,
     FORWARD,
+    UNREDUCED,
     Order,
     Route,
     Whole,
@@ -169,9 +170,11 @@ class Gathering:
             self._is_explicit = False
 
     def _start(self, kind: str) -> Following | Finding:
+        window = self._window if kind == BACKWARD else None
+        kind = BACKWARD if kind == UNREDUCED else kind  # both go one way
         order = self._orders.get(kind)
         if order is None:
-            current: Following | Finding = self._finding(kind)
+            current: Following | Finding = self._finding(kind, window)
         else:
             begun_with = kind, self._is_kept, frozenset(self._whole.units)
             if begun_with not in self._routes:
@@ -183,13 +186,13 @@ class Gathering:
                     self._prefetch_bytes,
                     is_backward=kind == BACKWARD,
                 )
-            current = Following(kind, self._routes[begun_with], self._whole, self._window)
+            current = Following(kind, self._routes[begun_with], self._whole, window)
         self._num_forwards = 0 if kind == BACKWARD else self._num_forwards + (kind == FORWARD)
         self._running.clear()
         self.current = current
         return current
 
-    def _finding(self, kind: str) -> Finding:
+    def _finding(self, kind: str, window: ReduceWindow | None) -> Finding:
         if not self._is_kept:
             self._drop_all_but(self._staying)  # the order is found out from its beginning
         first = self._orders.get(FORWARD)
@@ -202,7 +205,7 @@ class Gathering:
             self._staying,
             self._users,
             self._whole,
-            self._window,
+            window,
             self._mesh,
             is_plain=is_plain and self._num_forwards == 1,
         )
@@ -338,6 +341,6 @@ class Gathering:
                 fix="set layout.zero = 2",
             )
         if self.current is None or self.current.kind != BACKWARD:
-            self.open(BACKWARD)  # another model's loss goes through this one
+            self.open(UNREDUCED)
         assert self.current is not None, "opened above"
         self.current.go(self._users[name])
