@@ -349,6 +349,18 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(zero: int, tmp_path
     engine.train_step(X)
 
 
+def test_an_edit_that_was_refused_is_undone() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    before = engine.eval_step(X).loss
+    engine(X)  # leaves parameters whole for its backward
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    with pytest.raises(StateError, match="weight changed in place during a forward or backward"):
+        engine.train_step(X)
+    assert engine.train_step(X) == before
+
+
 def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:
     first = _trained(optimizer=True, lr=1e-2)
     first.train_step(torch.ones(3, 4))

@@ -39,7 +39,7 @@ class Presence:
         self.own = [(parameter, type(parameter)) for parameter in parameters]
         self.absent = [(parameter, absent_class(parameter, by_id)) for parameter in parameters]
         self.is_dropped = False
-        self.is_copy, self.gather = cut.is_copy, cut.gather
+        self.is_copy, self.gather, self._forget = cut.is_copy, cut.gather, cut.forget
         self._parameters = parameters
         self._names = names
         self._storage = cut.whole.untyped_storage()
@@ -55,10 +55,11 @@ class Presence:
         """Give their memory back; whoever touches them from now on gets an error.
 
         Raises:
-            StateError: a parameter was edited since `show`, which would be lost.
+            StateError: a parameter was edited since `show`, which is lost.
         """
+        edited = None
         if list(map(_version, self._parameters)) != self._versions:
-            raise self._edited()
+            edited = self._edited()
         self.is_dropped = True
         for parameter, kind in self.absent:
             parameter.__class__ = kind
