@@ -408,3 +408,15 @@ def test_a_closed_engine_refuses_to_train(tmp_path: Path) -> None:
     for use in (lambda: engine.train_step(X), engine.step, lambda: engine.save(tmp_path)):
         with pytest.raises(StateError, match="close"):
             use()
+
+
+def test_a_module_without_numbers_says_where_they_are() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    engine(X)
+    engine.close()
+    with pytest.raises(StateError, match=r"linear after engine\.close") as caught:
+        model(X)
+    assert "before engine.close" in caught.value.fix
+    with pytest.raises(ModelError, match=r"2 parameter\(s\) without numbers, first weight"):
+        sixfold.initialize(model, loss_fn=_mean_square)

@@ -383,6 +383,8 @@ class Engine:
     def close(self) -> None:
         """End what `initialize` started, the process group too; take hooks and forwards off the module.
 
+        Where parameters are cut, the module has no numbers afterwards: save them before.
+
         Raises:
             SaveError: a save begun with `wait=False` could not be written.
         """

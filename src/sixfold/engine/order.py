@@ -70,7 +70,7 @@ class Order:
             raise StateError(
                 f"engine.{what} after engine.close()",
                 rule="a closed engine no longer reduces gradients",
-                fix="close the engine last, or initialize the module anew",
+                fix="close the engine last, or initialize a module anew",
             )
 
     def check_idle(self, what: str) -> None:

@@ -5,6 +5,7 @@ loss; the residency table decides where state lives.
 """
 
 from sixfold.parallel.pieces import runs_of
+from sixfold.state.absent import Absent
 from sixfold.state.average import Average
 from sixfold.state.catalog import Catalog, Entry, storage_type
 from sixfold.state.edits import share_buffers
@@ -18,6 +19,7 @@ from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
 
 __all__ = [
+    "Absent",
     "Average",
     "BoundOptimizer",
     "Catalog",

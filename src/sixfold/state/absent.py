@@ -52,6 +52,11 @@ ELSEWHERE = (
     "read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); train with "
     "engine.train_step and evaluate with engine.eval_step",
 )
+CLOSED = (
+    "after engine.close()",
+    "with cut parameters (layout.zero = 3) a rank has its slice alone, and a closed engine gathers no more",
+    "use engine.full_state_dict() or engine.save(folder) before engine.close(), and load it into a new model",
+)
 """Why there are none: where, the rule, and a change that works."""
 
 
@@ -88,7 +93,7 @@ def _touched(cls: type[Absent], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def absent_class(
     parameter: nn.Parameter, names: Mapping[int, str], why: tuple[str, str, str] = DROPPED
-) -> type[nn.Parameter]:
+) -> type[Absent]:
     """The class that `parameter` has while it has no numbers.
 
     Args:

@@ -112,9 +112,12 @@ class Gathering:
         return handles
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and drop what a pass has left whole."""
         for handle in self._handles:
             handle.remove()
+        for unit in self._whole.units:
+            unit.forget_edits()
+        self._drop_all_but(())
 
     # Passes.
 

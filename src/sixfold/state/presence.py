@@ -13,7 +13,7 @@ from torch import nn
 
 from sixfold.base.errors import StateError
 from sixfold.mesh.cut import Cut
-from sixfold.state.absent import absent_class
+from sixfold.state.absent import CLOSED, absent_class
 
 _version = attrgetter("_version")
 

@@ -319,11 +319,14 @@ class ModelState:
         return parameters, gradients, masters
 
     def remove(self) -> None:
-        """Take the hooks off the module; its parameters stay usable."""
+        """Take the hooks off the module; its parameters stay usable, unless they are cut."""
         for window in self._windows.values():
             window.remove()
         for gathering in self._gathering:
             gathering.remove()
+        for unit in self.units:
+            if self.residency.parameters:
+                unit.presence.end()
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:
