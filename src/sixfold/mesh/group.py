@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sixfold.base.ring import ranks_text
 from sixfold.mesh.backend import Piece, copy_call, piece_calls, start_swap, sum_call
 from sixfold.mesh.carriers import in_turn, swap, swap_sum
-from sixfold.mesh.dispatch import Call, Carried, Carrier, Dispatcher, Pending
+from sixfold.mesh.dispatch import Call, Carrier, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
 _UPDATE = ("all", "shard", "copies", "world", "ties")
@@ -42,7 +42,7 @@ class Group:
     Args:
         ranks: its members in order.
         rank: this process, one of them.
-        scratch: where arriving slices are put.
+        scratch: where arriving slices are put. What lies there is sent without a copy.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
         dispatcher: what its exchanges go through; None: one of its own.
         purpose: one of PURPOSES.
@@ -68,7 +68,7 @@ class Group:
         self._sums, self._gathers = (ranks_text(ranks) + each for each in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
-        self._scratch = scratch
+        self.scratch = scratch
         self._native = native
 
     def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
@@ -130,13 +130,21 @@ class Group:
             sent: by place, of one type, contiguous, each of its own size; left alone until the end.
             arriving: by place, as what that member sends here.
         """
-        arriving[self.place].view(-1).copy_(sent[self.place].view(-1))
+        return self.deal(sent, [[each] for each in arriving])
+
+    def deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Pending:
+        """`all_to_all`, where what comes goes to several places.
+
+        Args:
+            arriving: by place, the pieces that what that member sends here is cut into, in its order; each is
+                contiguous.
+        """
+        lay(sent[self.place], arriving[self.place])
         if self.num_ranks == 1:
             return Pending()
         leaving = [sent[place] for place, _ in self._others()]
-        return self._dispatcher.start(
-            "all-to-all", self._gathers, leaving, lambda: self._deal(sent, arriving)
-        )
+        carrier = self._dealing(sent, arriving)
+        return self._dispatcher.prepare("all-to-all", self._gathers, leaving, carrier).start()
 
     def _copy_first(self, tensor: torch.Tensor) -> list[Call]:
         first = self._ranks[0]
@@ -153,7 +161,7 @@ class Group:
             call = partial(dist.reduce_scatter_tensor, into, whole, group=self._native, async_op=True)
             return Carrier([call], lingers=True)
         sent = [(rank, self.slice_of(whole, place)) for place, rank in self._others()]
-        return swap_sum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self._scratch)
+        return swap_sum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self.scratch)
 
     def _reducing(self, whole: torch.Tensor) -> Carrier:
         if self._native is not None:
@@ -174,17 +182,36 @@ class Group:
                 sent.append((rank, mine))
         return swap(self._gather_tag, arriving, sent)
 
-    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Carried:
+    def _dealing(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Carrier:
         others = self._others()
-        return start_swap(
-            [(rank, arriving[place]) for place, rank in others],
-            [(rank, sent[place]) for place, rank in others],
-            self._gather_tag,
-            self._native,
-        )
+        landing = {
+            place: whole[0] if len(whole) == 1 else self._place_for(whole, sent[place].dtype)
+            for place, whole in ((place, arriving[place]) for place, _ in others)
+        }
+
+        def finish() -> None:
+            for place, whole in landing.items():
+                if len(arriving[place]) != 1:
+                    lay(whole, arriving[place])
+                    self.scratch.give(whole)
+
+        coming = [(rank, landing[place]) for place, rank in others]
+        leaving = [(rank, sent[place]) for place, rank in others]
+        call = partial(start_swap, coming, leaving, self._gather_tag, self._native)
+        return Carrier([call], finish, lingers=self._native is not None)
+
+    def _place_for(self, pieces: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return self.scratch.take(sum(piece.numel() for piece in pieces), dtype)
 
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]
+
+
+def lay(whole: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    """Copy contiguous numbers into pieces, one after the other."""
+    flat = whole.view(-1)
+    for piece, part in zip(pieces, torch.split(flat, [each.numel() for each in pieces]), strict=True):
+        piece.view(-1).copy_(part)
 
 
 class World(Group):

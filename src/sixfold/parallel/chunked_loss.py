@@ -50,7 +50,7 @@ def chunk_loss(
 
     Args:
         asked: tokens of a chunk, 0 for all, None for `models.chunks` to decide by size.
-        loss: of scores [rows, entries] as the head gives them, and targets, in which negative ones count for
+        loss: of scores [rows, entries] as the head gives them, and targets, in which `IGNORED` counts for
             nothing; summed. None: cross-entropy in fp32.
         takes_scores: whether a loss function of the user is given what the model returns.
 
@@ -181,14 +181,14 @@ def counted(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | float]:
-    """What the library's loss of causal models makes of its arguments behind the scores: targets [rows], -1
-    where they count for nothing, and what their sum is divided by."""
+    """What the library's loss of causal models makes of its arguments behind the scores: targets [rows],
+    `IGNORED` where they count for nothing, and what their sum is divided by."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(labels.device)
     counts = targets != ignore_index
     count = counts.sum() if num_items_in_batch is None else num_items_in_batch
-    return targets.masked_fill(~counts, -1), count
+    return targets.masked_fill(~counts, IGNORED), count
 
 
 def _as(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from html import escape
 
+from sixfold.base.units import milliseconds_text
 from sixfold.program import INPUT_PARTS, PASSES, Instruction, Op
 from sixfold.simulate.timeline import LANES, Event, Timeline
 
@@ -80,10 +81,21 @@ def lanes(timelines: Mapping[str, Timeline]) -> str:
                     drawn += [_box(each, y, scale) for each in events]
                     y += _ROW
         y += _GAP
+    drawn += [_tick(part * until, y, scale) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    y += _ROW
     body = "\n".join(drawn)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" width="100%" '
         f'font-family="sans-serif" font-size="11">\n{body}\n</svg>'
+    )
+
+
+def _tick(seconds: float, y: int, scale: float) -> str:
+    x = _LEFT + seconds * scale
+    anchor = "end" if x > _WIDTH - 20 else "middle"
+    return (
+        f'<text fill="#555" x="{x:.2f}" y="{y + _ROW - 9}" text-anchor="{anchor}">'
+        f"{milliseconds_text(seconds)}</text>"
     )
 
 

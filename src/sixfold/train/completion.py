@@ -21,7 +21,7 @@ from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
 from sixfold.models.generate import CachedDecoder, Reader, continue_with
 from sixfold.parallel import DTYPES
-from sixfold.train.folder import CHECKPOINTS, CONFIG, run_to_resume
+from sixfold.train.folder import CHECKPOINTS, CONFIG, run_at
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
 
@@ -50,7 +50,7 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
     Raises:
         CheckpointError: there is no run, or no complete checkpoint in it.
     """
-    folder = run_to_resume(folder)
+    folder = run_at(folder)
     newest = checkpoint or latest(folder / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(

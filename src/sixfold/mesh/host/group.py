@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sixfold.mesh.dispatch import Carried, Carrier, Dispatcher, Pending
-from sixfold.mesh.group import Group
+from sixfold.mesh.dispatch import Carrier, Dispatcher, Pending
+from sixfold.mesh.group import Group, lay
 from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
 from sixfold.mesh.host.parts import listed, packed, part_of, parts_at
@@ -111,19 +111,19 @@ class HostGroup(Group):
         # What others read where it lies is not handed back before they have.
         return Work(self._gather_lane, "lists" if is_list else "slices", offered, fill, holds=True)
 
-    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Carried:
-        nothing = sent[self.place].new_empty(0)
-        offered = packed(
-            [nothing if place == self.place else part for place, part in enumerate(sent)], self._shared.take
-        )
+    def _dealing(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Carrier:
+        dtype, nothing = sent[self.place].dtype, sent[self.place].new_empty(0)
+        others = [nothing if place == self.place else part for place, part in enumerate(sent)]
+        offered, lent = packed(others, self._shared)
 
         def fill(offers: list[Offer]) -> None:
             for offer in offers:
-                into = arriving[offer.member.place]
-                into.view(-1).copy_(part_of(offer, self.place, into.numel(), into.dtype))
+                pieces = arriving[offer.member.place]
+                numel = sum(piece.numel() for piece in pieces)
+                lay(part_of(offer, self.place, numel, dtype), pieces)
             self._shared.give(offered)
 
-        return Work(self._gather_lane, "parts", offered, fill).start()
+        return Carrier([Work(self._gather_lane, "parts", offered, fill, lent=lent).start])
 
     def common(self, numel: int, dtype: torch.dtype) -> Common:
         """Memory that all members map: [numel] zeros, a multiple of their number. A collective.

@@ -36,10 +36,12 @@ def decide_tensor_axis(
     cut = in_sequence(cut, model, [name for run in runs for name in run])
 
     def apply(mesh: Mesh) -> Remove:
-        return TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss).remove
+        forwards = TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss, device=mesh.device)
+        return forwards.remove
 
+    cuts = {name: places[name].and_also(cut.places[name]) for name in cut.places if name in places}
     agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
-    return AxisChange(cut.places, apply, agreed=agreed)
+    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed)
 
 
 def _runs(model: nn.Module, layout: LayoutConfig) -> list[list[str]]:

@@ -46,6 +46,8 @@ class Axis(Protocol):
 
 
 Operation = Literal["same", "sum", "gather", "part", "scatter"]
+SUMS = ("sum", "scatter")
+"""Those that add up what ranks have."""
 
 
 @dataclass(frozen=True)
