@@ -25,7 +25,7 @@ from torch.distributed import FileStore
 import sixfold
 from sixfold.base.ring import opened
 from sixfold.mesh import Dispatcher
-from sixfold.mesh.dispatch import Called
+from sixfold.mesh.dispatch import Carrier
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.watcher import Watcher
 from sixfold.testing import Pool
@@ -59,7 +59,7 @@ def cpu_us(action: Callable[[], object], times: int) -> float:
 
 def exchange_us() -> float:
     """One exchange among four ranks of one host."""
-    dispatcher, tensor, works = Dispatcher(), torch.ones(8), [Nothing()]
+    dispatcher, tensor, work = Dispatcher(), torch.ones(8), Nothing()
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(1 + NEIGHBOURS):
             (dispatcher if rank == 0 else Dispatcher()).ring.share(f"{folder}/{rank}")
@@ -67,7 +67,7 @@ def exchange_us() -> float:
             block = opened(f"{folder}/{rank}")
             assert block is not None, "it has just been made"
             dispatcher.neighbours[rank] = block
-        exchange = dispatcher.prepare("all-reduce", "0-3", tensor, Called(lambda: works))
+        exchange = dispatcher.prepare("all-reduce", "0-3", tensor, Carrier([lambda: work]))
         return cpu_us(lambda: exchange.start().wait(), 2000)
 
 

@@ -1,12 +1,13 @@
 """The main job's speed: `sixfold train`'s own updates against a plain DistributedDataParallel script.
 
-    python benchmarks/main_job.py [--ranks 2] [--rounds 9] [--updates 4] [--smoke] [--json]
+    python benchmarks/main_job.py [--ranks 2] [--rounds 9] [--updates 4] [--compute bf16] [--smoke] [--json]
 
 The script is what one writes in an hour: the same decoder of torch's own modules (linear layers, RMS norms,
-fused attention, rotary positions), autocast to bf16, fp32 logits for the loss, AdamW and clipping. The same
-ranks hold both and give them turns, the order changing every round; each turn is a few updates on the
-same number of tokens of the main job's corpus, data included. Utilisation is of what the ranks' matrix
-products reach when all of them multiply at once.
+fused attention, rotary positions), autocast to bf16, fp32 logits for the loss, AdamW and clipping. Both
+compute in the type that `sixfold train` measures to be the faster one here; in fp32 the script goes without
+autocast. The same ranks hold both and give them turns, the order changing every round; each turn is a few
+updates on the same number of tokens of the main job's corpus, data included. Utilisation is of what the
+ranks' matrix products reach when all of them multiply at once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SMOKE = (
 
 
 def naive_script(
-    sizes: dict[str, int], tokens: Any, batch: int, length: int, lr: float
+    sizes: dict[str, int], tokens: Any, batch: int, length: int, lr: float, compute: str
 ) -> Callable[[], None]:
     """One update of the plain script."""
     import torch
@@ -88,7 +89,7 @@ def naive_script(
     def update() -> None:
         starts = torch.randint(len(tokens) - length - 1, (batch,), generator=draw).tolist()
         rows = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == "bf16"):
             logits = model(rows[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
@@ -109,6 +110,7 @@ def work(options: dict[str, Any]) -> None:
     from sixfold.data.corpus import prepare
     from sixfold.models.decoder import num_flops
     from sixfold.monitor.hardware import peak_flops
+    from sixfold.parallel import DTYPES
     from sixfold.plan import decide_batch
     from sixfold.train.job import RECIPE
     from sixfold.train.samples import samples_of
@@ -117,7 +119,8 @@ def work(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    overrides = [*options["set"], "precision.compute=bf16", "train.steps=100000"]
+    compute = options["compute"]
+    overrides = [*options["set"], f"precision.compute={compute}", "train.steps=100000"]
     config = load(recipe=RECIPE, overrides=overrides).config
     corpus, length = prepare(config.data), config.data.sequence_length
     module: Any = build_model(config, corpus.vocab_size)
@@ -136,7 +139,7 @@ def work(options: dict[str, Any]) -> None:
     tokens = corpus.parts[0].train
     contestants = {
         "sixfold": ours,
-        "ddp": naive_script(sizes, tokens, len(part), length, config.optimizer.lr),
+        "ddp": naive_script(sizes, tokens, len(part), length, config.optimizer.lr, compute),
     }
     spent: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(-1, options["rounds"]):
@@ -148,13 +151,27 @@ def work(options: dict[str, Any]) -> None:
             dist.barrier()
             if number >= 0:  # the first round warms up
                 spent[name].append((time.perf_counter() - began) / options["updates"])
-    peak = torch.tensor(peak_flops(torch.bfloat16), dtype=torch.float64)
+    peak = torch.tensor(peak_flops(DTYPES[compute]), dtype=torch.float64)
     dist.all_reduce(peak)
     if rank == 0:
         flops = num_flops(module.config, plan.size, length)
         print(json.dumps({"spent": spent, "tokens": plan.size * length, "flops": flops, "peak": float(peak)}))
     sys.stdout.flush()
     os._exit(0)
+
+
+def faster_type(settings: Sequence[str]) -> str:
+    """What `sixfold train` would compute in on this machine."""
+    from sixfold.config import load
+    from sixfold.data.tokenizer import DEFAULT_SIZE
+    from sixfold.train.compute import measured_compute
+    from sixfold.train.job import RECIPE
+    from sixfold.train.subject import build_model
+
+    resolved = load(recipe=RECIPE, overrides=[*settings, "launch.threads=1"])
+    found = measured_compute(resolved, build_model(resolved.config, DEFAULT_SIZE)).config.precision.compute
+    assert found is not None, "measured"
+    return found
 
 
 def figures(told: dict[str, Any]) -> dict[str, float]:
@@ -174,6 +191,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--updates", type=int, default=4, help="in one turn")
+    parser.add_argument(
+        "--compute", choices=("fp32", "bf16"), help="of both; unset: as `sixfold train` measures"
+    )
     parser.add_argument("--set", action="append", default=[], help="a setting of the recipe, as for train")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -188,11 +208,15 @@ def main() -> None:
         work(json.loads(args.work))
         return
     settings = [*args.set, *(SMOKE if args.smoke else ())]
-    options = json.dumps({"rounds": args.rounds, "updates": args.updates, "set": settings})
+    compute = args.compute or faster_type(settings)
+    options = json.dumps(
+        {"rounds": args.rounds, "updates": args.updates, "set": settings, "compute": compute}
+    )
     found = figures(run_ranks([__file__, "--work", options], args.ranks))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps({"compute": compute, **found}))
         return
+    print(f"both compute in {compute}")
     for name, value in found.items():
         print(f"{name:<22} {value:.3f}" if value < 100 else f"{name:<22} {value:.0f}")
 

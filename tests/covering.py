@@ -23,6 +23,16 @@ def all_cases(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool
     return [case for case in cases if legal(case)]
 
 
+def with_drawn(
+    factors: Mapping[str, Sequence[Any]], names: Sequence[str], legal: Callable[[Case], bool]
+) -> Iterator[Case]:
+    """Every combination of all factors but some, whose values are drawn for each so that it is legal."""
+    draw = random.Random(0)
+    fixed = {name: values for name, values in factors.items() if name not in names}
+    for values in product(*fixed.values()):
+        yield from _drawn(factors, legal, dict(zip(fixed, values, strict=True)), draw, 1)
+
+
 def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
     """Legal combinations that hold every pair of values which any legal combination holds; greedy.
 
@@ -55,7 +65,38 @@ def _drawn(
         for _ in range(10 * count + 40)
     )
     found = list(islice(filter(legal, tries), count))
-    return found or all_cases({**factors, **{name: (value,) for name, value in fixed.items()}}, legal)[:1]
+    return found or _first({**factors, **{name: (value,) for name, value in fixed.items()}}, legal)
+
+
+class _Noted(Mapping[str, Any]):
+    """A case that notes what is read of it."""
+
+    def __init__(self, case: Case, read: set[str]) -> None:
+        self._case, self._read = case, read
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._case[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._case)
+
+    def __len__(self) -> int:
+        return len(self._case)
+
+
+def _first(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
+    """The first legal combination, or none; only what `legal` looks at is multiplied out."""
+    read: set[str] = set()
+    while True:
+        known = frozenset(read)
+        kept = [values if name in known else values[:1] for name, values in factors.items()]
+        for values in product(*kept):
+            case = dict(zip(factors, values, strict=True))
+            if legal(_Noted(case, read)):  # type: ignore[arg-type]
+                return [case]
+        if read == known:
+            return []
 
 
 def label(case: Case) -> str:

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sixfold.models.chunks import CHUNK_BYTES, SCORES_BYTES, in_chunks, rows_at_once, summed_cross_entropy
+from sixfold.models.chunks import (
+    CHUNK_BYTES,
+    IGNORED,
+    SCORES_BYTES,
+    in_chunks,
+    rows_at_once,
+    summed_cross_entropy,
+)
 from sixfold.models.decoder import Decoder, DecoderConfig
 
 
@@ -49,7 +56,7 @@ def parts(rows: int, width: int, vocab_size: int, dtype: torch.dtype) -> tuple[T
     hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, width, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(-1, vocab_size, (rows,), generator=generator)
-    return hidden, weight, targets
+    return hidden, weight, targets.masked_fill(targets < 0, IGNORED)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 23, 40])
@@ -57,7 +64,7 @@ def parts(rows: int, width: int, vocab_size: int, dtype: torch.dtype) -> tuple[T
 def test_equals_all_rows_at_once(dtype: torch.dtype, rows: int) -> None:
     hidden, weight, targets = parts(23, 8, 31, dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    expected = F.cross_entropy((hidden @ weight.T).to(wide), targets, ignore_index=-1, reduction="sum")
+    expected = F.cross_entropy((hidden @ weight.T).to(wide), targets, reduction="sum")
     found = in_chunks(lambda states: states @ weight.T, summed_cross_entropy, hidden, targets, rows)
     assert found.dtype == wide
     close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 6e-2}
@@ -81,8 +88,16 @@ def test_memory_at_64k_tokens_is_that_of_a_chunk(dtype: torch.dtype) -> None:
     assert peak.most < bound + others
     assert others < 0.6 * bound
     with Peak() as whole:
-        F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=-1, reduction="sum").backward()
+        F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum").backward()
     assert whole.most > 30 * bound
+
+
+@pytest.mark.parametrize("target", [-1, 31, 1000])
+def test_a_target_that_is_none_is_refused(target: int) -> None:
+    """As torch's own loss does."""
+    scores = torch.zeros(2, 31)
+    with pytest.raises(IndexError, match=rf"{target} .*a vocabulary of 31: they lie in 0 to 30"):
+        summed_cross_entropy(scores, torch.tensor([0, target]))
 
 
 def test_on_by_default_above_a_size() -> None:

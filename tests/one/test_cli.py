@@ -68,7 +68,7 @@ def test_an_axis_of_more_ranks_than_there_are(sixfold: Terminal, axis: str, more
     before = files_in(sixfold.folder)
     assert sixfold("train", "--config", config, "--set", "launch.ranks=2", *more) == EXIT_INFEASIBLE
     assert f"{axis} 3" in sixfold.err
-    assert "start 3 ranks, or make layout.pipe, context or tensor smaller" in sixfold.err
+    assert "start 3 ranks (launch.ranks, or as the launcher has it), or make" in sixfold.err
     assert files_in(sixfold.folder) == before
 
 

@@ -47,7 +47,7 @@ def test_a_type_that_was_asked_for_is_kept_and_nothing_measured(measured: list[o
     [
         (1.93, "bf16", "decided: measured: bf16 1.9 x fp32"),
         (1.05, "fp32", "decided: measured: bf16 1.1 x fp32"),
-        (0.53, "fp32", "decided: measured: bf16 0.5 x fp32"),
+        (0.53, "fp32", "decided: measured: bf16 0.53 x fp32"),
     ],
 )
 def test_the_faster_type_is_chosen_whatever_the_instructions(

@@ -253,6 +253,21 @@ def test_other_attention_is_refused(change: dict[str, object], word: str) -> Non
         attention(**call)
 
 
+def test_a_mask_that_one_rank_refuses_keeps_nobody_waiting_while_it_is_tried() -> None:
+    """Of 16 rows the first rank has the outermost, of which the last do not see the first any more."""
+
+    def work(group: Member) -> int:
+        attention = ContextAttention(group)
+        attention.sequences, attention.refused = Sequences(16), []
+        (place,) = cut_rows(torch.arange(16)[None], attention.spans, 1)
+        distance = place[:, None] - place
+        query = torch.randn(1, HEADS, 8, WIDTH)
+        attention(query, query, query, attn_mask=(distance >= 0) & (distance < 8))
+        return len(attention.refused)
+
+    assert together(2, work) == [1, 0]
+
+
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
 @pytest.mark.parametrize("mask", [None, torch.zeros(8, 8)], ids=["no mask", "nothing added"])
 def test_other_ways_to_say_the_same_are_taken(kv_heads: int, mask: Tensor | None) -> None:

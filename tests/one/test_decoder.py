@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from sixfold.models import attention
-from sixfold.models.attention import attend_written_out, rotary_tables, rotate
+from sixfold.models.attention import attend_written_out, rotary_tables, rotary_tables_at, rotate
 from sixfold.models.decoder import (
     LOSS_ROWS,
     Decoder,
@@ -98,8 +99,8 @@ def test_rotated_products_depend_on_the_distance_only() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     cos, sin = rotary_tables(20, 8, 100.0, query)
-    everywhere = torch.ones(1, 20, 1, 1, dtype=torch.float64)
-    products = rotate(everywhere * query, cos, sin)[0, :, 0] @ rotate(everywhere * key, cos, sin)[0, :, 0].T
+    everywhere = torch.ones(1, 1, 20, 1, dtype=torch.float64)
+    products = rotate(everywhere * query, cos, sin)[0, 0] @ rotate(everywhere * key, cos, sin)[0, 0].T
     for distance in (0, 1, 7, -3):
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-13)
@@ -111,7 +112,7 @@ def test_rotary_angles_stay_exact_under_bf16() -> None:
     cos, _ = rotary_tables(300, 8, 10_000.0, torch.empty(0, dtype=torch.bfloat16))
     assert cos.dtype == torch.float32
     # Position 299 has no bf16 representation; its angle must come from the number itself.
-    assert cos[299, 0, 0].item() == pytest.approx(
+    assert cos[0, 299, 0].item() == pytest.approx(
         torch.tensor(299.0, dtype=torch.float64).cos().item(), abs=1e-4
     )
 
@@ -128,6 +129,17 @@ def test_norms_compute_in_fp32_at_least(dtype: torch.dtype, bound: float) -> Non
     assert out.dtype == dtype
     # bf16 sums of squares would be off by percents; here only the last rounding shows.
     assert ((out.double() - exact).abs() <= bound * exact.abs()).all()
+
+
+def test_gradients_that_are_written_out_are_those_of_the_numbers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(8).double()
+    nn.init.normal_(norm.weight)
+    assert torch.autograd.gradcheck(lambda x, w: functional_call(norm, {"weight": w}, (x,)), (x, norm.weight))
+    for positions in (torch.arange(5), torch.randint(99, (2, 5))):
+        cos, sin = rotary_tables_at(positions, 8, 100.0, x)
+        assert torch.autograd.gradcheck(lambda x, c=cos, s=sin: rotate(x.transpose(1, 2), c, s), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

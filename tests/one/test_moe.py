@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import sixfold
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import load
+from sixfold.mesh import Pending
+from sixfold.mesh.scratch import Scratch
 from sixfold.models import grouped, moe
+from sixfold.models.choices import Order
 from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
-from sixfold.models.grouped import Order, grouped_product, is_groupable
+from sixfold.models.grouped import fed_forward, is_groupable
 from sixfold.models.moe import Experts, ExpertsConfig, MixtureOfExperts, Router, within_capacity
 from sixfold.parallel import change_forwards
 from sixfold.parallel.expert import axis as expert_axis
@@ -61,6 +66,45 @@ def test_counts_travel_from_where_the_tokens_are() -> None:
         forward(layer, tokens.to("meta"), choices, choices)
 
 
+def test_shared_experts_run_while_tokens_are_on_their_way() -> None:
+    """There, and their gradients on the way back."""
+    events: list[str] = []
+
+    class Coming(Pending):
+        def wait(self) -> None:
+            events.append("wait")
+
+    class Group:
+        """Two ranks, of which the other one neither has tokens nor gets any."""
+
+        num_ranks, place, scratch = 2, 0, Scratch(torch.device("cpu"))
+
+        def all_to_all(self, sent: Sequence[Tensor], arriving: Sequence[Tensor]) -> Pending:
+            arriving[0].copy_(sent[0])
+            arriving[1].zero_()
+            return self.deal(sent, ())
+
+        def deal(self, sent: Sequence[Tensor], arriving: Sequence[Sequence[Tensor]]) -> Pending:
+            events.append("start")
+            return Coming()
+
+    def beside() -> None:
+        events.append("beside")
+        made.append(2 * rows)
+        made[0].register_hook(lambda gradient: events.append("beside"))
+
+    made: list[Tensor] = []
+
+    layer, rows = Experts(4, 4, 1), torch.ones(3, 4, requires_grad=True)
+    forward = expert_axis._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
+    out = forward(layer, rows, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), beside)
+    exchange, hidden = ["start", "wait"], ["start", "beside", "wait"]
+    assert events == exchange + hidden + exchange  # numbers of tokens; there; back
+    events.clear()
+    (out + made[0]).sum().backward()
+    assert events == exchange + hidden
+
+
 @pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
 def test_a_limited_capacity_wants_whole_samples(layout: dict[str, object]) -> None:
     """Said of the configuration, and of a model that brings its experts along."""
@@ -72,34 +116,48 @@ def test_a_limited_capacity_wants_whole_samples(layout: dict[str, object]) -> No
     assert f"layout.{option}" in refused.value.fix
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [0, 0, 0, 0]])
-def test_a_product_of_groups_is_one_for_each(counts: list[int]) -> None:
+def one_by_one(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """As autograd has it."""
+    made = []
+    for expert, piece in enumerate(rows.split(counts)):
+        gate, up = (piece @ gate_up[expert].T).chunk(2, -1)
+        made.append((F.silu(gate) * up) @ down[expert].T)
+    return torch.cat(made)
+
+
+def weights_and_rows(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    rows = torch.randn(sum(counts), 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
-    found = grouped_product(rows, weight, counts)
-    expected = torch.cat([piece @ weight[group].T for group, piece in enumerate(rows.split(counts))])
-    assert torch.equal(found, expected)
+    shapes = (num_rows, 16), (4, 16, 16), (4, 16, 8)
+    return tuple(torch.randn(shape).div(2).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0], [0, 0, 0, 0]])
+def test_experts_feed_their_rows_forward(counts: list[int]) -> None:
+    given = weights_and_rows(sum(counts), torch.float64)
+    found, expected = fed_forward(*given, counts), one_by_one(*given, counts)
     gradient = torch.randn_like(found)
-    ours = torch.autograd.grad(found, (rows, weight), gradient)
-    torch.testing.assert_close(ours, torch.autograd.grad(expected, (rows, weight), gradient))
+    ours, theirs = (torch.autograd.grad(each, given, gradient) for each in (found, expected))
+    torch.testing.assert_close((found, *ours), (expected, *theirs), rtol=1e-13, atol=1e-14)
+    for number, frozen in enumerate(given):
+        frozen.requires_grad_(False)
+        others = [each for each in given if each.requires_grad]
+        left = torch.autograd.grad(fed_forward(*given, counts), others, gradient)
+        expected_of_others = [each for place, each in enumerate(ours) if place != number]
+        assert all(torch.equal(*pair) for pair in zip(left, expected_of_others, strict=True))
+        frozen.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", grouped.GROUPED_DTYPES)
 def test_the_product_of_torch_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    rows = torch.randn(24, 16).to(dtype).requires_grad_()
-    weight = torch.randn(4, 8, 16).to(dtype).requires_grad_()
-    results = []
+    given, results = weights_and_rows(24, dtype), []
     for is_chosen in (False, True):
         monkeypatch.setattr(grouped, "is_groupable", lambda rows, weight, chosen=is_chosen: chosen)
-        product = grouped.grouped_product(rows, weight, [7, 0, 16, 1])
-        results.append(
-            (product, *torch.autograd.grad(product, (rows, weight), torch.ones(24, 8).to(dtype) / 8))
-        )
+        made = fed_forward(*given, [7, 0, 16, 1])
+        results.append((made, *torch.autograd.grad(made, given, torch.ones(24, 16).to(dtype) / 8)))
     bounds = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(results[0], results[1], **bounds)
     monkeypatch.undo()
+    rows, weight, _ = given
     assert not is_groupable(rows, weight), "on a CPU it is no faster"
     assert not is_groupable(rows.double().to("meta"), weight.double().to("meta"))
     assert is_groupable(rows.to("meta"), weight.to("meta"))
@@ -117,13 +175,22 @@ def test_gating_is_that_of_torch() -> None:
 
 def test_rows_come_back_to_their_tokens() -> None:
     torch.manual_seed(0)
-    x = torch.randn(6, 3, dtype=torch.float64)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
     experts = torch.tensor([[1, 0], [4, 4], [3, 4], [1, 3], [0, 1], [3, 0]])
-    order = Order.by_expert(experts, 4)
+    order, counted = Order.by_expert(experts, 4), experts < 4
     assert order.counts == [3, 3, 0, 3]
     assert torch.equal(order.take(x)[:3], x[[0, 4, 5]])
-    back = order.put_back(order.take(x), torch.ones(6, 2, dtype=torch.float64))
-    assert torch.equal(back, x * (experts < 4).sum(1, keepdim=True))
+    found = order.put_back(order.take(x).square(), weights)
+    expected = x.square() * (weights * counted).sum(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    gradient = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad(each, (x, weights), gradient) for each in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+    nobody = Order.by_expert(torch.full((2, 2), 4), 4)
+    assert torch.equal(
+        nobody.put_back(nobody.take(x[:2]), weights[:2]), torch.zeros(2, 3, dtype=torch.float64)
+    )
 
 
 def test_a_layer_is_the_weighted_sum_of_its_experts() -> None:
@@ -173,7 +240,7 @@ def test_penalties_add_their_gradient_to_that_of_the_loss(monkeypatch: pytest.Mo
 
     given: list[Tensor] = []
     monkeypatch.setattr(
-        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+        moe, "with_penalty", lambda weights, penalties, router: given.append(penalties.sum()) or weights
     )
     written_out = model(tokens(3))[0] + sum(given)
     expected = torch.autograd.grad(written_out * 0.7, parameters)
@@ -185,18 +252,21 @@ def test_penalties_add_their_gradient_to_that_of_the_loss(monkeypatch: pytest.Mo
 def test_penalties_are_sums_over_tokens_of_the_load_before(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Tensor] = []
     monkeypatch.setattr(
-        moe, "with_penalty", lambda weights, penalty, router: given.append(penalty) or weights
+        moe, "with_penalty", lambda weights, penalties, router: given.append(penalties.sum()) or weights
     )
     torch.manual_seed(0)
     router = Router(16, ExpertsConfig(4, balance="loss", balance_rate=0.3, z_weight=0.2)).double()
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     router(x)
-    router.end_update(torch.tensor([5, 1, 0, 2, 0, 4, 0]))
+    router.end_update(torch.tensor([5, 1, 0, 2, 0, 4, 0, 0]))
     router(x)
     scores = x.flatten(0, 1) @ router.weight.T
     z = 0.2 * sum(row.exp().sum().log() ** 2 for row in scores)
     uneven = 0.3 * 4 * sum(row.softmax(0) @ torch.tensor([5, 1, 0, 2]).double() / 8 for row in scores)
     torch.testing.assert_close(given, [z, z + uneven])
+    router.end_update(router.tally)
+    assert router.last is not None
+    assert router.last.penalty == pytest.approx(float((z + uneven).detach()) / 6, abs=1e-6)
 
 
 def test_a_bias_moves_towards_equal_shares() -> None:
@@ -242,6 +312,25 @@ def test_nothing_is_tallied_outside_of_training() -> None:
     model.eval()
     model(tokens(2))
     assert all(int(router.tally.sum()) == 0 for router in routers(model))
+
+
+def test_only_updates_that_change_weights_move_the_balance() -> None:
+    """Neither one that fp16 skips nor one that ends in an error."""
+    config = {"precision": {"compute": "fp16", "initial_scale": 2.0**40}, "optimizer": {"lr": 0.01}}
+    engine = sixfold.initialize(decoder(balance="bias").float(), config=config)
+    engine.train_step(tokens(4))
+    assert engine.num_skipped == 1
+    bad = tokens(4)
+    bad[:, -1] = 31  # a target alone, at which it ends when routers have chosen
+    with pytest.raises(IndexError):
+        engine.train_step(bad)
+    found = routers(engine.module)
+    assert [int(each.bias_steps.abs().sum() + each.tally.sum()) for each in found] == [0, 0]
+    while engine.num_skipped == engine.num_steps:
+        engine.train_step(tokens(4))
+    assert all(int(each.bias_steps.abs().sum()) > 0 for each in found)
+    assert all(sum(each.load.tolist()) == 4 * 8 * 2 for each in found)
+    engine.close()
 
 
 def test_operations_are_counted() -> None:

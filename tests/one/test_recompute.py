@@ -115,6 +115,24 @@ class Keeping(nn.Module):
         return x + torch.tanh(self.norm(self.inner(x)))
 
 
+def test_two_backwards_of_a_block_with_buffers() -> None:
+    """Each runs the block again. (Selective ones torch refuses to run twice.)"""
+
+    def gradients(recompute: str | None) -> list[Tensor]:
+        task = plain.TASKS["patchwork"]
+        engine = engine_of(task.build().double(), task.loss_fn, recompute=recompute)
+        batch = plain.cast(task.batch(0), torch.float64)
+        loss = task.loss(engine, batch)  # type: ignore[arg-type]
+        engine.backward(0.25 * loss, retain_graph=True)
+        engine.backward(0.75 * loss)
+        engine.step()
+        found = list(engine.gradients().values())
+        engine.close()
+        return found
+
+    assert equal(gradients("full"), gradients(None))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_buffers_are_updated_once(kind: str) -> None:
     def run(**layout: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, DataError
 from sixfold.launch import current_session
-from sixfold.monitor.report import picture
+from sixfold.monitor.report import curves, picture
 from sixfold.monitor.report.page import page
 from sixfold.monitor.report.story import differing, read_story
 from sixfold.train import loop
@@ -88,6 +89,17 @@ def test_a_page_stands_alone_and_tells_everything(tmp_path: Path) -> None:
     assert text.count("rank 1<") == 2
 
 
+def test_a_long_curve_has_a_line_through_medians_of_neighbours(tmp_path: Path) -> None:
+    values = [3.0, 1.0, 100.0] * 50
+    steps, bold = curves.medians(list(range(150)), [*values[:-2], math.nan, 7.0])
+    assert len(steps) == len(bold) == 75
+    assert steps[:3] == [1, 3, 5]
+    assert bold[:3] == [2.0, 51.5, 50.5]
+    assert bold[-1] == 7.0
+    assert "the bold line" in page([read_story(make_run(tmp_path / "long", num_steps=101))])
+    assert "the bold line" not in page([read_story(make_run(tmp_path / "short"))])
+
+
 def test_only_what_differs_is_compared(tmp_path: Path) -> None:
     stories = [read_story(make_run(tmp_path / "a")), read_story(make_run(tmp_path / "b", lr=3e-3))]
     assert differing(stories) == {"optimizer.lr": [1e-3, 3e-3]}
@@ -102,6 +114,29 @@ def test_a_run_without_facts_or_times_is_told_as_far_as_it_goes(tmp_path: Path) 
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept) + '{"step": 3, "lo')
     text = page([read_story(run)])
     assert Outline(text).headings == ["old", "Figures", "Curves", "Settings"]
+
+
+def test_a_run_with_experts_tells_how_they_were_loaded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    figures = {"expert_imbalance": 1.6, "expert_dropped": 0.25, "expert_entropy": 1.2, "expert_penalty": 0.02}
+    with (run / "metrics.jsonl").open() as file:
+        records = [json.loads(line) for line in file]
+    told = [one | figures if "loss" in one else one for one in records]
+    loads = {"model.layers.0.mlp.<gate>": [0.1, 0.2, 0.3, 0.4], "model.layers.1.mlp.<gate>": [0.25] * 4}
+    told += [{"step": 8, "expert_loads": {"earlier": [0.5, 0.5]}}, {"step": 12, "expert_loads": loads}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+    text = page([read_story(run)])
+    outline = Outline(text)
+    assert "Load of experts" in outline.headings
+    assert (outline.open, outline.fetched) == ([], [])
+    for title in ("busiest expert", "choices without room", "entropy of routing", "penalty on routing"):
+        assert f"<figcaption>{title}" in text
+    assert "update 12" in text
+    assert "earlier" not in text
+    assert "layers.0.mlp.&lt;gate&gt;" in text
+    assert "0.40 to 1.60" in text
+    assert "expert 3: 1.60" in text
+    assert text.count('fill="#ffffff"><title>') == 4  # equal shares
 
 
 def test_many_ranks_are_drawn_in_part() -> None:
@@ -127,7 +162,7 @@ def test_a_recorded_update_is_drawn_above_its_simulation(tmp_path: Path) -> None
     outline = Outline(text)
     assert "One update on every rank" in outline.headings
     assert (outline.open, outline.fetched) == ([], [])
-    assert f"update 3, measured {1e3 * spans['measured']:.4g} ms, simulated 1.4e+04 ms" in text
+    assert f"update 3, measured {1e3 * spans['measured']:.0f} ms, simulated 14000 ms" in text
     for rank in range(2):
         measured, simulated = (text.index(f"rank {rank} {name} compute") for name in spans if name != "off")
         assert measured < simulated
@@ -173,9 +208,10 @@ def test_the_command(sixfold: Terminal) -> None:
     assert "holds no config.toml" in sixfold.err
 
 
-def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
+def test_a_run_records_where_its_time_and_its_tokens_went(tmp_path: Path) -> None:
     lab.write_corpus(tmp_path / "text")
-    config = lab.write_config(tmp_path / "my.toml", lab.settings(tmp_path))
+    experts = {"model__num_experts": 3, "model__balance": "loss", "train__steps": 5}
+    config = lab.write_config(tmp_path / "my.toml", lab.settings(tmp_path, **experts))
     loop.train(Request(config, into=tmp_path / "run"), current_session())
     story = read_story(tmp_path / "run")
     for one in story.updates:
@@ -186,7 +222,15 @@ def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
     assert story.sample is not None
     assert story.sample.startswith("def ")
     assert story.facts["degrees"]["data"] == 1
-    assert {"Layout", "One update on every rank"} <= set(Outline(page([story])).headings)
+    shown = {"Layout", "One update on every rank", "Load of experts"}
+    assert shown <= set(Outline(page([story])).headings)
+    assert [step for step, _ in story.loads] == [1, 2, 4, 5]
+    for loads in story.loads[-1][1].values():
+        assert sum(loads) == pytest.approx(1, abs=1e-4)
+        assert max(loads) * 3 <= story.updates[-1]["expert_imbalance"] + 1e-4
+    # Of the first update's load nothing is known yet; then each of two layers charges about its rate.
+    assert story.column("expert_penalty")[1][0] == 0
+    assert story.column("expert_penalty")[1][-1] == pytest.approx(2 * 0.01, rel=0.2)
     assert story.recorded is not None
     assert story.recorded[0] == min(10, len(story.updates))
     assert {each.instruction.op.value for each in story.lanes()["measured"].events} >= {"forward", "step"}

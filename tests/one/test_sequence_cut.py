@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.parallel import ContextAttention, off_zero
-from sixfold.pipeline import SequenceCut
+from sixfold.pipeline import SequenceCut, tensors_of
 
 
 def cut_of(num_ranks: int, multiple: int, module: nn.Module | None = None, place: int = 0) -> SequenceCut:
@@ -27,11 +27,12 @@ def rows_of(length: int, num_ranks: int, multiple: int) -> list[int]:
 
 @pytest.mark.parametrize(("num_ranks", "multiple"), [(2, 1), (2, 2), (4, 2), (3, 4), (2, 16)])
 def test_what_is_tried_divides_as_the_batch_does(num_ranks: int, multiple: int) -> None:
+    """All of it, or as much of its beginning as a rank can run alone."""
     whole = num_ranks * multiple
-    for length in (40 * whole, 41 * whole, *((333,) if multiple == 1 else ())):
+    for length in (40 * whole, 2001 * whole, 9000 * whole, *((9333,) if multiple == 1 else ())):
         short = cut_of(num_ranks, multiple).short(torch.zeros(2, length))
-        tried = short.shape[1]
-        assert 8 * num_ranks <= tried < 8 * num_ranks + 4 * whole
+        tried, fits = short.shape[1], max(4096, length // num_ranks)
+        assert tried == length if length <= fits else fits <= tried < fits + 2 * whole
         parts = zip(rows_of(length, num_ranks, multiple), rows_of(tried, num_ranks, multiple), strict=True)
         assert all(part % multiple == 0 and (part - short) % multiple == 0 for part, short in parts)
 
@@ -42,6 +43,30 @@ def test_a_length_is_refused_on_all_ranks_or_on_none() -> None:
         with pytest.raises(ModelError, match=r"34 tokens .* have 9, 8, 8, 9") as caught:
             cut_of(4, 2, place=place).piece(torch.zeros(2, 34), shift=None)
         assert "a multiple of 8" in caught.value.fix
+
+
+def fields(tokens: Tensor, targets: Tensor) -> list[Any]:
+    """A batch in every form."""
+    return [
+        (tokens, targets),
+        {"tokens": tokens, "targets": targets},
+        {"tokens": tokens, "labels": targets},
+        [{"tokens": tokens}, targets],
+    ]
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_targets_are_counted_wherever_they_are(form: int) -> None:
+    """Of 32 tokens, of which eight have no target, ranks have 8 and 16 that have one; tried is a piece with
+    one everywhere."""
+    tokens, targets = torch.ones(2, 2, 32, dtype=torch.long)
+    targets[:, :8] = -100
+    batch = fields(tokens, targets)[form]
+    pieces = [cut_of(2, 1, place=place).piece(batch, shift=None) for place in range(2)]
+    assert [(piece.share, piece.targets) for piece in pieces] == [(1 / 3, 16), (2 / 3, 32)]
+    assert [piece.least for piece in pieces] == [1 / 3, 1 / 3]
+    assert all(int(each.min()) >= 0 for each in tensors_of(cut_of(2, 1).short(batch)))
+    assert int(targets.min()) == -100
 
 
 def test_weights_at_rest_are_moved_while_a_module_runs() -> None:

@@ -210,3 +210,46 @@ def test_a_wrong_sum_in_a_sequence_is_seen() -> None:
     assert difference(model, inputs, plan, 2, blocks) is None
     swapped = Rules({**plan.styles, "model.layers.*.self_attn.v_proj": "replicated_with_grad_allreduce"})
     assert difference(model, inputs, swapped, 2, blocks) is not None
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_plan_of_a_model_cuts_experts_in_their_width(sequence: bool) -> None:
+    model = BY_NAME["Mixtral"].build()
+    asked = layout(sequence_parallel=sequence)
+    rules = find_rules(model, asked).styles
+    cut = decide_tensor(model, Rules(rules), 2, 1)
+    place = cut.places["model.layers.0.mlp.experts.gate_up_proj"]
+    width = model.config.intermediate_size
+    assert place.spans == ((), ((width // 2, width), (3 * width // 2, 2 * width)), ())
+    place = cut.places["model.layers.0.mlp.experts.down_proj"]
+    assert place.spans == ((), (), ((width // 2, width),))
+    turned = {"model.layers.*.mlp.experts.gate_up_proj": "packed_rowwise"}  # stacked the other way round
+    place = decide_tensor(model, Rules(rules | turned), 2, 1).places[
+        "model.layers.0.mlp.experts.gate_up_proj"
+    ]
+    assert place.spans == ((), (), ((8, 16), (24, 32)))
+    with pytest.raises(ModelError, match=rf"gate_up_proj is {width} wide"):
+        decide_tensor(
+            model, Rules({name: style for name, style in rules.items() if "experts" in name}), 2 * width, 0
+        )
+
+
+def test_experts_that_cannot_be_cut_so_stay_whole(caplog: Any) -> None:
+    """Each rank would add what is beside the cut matrices once more."""
+    model = BY_NAME["Mixtral"].build()
+
+    class Beside(type(model.model.layers[0].mlp.experts)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
+            return super().forward(hidden_states, *args) + hidden_states
+
+    class Model(type(model)):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for each in self.model.layers:
+                each.mlp.experts.__class__ = Beside
+
+    changed = Model(model.config)
+    rules = find_rules(changed, layout())
+    assert "moe_tp_experts" not in rules.styles.values()
+    assert "every rank has the experts of the Model whole" in caplog.text
+    assert not [name for name in decide_tensor(changed, rules, 2, 0).places if "experts" in name]

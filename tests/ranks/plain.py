@@ -73,6 +73,50 @@ class Recommender(nn.Module):
         return out
 
 
+class Patch(nn.Module):
+    """A low-rank adapter over a frozen base in bf16, a vector of 7, a number, and what nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 12, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 12, bias=False)
+        self.out = nn.Linear(12, 6)
+        self.seven = nn.Parameter(torch.linspace(-1, 1, 7))
+        self.scale, self.unused = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(3))
+        self.register_buffer("shift", torch.linspace(0, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.seven[:6] * self.scale + self.shift * self.seven[6]
+        y = F.linear(y, self.base.weight.to(y.dtype)) + self.up(self.down(y))
+        out: Tensor = x + self.out(torch.tanh(y))
+        return out
+
+
+class Patchwork(nn.Module):
+    """Blocks of what is hard to keep book of; two of them share a weight, and few samples take the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Patch() for _ in range(4))
+        self.blocks[2].out.weight = self.blocks[0].out.weight
+        self.head = nn.Linear(6, 3)
+
+    def to(self, *args: Any, **kwargs: Any) -> Patchwork:
+        """As torch, except that bases stay in bf16."""
+        super().to(*args, **kwargs)
+        for block in self.blocks:
+            block.base.bfloat16()
+        return self
+
+    def forward(self, x: Tensor, is_rare: Tensor) -> Tensor:
+        for block in self.blocks[:3]:
+            x = block(x)
+        if is_rare.any():
+            x = torch.where(is_rare[:, None], self.blocks[3](x), x)
+        out: Tensor = self.head(x)
+        return out
+
+
 @dataclass(frozen=True)
 class Task:
     """A model and what is learnt.
@@ -118,6 +162,13 @@ def _images(step: int) -> Batch:
     generator = _generator(step)
     image = torch.randn(NUM_SAMPLES, 3, 6, 6, generator=generator)
     return {"image": image, "label": torch.randint(0, 2, (NUM_SAMPLES,), generator=generator)}
+
+
+def _points(step: int) -> Batch:
+    generator = _generator(step)
+    label = torch.randint(0, 3, (NUM_SAMPLES,), generator=generator)
+    x = torch.randn(NUM_SAMPLES, 6, generator=generator) + 2.0 * label[:, None]
+    return {"x": x, "is_rare": torch.arange(NUM_SAMPLES) == step % NUM_SAMPLES, "label": label}
 
 
 def _bags(step: int) -> Batch:
@@ -241,6 +292,13 @@ TASKS: dict[str, Task] = {
         weight=lambda batch: float(len(batch["label"])),
         loss_fn=lambda output, batch: F.cross_entropy(output, batch["label"]),
     ),
+    "patchwork": Task(
+        build=lambda: _seeded(Patchwork),
+        batch=_points,
+        loss=lambda model, batch: F.cross_entropy(model(batch["x"], batch["is_rare"]), batch["label"]),
+        weight=lambda batch: float(len(batch["label"])),
+        loss_fn=lambda output, batch: F.cross_entropy(output, batch["label"]),
+    ),
     "recommender": Task(
         build=lambda: _seeded(Recommender),
         batch=_bags,
@@ -308,6 +366,9 @@ def plain_run(
         made.zero_grad()
         loss = task.loss(model, cast(task.batch(step), dtype, device))
         loss.backward()
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # what nobody used has a gradient of zero
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), clip_norm if clip_norm is not None else float("inf")
         )
@@ -343,10 +404,15 @@ def micro_batches(batch: Batch, num_micro: int) -> Iterator[Batch]:
         yield rows(batch, range(start, min(size, start + micro)))
 
 
-def written_out_step(engine: Engine, task: Task, batch: Batch, num_micro: int) -> float:
-    """One update as a user writes it out, from this rank's share."""
+def written_out_step(
+    engine: Engine, task: Task, batch: Batch, num_micro: int, fractions: tuple[float, ...] = (1.0,)
+) -> float:
+    """One update as a user writes it out, from this rank's share; a backward for each fraction of a loss."""
     for part in micro_batches(batch, num_micro):
-        engine.backward(written_out_loss(engine, task, part), weight=task.weight(part))
+        loss = written_out_loss(engine, task, part)
+        for fraction in fractions:
+            is_last = fraction is fractions[-1]
+            engine.backward(fraction * loss, weight=task.weight(part), retain_graph=not is_last)
     return engine.step().loss
 
 

@@ -16,7 +16,8 @@ from sixfold.checkpoint import open_checkpoint
 from sixfold.engine import Engine
 from sixfold.plan import PRESETS, persistent_memory
 from sixfold.testing import Pool
-from tests.ranks import plain
+from tests.ranks import plain, rows
+from tests.ranks.rows import RESIDENCIES
 
 STEPS, DECAY, LR = 5, 0.8, 0.05
 MODEL = "recommender"
@@ -72,11 +73,16 @@ def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name].double() - each).abs().max()) for name, each in expected.items())
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("zero", PRESETS)
-def test_averages_follow_one_process_and_leave_the_weights_alone(zero: int) -> None:
+@pytest.mark.parametrize(("residency", "ranks"), rows.on(1, 3))
+def test_averages_follow_one_process_and_leave_the_weights_alone(
+    residency: str, ranks: int, rank_pool: Pool
+) -> None:
+    rank_pool.run(follow, RESIDENCIES[residency], ranks=ranks)
+
+
+def follow(layout: dict[str, Any]) -> None:
     weights, averages, (loss,) = by_hand(STEPS)
-    engine = start({"zero": zero})
+    engine = start(layout)
     train(engine, 2)
     with engine.ema():  # in the middle, which must not show afterwards
         engine.eval_step(share(engine, 0))
@@ -86,6 +92,8 @@ def test_averages_follow_one_process_and_leave_the_weights_alone(zero: int) -> N
     assert farthest(averages, weights) > 1e-3
     frozen = plain.TASKS[MODEL].build().double().get_parameter("frozen.weight")
     assert torch.equal(engine.ema_state_dict()["frozen.weight"], frozen)
+    batch = share(engine, 0)
+    engine.module(*(batch[name] for name in ("bag", "user", "is_rare")))  # what it left whole is not averaged
     with engine.ema() as module:
         assert module is engine.module
         assert engine.eval_step(share(engine, 0)).loss == pytest.approx(loss, rel=1e-12)

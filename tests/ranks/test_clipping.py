@@ -12,8 +12,9 @@ from torch import nn
 import sixfold
 from sixfold.base.errors import ConfigError
 from sixfold.pipeline.clipping import clip_factors
-from sixfold.plan import PRESETS
-from tests.ranks import plain
+from sixfold.testing import Pool
+from tests.ranks import plain, rows
+from tests.ranks.rows import RESIDENCIES
 
 STEPS = 4
 BOUNDS = (0.05, None, 0.2)
@@ -51,15 +52,18 @@ def by_hand(name: str) -> tuple[nn.Module, list[list[float]]]:
     return model, norms
 
 
-@pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("zero", PRESETS)
-def test_groups_are_clipped_each_by_its_own_norm(zero: int) -> None:
+@pytest.mark.parametrize(("residency", "ranks"), rows.on(1, 3))
+def test_groups_are_clipped_each_by_its_own_norm(residency: str, ranks: int, rank_pool: Pool) -> None:
+    rank_pool.run(clip, RESIDENCIES[residency], ranks=ranks)
+
+
+def clip(layout: dict[str, Any]) -> None:
     reference, expected = by_hand("decoder")
     task = plain.TASKS["decoder"]
     model = task.build().double()
     engine = sixfold.initialize(
         model,
-        config={"layout": {"zero": zero}, "optimizer": {"clip_norm": SHARED}, "batch": {"micro": 2}},
+        config={"layout": layout, "optimizer": {"clip_norm": SHARED}, "batch": {"micro": 2}},
         optimizer=torch.optim.SGD(groups(model), lr=0.3, momentum=0.9),
     )
     for step in range(STEPS):

@@ -3,7 +3,6 @@ tensor ranks, packed documents, padding and lengths that do not divide."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +19,7 @@ from sixfold.models.attention import within_documents
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.moe import ExpertsConfig, Router
 from sixfold.testing import Pool
-from tests.covering import Case, all_cases, covering, label
+from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
 LENGTH, SAMPLES, VOCABULARY, STEPS = 21, 6, 24, 5
@@ -128,6 +127,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "context": (2, 3, 4),
     "model": tuple(TASKS),
     "zero": (0, 1, 2, 3),
+    "groups": (1, 2),
     "data": (1, 2),
     "pipe": (1, 2),
     "tensor": (1, 2),
@@ -139,7 +139,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-DRAWN = ("shares", "recompute", "micro", "transport")
+DRAWN = ("groups", "shares", "recompute", "micro", "transport")
 """Not multiplied out in the full product, but drawn for each of its cases."""
 
 
@@ -150,8 +150,11 @@ def num_ranks(case: Case) -> int:
 def legal(case: Case, most: int = 4) -> bool:
     replicas = case["context"] * case["data"]
     is_divided = case["expert"] == 1 or (case["model"] == "experts" and replicas % case["expert"] == 0)
-    has_shares = case["shares"] in ("even", None) or case["data"] > 1
-    return num_ranks(case) <= most and is_divided and has_shares
+    shard = replicas // case["groups"]
+    has_groups = case["groups"] == 1 or (case["zero"] > 0 and replicas % case["groups"] == 0)
+    fits = shard % case["expert"] == 0 or case["expert"] % shard == 0
+    has_shares = case["shares"] == "even" or case["data"] > 1
+    return num_ranks(case) <= most and is_divided and has_groups and fits and has_shares
 
 
 CASES = covering(FACTORS, legal)
@@ -205,7 +208,9 @@ def share_of(engine: Engine, name: str, step: int, shares: str = "even") -> plai
 def follow(case: Case) -> None:
     """One case on every rank."""
     name = case["model"]
-    layout = {key: case[key] for key in FACTORS if key not in ("model", "micro", "shares")}
+    layout = {key: case[key] for key in FACTORS if key not in ("model", "micro", "shares", "groups")}
+    if case["groups"] > 1:
+        layout["shard"] = case["data"] * case["context"] // case["groups"]
     module, losses, norms = alone(name)
     engine = engine_of(name, case["micro"], **layout)
     for step in range(STEPS):
@@ -231,9 +236,6 @@ def test_ranks_along_context_follow_one_process(case: Case, rank_pool: Pool) -> 
 def test_ranks_along_context_follow_one_process_in_every_combination(
     context: int, model: str, rank_pool: Pool
 ) -> None:
-    draw = random.Random(f"{context} {model}")
-    fixed = dict.fromkeys(DRAWN, (None,)) | {"context": (context,), "model": (model,)}
-    for case in all_cases({**FACTORS, **fixed}, lambda case: legal(case, 8)):
-        drawn = (case | {name: draw.choice(FACTORS[name]) for name in DRAWN} for _ in range(100))
-        full = next(each for each in drawn if legal(each, 8))
-        rank_pool.run(follow, full, ranks=num_ranks(full), timeout_s=120)
+    fixed = FACTORS | {"context": (context,), "model": (model,)}
+    for case in with_drawn(fixed, DRAWN, lambda case: legal(case, 8)):
+        rank_pool.run(follow, case, ranks=num_ranks(case), timeout_s=120)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import ModelError, StateError
 from sixfold.engine import Engine
+from sixfold.plan import attention_traffic
+from sixfold.testing.exchanges import noted_exchanges
 from tests.ranks import plain, test_context
 from tests.ranks.test_context import SAMPLES, STEPS, TASKS, alone, engine_of, mean_loss, share_of
 
@@ -41,11 +43,11 @@ class Encoder(nn.Module):
 
 
 class AlongTokens(nn.Module):
-    """A convolution over neighbouring tokens."""
+    """A convolution over tokens, neighbours or at some distance."""
 
-    def __init__(self) -> None:
+    def __init__(self, distance: int = 1) -> None:
         super().__init__()
-        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=distance, dilation=distance)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x.transpose(1, 2)).transpose(1, 2)
@@ -59,9 +61,9 @@ class ByName(nn.Module):
         return _own_attention(heads, heads, heads).transpose(1, 2).flatten(2)
 
 
-def vectors(step: int) -> tuple[Tensor, Tensor]:
+def vectors(step: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(step)
-    x, y = torch.randn(2, SAMPLES, LENGTH, WIDTH, dtype=torch.float64, generator=draw)
+    x, y = torch.randn(2, SAMPLES, length, WIDTH, dtype=torch.float64, generator=draw)
     return x, y
 
 
@@ -140,14 +142,36 @@ class _Branch(nn.Module):
         return x + self.scale * self.inner(x)
 
 
+class Windowed(nn.Module):
+    """Attention to the last rows, by a mask that it makes of positions. For the rank that has the innermost
+    ones these are all that come before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.up = nn.Linear(WIDTH, WIDTH).double()
+
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        place = torch.arange(x.shape[1]) if position_ids is None else position_ids[0]
+        distance = place[:, None] - place
+        heads = self.up(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        mask = (distance >= 0) & (distance < 7)
+        return F.scaled_dot_product_attention(heads, heads, heads, mask).transpose(1, 2).flatten(2)
+
+
+def _sum(output: Tensor, batch: Any) -> tuple[Tensor, float]:
+    return output.square().sum(), float(output.shape[0] * output.shape[1])
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "convolution": (lambda: Encoder(AlongTokens()), squares, "differ by"),
+    "convolution at a distance": (lambda: Encoder(AlongTokens(60)), squares, "differ by"),
     "convolution of zeros": (_asleep, squares, "differ by"),
     "shifted by loss_fn": (Encoder, _shifting, "differ by"),
     "attention by name": (lambda: Encoder(ByName()), squares, "differ by"),
     "batch statistics": (lambda: Encoder(nn.BatchNorm1d(LENGTH)), squares, "1 BatchNorm"),
     "attention dropout": (lambda: Encoder(dropout=0.1), squares, "dropout 0.1"),
-    # Longer than the part of a rank, and than the piece on which it is tried.
+    "mask on one rank": (Windowed, _sum, "mask"),
+    # Longer than the part of a rank.
     "window": (lambda: _mistral(20), None, "sliding_window 20"),
 }
 
@@ -156,7 +180,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_refused_on_every_rank(name: str) -> None:
     build, loss_fn, said = REFUSED[name]
-    batch: Any = vectors(0)
+    batch: Any = vectors(0, 120 if "distance" in name else LENGTH)
+    if name == "mask on one rank":
+        batch = {"x": batch[0]}
     if name == "window":
         batch = test_context._padded(0)
 
@@ -291,11 +317,17 @@ def test_losses_in_fp32_stay_together() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_bf16_attends_across_ranks_too() -> None:
-    model = test_context.build("plain").float()
-    reference = float(mean_loss(model, TASKS["plain"].batch(0)))
+def test_bf16_attends_across_ranks_too_and_sends_what_the_formula_says() -> None:
+    model, batch = test_context.build("plain").float(), {"tokens": test_context._tokens(0, 21)}
+    reference = float(mean_loss(model, batch))
     engine = sixfold.initialize(model, config={"layout": {"context": 2}, "precision": {"compute": "bf16"}})
-    assert engine.train_step(TASKS["plain"].batch(0)) == pytest.approx(reference, rel=3e-3)
+    assert engine.train_step(batch) == pytest.approx(reference, rel=3e-3)
+    with noted_exchanges() as topics:
+        engine.train_step(batch)
+    sent = sum(topic.num_bytes for topic in topics if topic.op == "all-to-all")
+    sizes = {"samples": SAMPLES, "length": 20, "heads": 6, "kv_heads": 2, "head_width": 4}
+    layer = attention_traffic(2, **sizes, item_bytes=2)
+    assert sent == 2 * (layer.forward + layer.backward)
     engine.close()
 
 

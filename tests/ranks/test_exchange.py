@@ -140,6 +140,14 @@ def test_every_member_gets_its_part_from_every_other(carrier: str, num_ranks: in
         each.wait()
     for found, parts in zip(arriving, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(found, parts, strict=True))
+    for turn in range(3):  # from memory that is written again once it is given back, into several pieces
+        lent = group.scratch.take(sum(part.numel() for part in sent[0]), dtypes[0])
+        leaving = torch.split(lent, [part.numel() for part in sent[0]])
+        for part, own in zip(leaving, sent[0], strict=True):
+            part.copy_(own + turn)
+        group.deal(leaving, [[part[:2], part[2:]] for part in arriving[0]]).wait()
+        group.scratch.give(lent)
+        assert all(torch.equal(one, own + turn) for one, own in zip(arriving[0], expected[0], strict=True))
 
 
 @pytest.mark.ranks(3)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sixfold
+from sixfold.base.errors import StateError
 from sixfold.engine import Engine
 from sixfold.mesh.scratch import Scratch
 from sixfold.state.windows import MOST_UNDER_WAY
@@ -96,6 +97,21 @@ def test_few_units_have_whole_gradients_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert out == 0
     # On their way, the one that follows, and the one that backward is in.
     assert 2 <= most <= MOST_UNDER_WAY + 2
+
+
+@pytest.mark.ranks(1)
+def test_a_gradient_behind_its_reduction_is_told() -> None:
+    engine = towers.start(Tower, {"zero": 3})
+    for _ in range(2):
+        output = engine(towers.data(0)[:2])
+        engine.state.begin()
+        engine.state.open_reduce()
+        engine.state.complete(0)
+        output.sum().backward()
+        with pytest.raises(StateError, match=r"blocks\.5\.\S+ received a gradient after its unit was handed"):
+            engine.state.finish_reduce()
+        engine.state.end()
+    towers.step(engine)
 
 
 @pytest.mark.ranks(2)

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sixfold
+import sixfold.mesh.host.common as common_module
 import sixfold.mesh.host.host as host_module
 from sixfold.base.errors import LinkError, MeshError, PlanError
 from sixfold.mesh import Group, HostGroup, Mesh
+from sixfold.mesh.host.common import renew
 from sixfold.plan import Geometry
 from sixfold.testing import Pool, RankFailure
 from tests.ranks import plain
@@ -230,23 +232,32 @@ def test_sums_of_fewer_numbers_than_ranks_take_no_memory() -> None:
 
 
 @pytest.mark.ranks(3)
-def test_an_edit_of_the_whole_is_seen_by_its_rank_alone_until_it_is_renewed() -> None:
+def test_an_edit_of_the_whole_is_seen_by_its_rank_alone_until_it_is_renewed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     replicas = form("host").replicas
     group = replicas.shard
     assert isinstance(group, HostGroup)
     common = group.common(3 * 2048, torch.float64)
     common.part.fill_(group.place)
     meeting, published = group.prepare_meeting(), replicas.prepare_publish([common], ("shard",), ("shard",))
-    published.start().wait()
-    if group.place == 1:
-        common.whole.data.mul_(-10)
-    meeting.start().wait()
-    seen = common.whole.view(3, -1)[:, 0].tolist()
-    meeting.start().wait()  # nobody writes while another reads
-    assert seen == ([0, -10, -20] if group.place == 1 else [0, 1, 2])
-    common.part.add_(5)
-    published.start().wait()
-    assert common.whole.view(3, -1).eq(torch.tensor([[5.0], [6.0], [7.0]])).all()
+    for table in (common_module.PAGE_TABLE, os.devnull):
+        monkeypatch.setattr(common_module, "PAGE_TABLE", table)
+        common.part.fill_(group.place)
+        published.start().wait()
+        assert renew([common]) == (table == os.devnull)  # where it cannot look it takes it for granted
+        if group.place == 1:
+            common.whole.data[:-1].mul_(-10)
+            assert renew([common]) == 1
+            common.whole.data[:-1].mul_(-10)
+        meeting.start().wait()
+        seen = common.whole.view(3, -1)[:, 0].tolist()
+        meeting.start().wait()  # nobody writes while another reads
+        assert seen == ([0, -10, -20] if group.place == 1 else [0, 1, 2])
+        common.part.add_(5)
+        published.start().wait()
+        assert common.whole.view(3, -1).eq(torch.tensor([[5.0], [6.0], [7.0]])).all()
+        meeting.start().wait()
 
 
 # Who shares with whom.

@@ -198,61 +198,6 @@ def test_bytes_per_parameter_are_those_of_the_table() -> None:
 # Shapes and types that do not divide.
 
 
-class Odd(nn.Module):
-    """A number, 7 elements, a parameter nobody uses, one that only rank 0 uses, and a frozen bf16 base."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-        self.seven = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
-        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        self.sometimes = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.base = nn.Linear(7, 4, bias=False).bfloat16().requires_grad_(False)
-        nn.init.constant_(self.base.weight, 0.25)
-        self.down, self.up = nn.Linear(7, 2, bias=False), nn.Linear(2, 4, bias=False)
-        for part in (self.down, self.up):
-            part.double()
-            nn.init.constant_(part.weight, 0.1)
-
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        x = x * self.seven
-        out: Tensor = self.scale * (self.base(x.bfloat16()).double() + self.up(torch.tanh(self.down(x))))
-        return out * self.sometimes if first.any() else out
-
-
-@pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize(("zero", "transport"), [*((zero, "host") for zero in PRESETS), (2, "network")])
-def test_odd_sizes_numbers_unused_and_frozen_parameters(zero: int, transport: str) -> None:
-    x = torch.arange(84, dtype=torch.float64).view(12, 7).cos()
-    first = torch.arange(12) == 0
-    reference = Odd()
-    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.05)
-    engine = sixfold.initialize(
-        Odd(),
-        config={
-            "layout": {"zero": zero, "transport": transport},
-            "optimizer": {"lr": 0.05},
-            "batch": {"micro": 3},
-        },
-        loss_fn=lambda output, batch: output.square().mean(),
-    )
-    mine = plain.cuts(12, engine.data_ranks, "even", 0)[engine.data_rank]
-    part = slice(mine.start, mine.stop)
-    for _ in range(STEPS):
-        optimizer.zero_grad(set_to_none=False)
-        for places in plain.cuts(12, engine.data_ranks, "even", 0):
-            for begin in range(places.start, places.stop, 3):  # cut as the engine cuts: `sometimes` sees it
-                end = min(begin + 3, places.stop)
-                (reference(x[begin:end], first[begin:end]).square().mean() * (end - begin) / 12).backward()
-        for parameter in reference.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        engine.train_step({"x": x[part], "first": first[part]})
-    assert plain.farthest(engine.full_state_dict(), reference) < 1e-10
-    assert engine.module.base.weight.dtype == torch.bfloat16
-
-
 # What cannot be done, and what would be noticed.
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sixfold
@@ -19,7 +20,7 @@ from sixfold.models.lora import add_adapters
 from sixfold.plan import layer_traffic, scores_traffic
 from sixfold.testing import Pool
 from sixfold.testing.exchanges import noted_exchanges
-from tests.covering import Case, all_cases, covering, label
+from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
 LENGTH, VOCABULARY = 8, 25
@@ -97,6 +98,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "loss_chunk": (None, 5),
     "transport": ("host", "network"),
 }
+
+DRAWN = ("recompute", "clip_norm", "loss_chunk", "transport")
+"""Not multiplied out in the full product, but drawn for each of its cases."""
 
 
 def ranks_of(case: Case) -> int:
@@ -191,7 +195,7 @@ def test_follows_one_process(case: Case, rank_pool: Pool) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("model", TASKS)
 def test_follows_one_process_in_every_combination(model: str, rank_pool: Pool) -> None:
-    for case in all_cases({**FACTORS, "model": (model,)}, lambda case: legal(case, most=8)):
+    for case in with_drawn({**FACTORS, "model": (model,)}, DRAWN, lambda case: legal(case, most=8)):
         rank_pool.run(follow, case, expected_of(case), ranks=ranks_of(case), timeout_s=120)
 
 
@@ -249,8 +253,14 @@ def test_scores_are_whole_where_somebody_reads_them() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_sequence_that_does_not_divide_is_refused() -> None:
+def test_a_written_out_loop_counts_samples_once_and_refuses_what_does_not_fit() -> None:
     engine = engine_of(without("decoder", sequence=True))
+    loss, weight = engine(**TASKS["decoder"].batch(0))
+    engine.backward(loss / weight, weight=float(weight))
+    assert engine.step().samples == plain.NUM_SAMPLES
+    assert engine.num_samples == plain.NUM_SAMPLES
+    with pytest.raises(ModelError, match=r"2 ranks .* different batches"):
+        engine(**TASKS["decoder"].batch(engine.mesh.rank))
     with pytest.raises(ModelError, match=r"sequences of 7 with layout\.sequence_parallel on 2") as caught:
         engine.train_step({"tokens": _tokens(0, LENGTH)})
     assert "a multiple of 2" in caught.value.fix
@@ -262,9 +272,10 @@ SENT = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("sequence", [False, True])
-def test_what_is_sent_is_what_the_formula_says(sequence: bool, num_ranks: int) -> None:
-    case = without("decoder", tensor=num_ranks, sequence=sequence)
+@pytest.mark.parametrize(("sequence", "recompute"), [(False, "selective"), (True, None)])
+def test_what_is_sent_is_what_the_formula_says(sequence: bool, recompute: str | None, num_ranks: int) -> None:
+    """Sums are kept where blocks run again for backward, so none is sent twice."""
+    case = without("decoder", tensor=num_ranks, sequence=sequence, recompute=recompute)
     engine = engine_of(case)
     train(engine, case, 1)  # the first update is checked, which sends more
     with noted_exchanges() as topics:
@@ -323,6 +334,58 @@ def test_ranks_that_would_cut_a_model_differently_are_told() -> None:
     model = NormOfHeads(forgets=torch.distributed.get_rank() == 1)
     with pytest.raises(MeshError, match=r"rank\(s\) 1 differ from rank 0 in: cuts of the model"):
         sixfold.initialize(model, config={"layout": {"tensor": 2}})
+
+
+class Dropping(nn.Module):
+    """Drops columns, of which ranks have unequally many, and what it adds to what all have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 33), nn.Linear(33, 16)
+        self.columns: list[Tensor] = []
+        self.dropped: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.dropout(torch.tanh(self.up(self.norm(x))), 0.5, self.training)
+        self.columns.append((inner == 0).detach())
+        branch = F.dropout(self.down(inner), 0.5, self.training)
+        self.dropped.append((branch == 0).detach().to(torch.int64))
+        return x + branch
+
+
+class DroppingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Dropping() for _ in range(2))
+        self.tensor_rules = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ranks_drop_alike_what_they_have_alike(sequence: bool) -> None:
+    """And each its own of columns and of parts of a sequence, also where blocks run again for backward."""
+    layout = {"tensor": 2, "sequence_parallel": sequence, "recompute": "full"}
+    engine = sixfold.initialize(DroppingBlocks(), config={"layout": layout})
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.train_step({"x": x})
+    blocks: Any = engine.module.blocks
+    for block in blocks:
+        rows = engine.mesh.gather(block.dropped[0])
+        assert torch.equal(rows[0], rows[1]) != sequence
+        first, again, later, _ = block.columns
+        assert torch.equal(first, again)
+        assert not torch.equal(first, later)
+    columns = blocks[0].columns[0][..., :16].to(torch.int64)
+    rows = engine.mesh.gather(columns)
+    assert not torch.equal(rows[0], rows[1])
+    engine.close()
 
 
 class LateNorm(NormOfHeads):

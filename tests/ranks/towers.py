@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.engine import Engine
-from sixfold.mesh.cut import Copied
 from sixfold.state import Unit
 from tests.ranks import plain
 
@@ -142,9 +141,8 @@ class Watch:
 
     def note(self, verb: str, unit: Unit) -> None:
         """Called after `unit` has done `verb`."""
-        if unit in self._engine.state.units:
-            self.events.append((verb, ",".join(unit.plan.blocks)))
-            self.most = max(self.most, len(self.whole()))
+        self.events.append((verb, ",".join(unit.plan.blocks)))
+        self.most = max(self.most, len(self.whole()))
 
     def whole(self) -> list[str]:
         """Blocks of the units that have memory now."""
@@ -170,23 +168,27 @@ class Watch:
 def watched(engine: Engine) -> Iterator[Watch]:
     """Notes what happens to the units of `engine` inside the block."""
     watch = Watch(engine)
-    real = {verb: getattr(Unit, verb) for verb in ("gather", "show", "drop")}
 
-    def noting(verb: str) -> Callable[[Unit], Any]:
-        def noted(unit: Unit) -> Any:
-            result = real[verb](unit)
+    def noting(verb: str, unit: Unit, method: Callable[[], Any]) -> Callable[[], Any]:
+        def noted() -> Any:
+            result = method()
             watch.note(verb, unit)
             return result
 
         return noted
 
-    for verb in real:
-        setattr(Unit, verb, noting(verb))
+    real = [
+        (unit, verb, getattr(unit.presence, verb))
+        for unit in engine.state.units
+        for verb in ("gather", "show", "drop")
+    ]
+    for unit, verb, method in real:
+        setattr(unit.presence, verb, noting(verb, unit, method))
     try:
         yield watch
     finally:
-        for verb, method in real.items():
-            setattr(Unit, verb, method)
+        for unit, verb, method in real:
+            setattr(unit.presence, verb, method)
 
 
 def blocks(places: Iterable[int]) -> list[str]:
@@ -202,5 +204,5 @@ def live_bytes(engine: Engine) -> int:
 def working_bytes(unit: Unit) -> int:
     """What a working copy takes now of this rank's own memory; where ranks have it in common, what can be
     used."""
-    is_own = isinstance(unit.cut, Copied)
-    return unit.working.untyped_storage().nbytes() if is_own or not unit.is_dropped else 0
+    is_own = unit.cut.is_copy
+    return unit.working.untyped_storage().nbytes() if is_own or not unit.presence.is_dropped else 0

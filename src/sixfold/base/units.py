@@ -26,6 +26,12 @@ def count_text(count: float) -> str:
     raise AssertionError("unreachable: the loop returns at T")
 
 
+def milliseconds_text(seconds: float) -> str:
+    """`0.1484` -> `148 ms`; three digits where there are fewer before the point."""
+    value = 1e3 * seconds
+    return f"{value:.0f} ms" if abs(value) >= 100 else f"{value:.3g} ms"
+
+
 def duration_text(seconds: float) -> str:
     """`95` -> `1m35s`; below ten seconds one decimal."""
     if seconds < 10:

@@ -96,10 +96,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
-    from sixfold.cli.plan import show_plan
-    from sixfold.train.job import Request
+    from sixfold.train.job import Request, resolve
 
     request = Request(config, tuple(overrides or ()), preset=preset)
+    resolve(request)  # what is mistyped is told before anything heavy is loaded
+    from sixfold.cli.plan import show_plan
+
     raise typer.Exit(show_plan(request, ranks=ranks, timeline=timeline, as_json=as_json))
 
 
@@ -107,7 +109,7 @@ def plan(
 def run(
     script: Annotated[
         list[str],
-        typer.Argument(metavar="SCRIPT.PY [ARGS]...", help="Your script, or -m MODULE, and its arguments."),
+        typer.Argument(metavar="SCRIPT.PY [ARGS]", help="Your script, or -m MODULE, and its arguments."),
     ],
     ranks: Annotated[
         int | None,
@@ -178,6 +180,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model of a run continue texts; each ends with its document."""
+    from sixfold.train.folder import run_at
+
+    run_at(run)  # likewise
     from sixfold.cli.generate import generate as continue_texts
     from sixfold.train.completion import Sampling
 
@@ -195,7 +200,7 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN", help="Run folders.")],
     into: Annotated[
         Path | None,
         typer.Option(

@@ -33,7 +33,7 @@ def data_build(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SOURCE]...", help="Folders of text files, .jsonl or .parquet files, or functions."
+            metavar="SOURCE", help="Folders of text files, .jsonl or .parquet files, or functions."
         ),
     ] = None,
     config: ConfigFile = None,
@@ -69,7 +69,7 @@ def data_inspect(
     target: Annotated[
         Path | None,
         typer.Argument(
-            parser=path, metavar="[FOLDER]", help="Run folder or corpus. Unset: as `train` would do."
+            parser=path, metavar="FOLDER", help="Run folder or corpus. Unset: as `train` would do."
         ),
     ] = None,
     step: Annotated[
@@ -163,9 +163,7 @@ configuration = typer.Typer(
 )
 ConfigOrRun = Annotated[
     Path | None,
-    typer.Argument(
-        parser=path, metavar="[FILE]", help="Configuration file or run folder. Unset: the recipe."
-    ),
+    typer.Argument(parser=path, metavar="FILE", help="Configuration file or run folder. Unset: the recipe."),
 ]
 
 
@@ -181,7 +179,7 @@ def config_show(
 
 @configuration.command("check")
 def config_check(
-    files: Annotated[list[Path], typer.Argument(parser=path, metavar="FILE...")],
+    files: Annotated[list[Path], typer.Argument(parser=path, metavar="FILE")],
     overrides: Overrides = None,
     ranks: Annotated[
         int | None, typer.Option("--ranks", "-n", min=1, help="Also try to lay it out over so many ranks.")

@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from sixfold.base.errors import EXIT_DONE
-from sixfold.base.units import bytes_text, duration_text
+from sixfold.base.units import bytes_text, duration_text, milliseconds_text
 from sixfold.cli.output import print_json, write_timelines
 from sixfold.cli.train import decide_launch
 from sixfold.config import Config
@@ -69,13 +69,17 @@ def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
     typer.echo(
-        f"update      {duration_text(predicted.makespan)} predicted, of computation alone: "
+        f"update      {_time(predicted.makespan)} predicted, of computation alone: "
         "transfers, sums and memory are not in it"
     )
     for limit in _limits(config, model):
         typer.echo(f"            ({limit})")
     typer.echo(str(predicted))
     return EXIT_DONE
+
+
+def _time(seconds: float) -> str:
+    return duration_text(seconds) if seconds >= 10 else milliseconds_text(seconds)
 
 
 def _limits(config: Config, model: nn.Module) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """`sixfold train`: as launcher, prepare the data and start ranks; as a rank, train.
 
 Called by `app`. Whether this process is a rank already (under torchrun, Slurm, Kubernetes or our own
-launcher) is read from its environment.
+launcher) is read from its environment. Settings are read and judged before anything heavy is loaded, so that
+what is mistyped is told at once.
 """
 
 from __future__ import annotations
@@ -17,17 +18,12 @@ from sixfold.base.units import bytes_text, count_text
 from sixfold.cli.output import print_json, progress_bar
 from sixfold.config import Resolved
 from sixfold.config.schema import flat
-from sixfold.data.corpus import built_corpus, prepare
 from sixfold.data.sources import find_sources
-from sixfold.data.tokenizer import BYTES
 from sixfold.launch import NodePlacement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.compute import measured_compute, unmeasured_compute
-from sixfold.train.folder import CONFIG, check_place, make_folder, run_to_resume
+from sixfold.train.folder import CONFIG, check_place, make_folder
 from sixfold.train.job import Request, resolve
-from sixfold.train.resume import stand
-from sixfold.train.subject import build_model
 
 VERIFIED_BYTES = 2**30
 """A corpus up to this size is read and compared with its checksums before ranks start: a second or less."""
@@ -44,24 +40,24 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
         return 0
     node = nodes(os.environ)
     resolved = decide_launch(resolve(request), node)
-    standing = stand(request.resume, resolved) if request.resume is not None else None
-    if standing is not None and standing.is_complete:
-        typer.echo(standing)
-        return 0
+    if request.resume is not None:
+        from sixfold.train.resume import stand
+
+        standing = stand(request.resume, resolved)
+        if standing.is_complete:
+            typer.echo(standing)
+            return 0
     ranks, threads = resolved.config.launch.ranks, resolved.config.launch.threads
     assert ranks is not None, "decided above"
     decided = _check_plan(resolved, ranks * (node.num_nodes if node else 1))
-    if standing is None:
+    if request.resume is None:
         check_place(request.into, resolved.config.train.folder)
     resolved = _decide_compute(resolved, node)
     if dry_run:
         _show_plan(resolved, decided, as_json=as_json)
         return 0
     _prepare(resolved)
-    if request.resume is not None:
-        folder = run_to_resume(request.resume)
-    else:
-        folder = make_folder(request.into, resolved.config.train.folder)
+    folder = request.resume or make_folder(request.into, resolved.config.train.folder)
     with TemporaryDirectory(prefix="sixfold-") as scratch:
         handed = Path(scratch) / CONFIG
         handed.write_text(resolved.to_toml())
@@ -88,6 +84,10 @@ def decide_launch(resolved: Resolved, node: NodePlacement | None) -> Resolved:
 
 def _decide_compute(resolved: Resolved, node: NodePlacement | None) -> Resolved:
     """Measure what the ranks compute in; a model that cannot be built is refused by the way."""
+    from sixfold.data.tokenizer import BYTES
+    from sixfold.train.compute import measured_compute, unmeasured_compute
+    from sixfold.train.subject import build_model
+
     model = build_model(resolved.config, BYTES)  # no vocabulary has fewer entries
     alone = node is None or node.num_nodes == 1
     return measured_compute(resolved, model) if alone else unmeasured_compute(resolved)
@@ -105,6 +105,8 @@ def _show_plan(resolved: Resolved, decided: dict[str, str], *, as_json: bool) ->
 
 def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
     """Refuse what cannot be carried out before data are prepared and ranks started."""
+    from sixfold.data.corpus import built_corpus
+
     config = resolved.config
     if built_corpus(config.data) is None:
         find_sources(config.data)
@@ -118,6 +120,8 @@ def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
 
 def _prepare(resolved: Resolved) -> None:
     """Build or find the corpus before ranks start, where its progress and its errors are seen."""
+    from sixfold.data.corpus import prepare
+
     with progress_bar() as progress:
         corpus = prepare(resolved.config.data, on_progress=progress)
     held_out = f"{corpus.num_held_out_documents} documents ({bytes_text(corpus.num_held_out_bytes)}) held out"

@@ -144,9 +144,8 @@ class Engine:
             The mean loss over the global batch before this update, the same on every rank.
         """
         self._order.check_idle("train_step")
-        self._start_update()
-        self.last = self._playing.play("train_step", "training", batch, self.num_steps, self._last_weight)
-        self._count_update(self.last)
+        with self._updating():
+            self.last = self._playing.play("train_step", "training", batch, self.num_steps, self._last_weight)
         return self.last.loss
 
     def timed_step(self, batch: Batch) -> Timeline:
@@ -198,8 +197,10 @@ class Engine:
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()
+        batch: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        self._playing.compare_written_out(batch)
         with (
-            self._written_out.forward({**dict(enumerate(args)), **kwargs}) as place,
+            self._written_out.forward(batch) as place,
             self._playing.stream(self.num_steps, *place),
         ):
             return self.module(*args, **kwargs)
@@ -215,6 +216,7 @@ class Engine:
                 divides by the sum of weights over micro-batches and ranks.
             retain_graph: keep the graph for a further backward.
         """
+        self._order.check_trained("backward")
         self._order.check_whole("engine.backward")
         self._written_out.backward(loss, weight, retain_graph=retain_graph)
 
@@ -223,9 +225,8 @@ class Engine:
         self._order.check_open("step")
         self._order.check_whole("engine.step")
         self.state.arrive("step")
-        self._start_update()
-        self.last = self._written_out.step()
-        self._count_update(self.last)
+        with self._updating():
+            self.last = self._written_out.step()
         return self.last
 
     # The whole model.
@@ -243,7 +244,7 @@ class Engine:
         """
         self._order.check_idle("gathered")
         self.state.arrive("gathered")
-        with self.state.edited(parameters):
+        with self.state.edits.lent(parameters), self._order.lent("gathered"):
             yield self.module
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -266,7 +267,7 @@ class Engine:
         average = self._order.average("ema")
         self._order.check_idle("ema")
         self.state.arrive("ema")
-        with torch.no_grad(), average.shown(), self._order.averaged():
+        with torch.no_grad(), self.state.shown(average.numbers), self._order.lent("ema"):
             yield self.module
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
@@ -280,6 +281,7 @@ class Engine:
 
         Every rank calls it. `parameter.grad` shows it only where gradients and optimizer are whole.
         """
+        self._order.check_ended("gradients")
         self.state.arrive("gradients")
         return self.state.gradients()
 
@@ -381,6 +383,8 @@ class Engine:
     def close(self) -> None:
         """End what `initialize` started, the process group too; take hooks and forwards off the module.
 
+        Where parameters are cut, the module has no numbers afterwards: save them before.
+
         Raises:
             SaveError: a save begun with `wait=False` could not be written.
         """
@@ -392,10 +396,19 @@ class Engine:
         finally:
             self._ending.close()
 
-    def _start_update(self) -> None:
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Around an update, which leaves its result in `last`; nothing of one that is refused is counted."""
         current_session().step = self.num_steps + 1
         if self.learning_rate.moves:
             self.bound.set_lr(self.learning_rate.factor(self.num_steps - self.num_skipped))
+        try:
+            yield
+        except BaseException:
+            self._playing.routing.forget()
+            raise
+        assert self.last is not None, "left there"
+        self._count_update(self.last)
 
     def _count_update(self, result: StepResult) -> None:
         # Until here ranks may take long: kernels are chosen, modules compiled.
@@ -405,5 +418,9 @@ class Engine:
         self.num_skipped += result.skipped
         self.num_samples += result.samples
         self._last_weight = result.weight
-        self._playing.routing.end_update()
+        # Balance follows updates that changed weights.
+        if result.skipped:
+            self._playing.routing.forget()
+        else:
+            self._playing.routing.end_update()
         self._saving.look()  # here every rank is at the same point

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.config import Config, LayoutConfig
 from sixfold.mesh import Mesh, Streams, is_duplex
-from sixfold.models.chunks import IGNORED
 from sixfold.parallel import Routing, Stage, compute_type, off_zero
 from sixfold.pipeline import (
     Batch,
@@ -88,6 +87,7 @@ class Playing:
         self._micro = asked.batch.micro
         self._residency = plan.residency
         self._mesh = mesh
+        self._posts_ahead = is_duplex(mesh.device)
         self._streams = streams
         self._state = state
         self._loss_form = loss_form
@@ -126,11 +126,8 @@ class Playing:
         programs = self._programs(purpose, len(micros), num_served, num_reduces)
 
         cut, shift = self._sequences, self._loss_form.shift
-        pieces = [cut.piece(micro, shift=shift) for micro in micros]
-
-        def run(stage: int, micro: int, received: Any) -> Any:
-            return self._run(self._stages[stage], step, micro, pieces[micro], received, scale)
-
+        pieces = list(map(partial(cut.piece, shift=shift), micros))
+        run = partial(self._run, step, scale, pieces)
         kinds = [self._kind(piece.batch) for piece in pieces] if self._mesh.pipe_ranks > 1 else ()
         enter = (lambda micro: cut.enter(pieces[micro])) if cut.is_cut else None
         work = Work(run, scale, counts, kinds, enter)
@@ -162,8 +159,9 @@ class Playing:
         return self._streams.keyed("step", step, self._mesh.replica, micro, forward, stage)
 
     def _run(
-        self, stage: Stage, step: int, micro: int, piece: Piece, received: Any, scale: float
+        self, step: int, scale: float, pieces: Sequence[Piece], number: int, micro: int, received: Any
     ) -> Share | Any:
+        stage, piece = self._stages[number], pieces[micro]
         piece = replace(piece, batch=to_device(piece.batch, self._mesh.device, None))
         args, kwargs = self._arguments(piece, scale)
         with self.stream(step, micro, stage=stage.number):
@@ -179,7 +177,9 @@ class Playing:
         return args, kwargs
 
     def _read(self, output: Any, piece: Piece, scale: float) -> Share:
-        return self._loss_form.read(output, piece.batch, scale, part=piece.share, items=piece.targets)
+        return self._loss_form.read(
+            output, piece.batch, scale, part=piece.share, least=piece.least, items=piece.targets
+        )
 
     def _compare(self, batch: Batch) -> None:
         """Compare the batches of ranks that are to have the same, before anything is sent whose shape follows
@@ -191,18 +191,20 @@ class Playing:
         mesh = self._mesh
         if mesh.num_fed == 1:
             return
-        # Those who are to have the same take out each other's, and others do not; all is exact in fp64.
         is_first = mesh.pipe_rank == mesh.place("tensor") == mesh.place("context") == 0
-        weight = mesh.num_fed - 1 if is_first else -1
-        (difference,) = mesh.total(float(weight * (mesh.data_rank + 1) * checksum(batch)))
-        if difference:
-            raise ModelError(
-                f"{mesh.num_fed} ranks that work on the same samples were given different batches",
-                rule="ranks that differ in pipe, tensor or context see the same batch; which part of the "
-                "global one it is says engine.data_rank of engine.data_ranks, not the rank",
-                fix="draw it by engine.data_rank, for example DistributedSampler(data, "
-                "num_replicas=engine.data_ranks, rank=engine.data_rank)",
-            )
+        told = (mesh.data_rank + 1) * checksum(batch)
+        (difference,) = mesh.total(_taken_out(told, mesh.num_fed, is_first=is_first))
+        _refuse_different(difference, mesh.num_fed)
+
+    def compare_written_out(self, batch: Batch) -> None:
+        """The same before a forward of a written-out loop, among those who run it together; others may run
+        fewer. A collective of them."""
+        group = self._mesh.along("tensor")
+        if group.num_ranks > 1:
+            told = _taken_out(checksum(batch), group.num_ranks, is_first=group.place == 0)
+            difference = torch.tensor([told], dtype=torch.float64, device=self._mesh.device)
+            group.all_reduce(difference).wait()
+            _refuse_different(float(difference), group.num_ranks)
 
     def _kind(self, batch: Batch) -> Kind:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
@@ -229,9 +231,7 @@ class Playing:
     def _cut_into(self, batch: Batch, parts: int) -> list[Batch]:
         # Models that count their targets need not be able to run without any sample.
         return [
-            without_targets(micro, IGNORED)
-            if self._loss_form.shift is not None and not num_samples(micro)
-            else micro
+            without_targets(micro) if self._loss_form.shift is not None and not num_samples(micro) else micro
             for micro in divide(batch, parts)
         ]
 
@@ -258,7 +258,7 @@ class Playing:
         if self._layout.pipe == 1:
             if self._layout.expert > 1:  # ranks wait for each other's tokens
                 with torch.no_grad():
-                    bare = to_device(without_targets(batch, IGNORED), self._mesh.device, None)
+                    bare = to_device(without_targets(batch), self._mesh.device, None)
                     for _ in range(num_trials, self._mesh.largest(num_trials)):
                         self._output_of(*self._arguments(Piece(bare), 1.0))
             yield lambda: self._state.arrive(what)
@@ -277,14 +277,19 @@ class Playing:
         errors, sums = [0.0, 0.0], self._loss_form.shift is not None  # means may weigh padded parts unequally
         was_training = self._module.training
         self._module.eval()
-        trying = self._trying("cut", 2 * len(tried), short)
-        with trying as arrive, torch.no_grad(), self._streams.keyed("settle"), off_zero(self._module):
+        with (
+            self._trying("cut", 2 * len(tried), short) as arrive,
+            torch.no_grad(),
+            self._streams.keyed("settle"),
+            off_zero(self._module),
+            self._sequences.noting() as refused,
+        ):
             for number, each in enumerate(tried):
                 errors[number] = self._difference_of_cut(each, compares_loss=not number or sums)
             arrive()
         self._module.train(was_training)
         is_narrow = next((each.itemsize < 4 for each in self._module.parameters()), False)
-        self._sequences.judge(*errors, is_narrow=is_narrow, is_bad=self._mesh.any)
+        self._sequences.judge(errors[0], errors[1], refused, is_narrow=is_narrow, is_bad=self._mesh.any)
 
     def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
         """How far outputs and loss for pieces are from those for whole sequences, relative to these."""
@@ -335,11 +340,27 @@ class Playing:
             num_served,
             num_reduces,
             cuts=bool(self._residency.parameters),
-            posts_ahead=is_duplex(self._mesh.device),
+            posts_ahead=self._posts_ahead,
         )
 
     def _pass_through(self, programs: tuple[Program, ...], work: Work) -> None:
         self.player.pass_through(programs[self._mesh.pipe_rank], work)
+
+
+def _taken_out(told: int, num_ranks: int, *, is_first: bool) -> float:
+    """What sums to 0 over ranks that are told the same, and else does not: all is exact in fp64."""
+    return float((num_ranks - 1 if is_first else -1) * told)
+
+
+def _refuse_different(difference: float, num_ranks: int) -> None:
+    if difference:
+        raise ModelError(
+            f"{num_ranks} ranks that work on the same samples were given different batches",
+            rule="ranks that differ in pipe, tensor or context see the same batch; which part of the global "
+            "one it is says engine.data_rank of engine.data_ranks, not the rank",
+            fix="draw it by engine.data_rank, for example DistributedSampler(data, "
+            "num_replicas=engine.data_ranks, rank=engine.data_rank)",
+        )
 
 
 def _nothing(stage: int, micro: int, received: Any) -> Any:

@@ -87,4 +87,4 @@ def read_weights(module: nn.Module, state: ModelState, weights: Weights) -> None
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(read[name])
-    state.publish_all()
+    state.publish(None)

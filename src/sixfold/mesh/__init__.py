@@ -13,10 +13,11 @@ from sixfold.mesh.mesh import Mesh
 from sixfold.mesh.pages import keep_pages, untouched_zeros
 from sixfold.mesh.replicas import Replicas
 from sixfold.mesh.scratch import Scratch
-from sixfold.mesh.streams import Streams, key_of
+from sixfold.mesh.streams import Branch, Streams, key_of
 
 __all__ = [
     "NOTHING",
+    "Branch",
     "Carried",
     "Cut",
     "Dispatcher",

@@ -1,19 +1,20 @@
 """The calls of torch.distributed that several kinds of exchange need, and the one that brings ranks together.
 
-Used by `Mesh`, and by what carries the exchanges of `Group` and `Link` (`carriers.py`) once the dispatcher
-starts them. It decides nothing, and waits for nothing but that all ranks come.
+Prepared by `Mesh`, `Group` and `Link`, and by what carries exchanges (`carriers.py`); made when the
+dispatcher starts these. It decides nothing, and waits for nothing but that all ranks come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sixfold.mesh.dispatch import Carried
+from sixfold.mesh.dispatch import Call, Carried
 
 ProcessGroup = dist.ProcessGroup | None
 """None is everyone."""
@@ -36,26 +37,24 @@ def join(
     )
 
 
-def start_sum(tensor: torch.Tensor, group: ProcessGroup = None) -> list[Carried]:
+def sum_call(tensor: torch.Tensor, group: ProcessGroup = None) -> Call:
     """Sum a tensor over a process group, in place."""
-    return _begun(dist.all_reduce(tensor, group=group, async_op=True))
+    return partial(dist.all_reduce, tensor, group=group, async_op=True)
 
 
-def start_copy(tensor: torch.Tensor, source: int, group: ProcessGroup = None) -> list[Carried]:
+def copy_call(tensor: torch.Tensor, source: int, group: ProcessGroup = None) -> Call:
     """Copy the tensor of rank `source` of the world into everyone's."""
-    return _begun(dist.broadcast(tensor, src=source, group=group, async_op=True))
+    return partial(dist.broadcast, tensor, source, group=group, async_op=True)
 
 
-def start_pieces(arriving: Sequence[Piece], sent: Sequence[Piece], tag: int) -> list[Carried]:
+def piece_calls(arriving: Sequence[Piece], sent: Sequence[Piece], tag: int) -> list[Call]:
     """Receive tensors from some ranks and send some, each by itself; what is empty is left out."""
-    works: list[Carried] = []
-    for rank, tensor in arriving:
-        if tensor.numel() and (work := dist.irecv(tensor, rank, tag=tag)) is not None:
-            works.append(work)
-    for rank, tensor in sent:
-        if tensor.numel() and (work := dist.isend(tensor, rank, tag=tag)) is not None:
-            works.append(work)
-    return works
+    return [
+        partial(call, tensor, rank, tag=tag)
+        for call, pieces in ((dist.irecv, arriving), (dist.isend, sent))
+        for rank, tensor in pieces
+        if tensor.numel()
+    ]
 
 
 def start_swap(
@@ -63,7 +62,7 @@ def start_swap(
     sent: Sequence[Piece],
     tag: int,
     group: ProcessGroup = None,
-) -> list[Carried]:
+) -> Carried:
     """The same as one call of a process group, in which no receive waits for a send."""
     calls = [
         dist.P2POp(call, tensor, rank, group, tag)
@@ -71,8 +70,20 @@ def start_swap(
         for rank, tensor in pieces
         if tensor.numel()
     ]
-    return [*dist.batch_isend_irecv(calls)] if calls else []
+    return Several(dist.batch_isend_irecv(calls) if calls else ())
 
 
-def _begun(work: Carried | None) -> list[Carried]:
-    return [work] if work is not None else []
+class Several:
+    """Several that a call has started, as one."""
+
+    def __init__(self, works: Sequence[Carried]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """See `Carried`."""
+        for work in self._works:
+            work.wait()
+
+    def is_completed(self) -> bool:
+        """See `Carried`."""
+        return all(work.is_completed() for work in self._works)

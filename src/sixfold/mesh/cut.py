@@ -17,9 +17,11 @@ class Cut(Protocol):
     """What a rank has of a flat tensor that is cut over ranks.
 
     Attributes:
-        whole: [numel]. To be read from `gather` to `drop`. What is written into it, this rank alone sees; it
+        whole: [numel]. To be read when it was gathered. What is written into it, this rank alone sees; it
             is lost with the next `gather` where the whole is a copy, else when a part is published.
         part: this rank's part, which it keeps. Written only while nobody gathers or reads.
+        is_copy: whether the whole is this rank's own: then it is filled by `gather`, and until then its
+            storage may be resized to nothing. Else `gather` does nothing.
     """
 
     @property
@@ -28,12 +30,12 @@ class Cut(Protocol):
     @property
     def part(self) -> torch.Tensor: ...
 
+    @property
+    def is_copy(self) -> bool: ...
+
     def gather(self) -> Pending:
         """Start to make `whole` whole, at the address it had before: what autograd saved of it is valid
         again."""
-
-    def drop(self) -> None:
-        """Give its memory back, if it has memory of its own."""
 
     def forget(self) -> None:
         """What this rank has written into `whole` is not there after the next `gather`."""
@@ -48,6 +50,8 @@ class Copied:
         place: where the part lies in the whole.
         filling: fills the whole, in which this rank's part is in its place.
     """
+
+    is_copy = True
 
     def __init__(
         self,
@@ -69,10 +73,6 @@ class Copied:
             storage.resize_(self._num_bytes)
         self.whole[self._place].copy_(self.part)
         return self._filling.start()
-
-    def drop(self) -> None:
-        """See `Cut`."""
-        self.whole.untyped_storage().resize_(0)
 
     def forget(self) -> None:
         """See `Cut`."""

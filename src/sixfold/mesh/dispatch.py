@@ -11,6 +11,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import methodcaller
 from time import perf_counter, time
 from typing import Protocol, Self
 
@@ -29,6 +31,12 @@ class Carried(Protocol):
 
     def is_completed(self) -> bool:
         """Whether it has arrived, without blocking."""
+
+
+_is_completed = methodcaller("is_completed")
+
+Call = Callable[[], Carried | None]
+"""Starts something, and returns what to wait for."""
 
 
 class Dispatcher:
@@ -79,11 +87,10 @@ class Dispatcher:
         op: str,
         group: str,
         tensor: torch.Tensor | Sequence[torch.Tensor],
-        call: Callable[[], Sequence[Carried]],
-        finish: Callable[[], None] | None = None,
+        *calls: Call,
     ) -> Pending:
-        """Prepare an exchange that calls of a backend carry, and start it, once; see `prepare`, `Called`."""
-        return self.prepare(op, group, tensor, Called(call, finish)).start()
+        """Prepare an exchange that calls of a backend carry, and start it, once; see `prepare`, `Carrier`."""
+        return self.prepare(op, group, tensor, Carrier(calls, lingers=True)).start()
 
     def enter(self, name: str) -> None:
         """From now on exchanges have the patience of another phase."""
@@ -137,53 +144,19 @@ class Dispatcher:
             self.on_broken(error)
 
 
-class Carrier(Protocol):
-    """How a transport carries one exchange, as often as it is started."""
-
-    def start(self) -> object:
-        """Begin to send."""
-
-    def wait(self) -> Sequence[Carried]:
-        """Block until the tensor may be used; returns what a device has yet to do, nothing on a CPU."""
-
-    def is_completed(self) -> bool:
-        """Whether `wait` would not block, apart from what is left to do then."""
-
-
-class Called:
-    """A carrier made of calls of a backend.
+@dataclass(frozen=True)
+class Carrier:
+    """How a transport carries one exchange, as often as it is started.
 
     Args:
-        call: starts it; one exchange may be carried in several pieces.
-        finish: what is left to do when all pieces have arrived.
+        calls: start it, one after the other; each returns what to wait for.
+        finish: what is left to do here when all of that has arrived; None where that is nothing.
+        lingers: whether a device may have yet to do what was waited for.
     """
 
-    def __init__(
-        self, call: Callable[[], Sequence[Carried]], finish: Callable[[], None] | None = None
-    ) -> None:
-        self._call = call
-        self._finish = finish
-        self._works: Sequence[Carried] = ()
-
-    def start(self) -> None:
-        """See `Carrier`."""
-        self._works = self._call()
-
-    def wait(self) -> Sequence[Carried]:
-        """See `Carrier`."""
-        works, self._works = self._works, ()
-        for work in works:
-            work.wait()
-        if self._finish is not None:
-            self._finish()
-        for work in works:
-            if not work.is_completed():
-                return works
-        return ()
-
-    def is_completed(self) -> bool:
-        """See `Carrier`."""
-        return all(work.is_completed() for work in self._works)
+    calls: Sequence[Call]
+    finish: Callable[[], object] | None = None
+    lingers: bool = False
 
 
 class Pending:
@@ -255,6 +228,7 @@ class Exchange(Pending):
         self._dispatcher = dispatcher
         self.topic = topic
         self._carrier = carrier
+        self._works: Sequence[Carried] = ()
         self._is_under_way = False
         self._number = 0
         self._place = ""
@@ -277,13 +251,16 @@ class Exchange(Pending):
             dispatcher.compare(topic, self._number, self._place)
         began = perf_counter()
         try:
-            self._carrier.start()
+            works = list[Carried]()
+            for call in self._carrier.calls:
+                if (work := call()) is not None:
+                    works.append(work)
         except RuntimeError as error:
             dispatcher.broken(error)
             raise
         dispatcher.blocked_s += perf_counter() - began
         ring.times[self._at + WANTED] = 0.0
-        self._is_under_way = True
+        self._works, self._is_under_way = works, True
         return self
 
     def wait(self) -> None:
@@ -291,23 +268,27 @@ class Exchange(Pending):
         if not self._is_under_way:
             return
         self._is_under_way = False
-        dispatcher, ring = self._dispatcher, self._dispatcher.ring
+        dispatcher, ring, carrier = self._dispatcher, self._dispatcher.ring, self._carrier
+        works, self._works = self._works, ()
         if ring.num_posted - self._serial >= SLOTS:  # so many came since that its slot belongs to another
             self._at = ring.post(self.topic, self._number, self._place)
             self._serial = ring.num_posted
         ring.times[self._at + WANTED] = time()
         began = perf_counter()
         try:
-            left = self._carrier.wait()
+            for work in works:
+                work.wait()
+            if carrier.finish is not None:
+                carrier.finish()
         except RuntimeError as error:
             dispatcher.broken(error)
             raise
         dispatcher.blocked_s += perf_counter() - began
-        if left:
-            dispatcher.linger(self._serial, self._at, left)
+        if carrier.lingers and not all(map(_is_completed, works)):
+            dispatcher.linger(self._serial, self._at, works)
         elif ring.num_posted - self._serial < SLOTS:
             ring.times[self._at + OVER] = time()
 
     def has_arrived(self) -> bool:
         """See `Pending`."""
-        return not self._is_under_way or self._carrier.is_completed()
+        return all(map(_is_completed, self._works))

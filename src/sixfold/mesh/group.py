@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import Piece, start_copy, start_pieces, start_sum, start_swap
-from sixfold.mesh.carriers import Swap, SwapSum, Then
-from sixfold.mesh.dispatch import Called, Carried, Carrier, Dispatcher, Pending
+from sixfold.mesh.backend import Piece, copy_call, piece_calls, start_swap, sum_call
+from sixfold.mesh.carriers import in_turn, swap, swap_sum
+from sixfold.mesh.dispatch import Call, Carrier, Dispatcher, Pending
 from sixfold.mesh.scratch import Scratch
 
 _UPDATE = ("all", "shard", "copies", "world", "ties")
@@ -42,7 +42,7 @@ class Group:
     Args:
         ranks: its members in order.
         rank: this process, one of them.
-        scratch: where arriving slices are put.
+        scratch: where arriving slices are put. What lies there is sent without a copy.
         native: the process group of a backend whose own collectives are used; None for point-to-point.
         dispatcher: what its exchanges go through; None: one of its own.
         purpose: one of PURPOSES.
@@ -68,7 +68,7 @@ class Group:
         self._sums, self._gathers = (ranks_text(ranks) + each for each in lanes)
         self._dispatcher = dispatcher or Dispatcher()
         self._ranks = ranks
-        self._scratch = scratch
+        self.scratch = scratch
         self._native = native
 
     def slice_of(self, whole: torch.Tensor, place: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Group:
         """Start to copy the first member's `tensor` into everyone's, in place."""
         if self.num_ranks == 1:
             return Pending()
-        return self._dispatcher.start("broadcast", self._gathers, tensor, lambda: self._copy_first(tensor))
+        return self._dispatcher.start("broadcast", self._gathers, tensor, *self._copy_first(tensor))
 
     def all_to_all(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> Pending:
         """Start to send a tensor to each member and to fill one from each; this member's own is copied.
@@ -130,40 +130,49 @@ class Group:
             sent: by place, of one type, contiguous, each of its own size; left alone until the end.
             arriving: by place, as what that member sends here.
         """
-        arriving[self.place].view(-1).copy_(sent[self.place].view(-1))
+        return self.deal(sent, [[each] for each in arriving])
+
+    def deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Pending:
+        """`all_to_all`, where what comes goes to several places.
+
+        Args:
+            arriving: by place, the pieces that what that member sends here is cut into, in its order; each is
+                contiguous.
+        """
+        lay(sent[self.place], arriving[self.place])
         if self.num_ranks == 1:
             return Pending()
         leaving = [sent[place] for place, _ in self._others()]
-        return self._dispatcher.start(
-            "all-to-all", self._gathers, leaving, lambda: self._deal(sent, arriving)
-        )
+        carrier = self._dealing(sent, arriving)
+        return self._dispatcher.prepare("all-to-all", self._gathers, leaving, carrier).start()
 
-    def _copy_first(self, tensor: torch.Tensor) -> list[Carried]:
+    def _copy_first(self, tensor: torch.Tensor) -> list[Call]:
         first = self._ranks[0]
         if self._native is not None:
-            return start_copy(tensor, first, self._native)
+            return [copy_call(tensor, first, self._native)]
         if self.place > 0:
-            return start_pieces([(first, tensor)], (), self._gather_tag)
-        return start_pieces((), [(rank, tensor) for _, rank in self._others()], self._gather_tag)
+            return piece_calls([(first, tensor)], (), self._gather_tag)
+        return piece_calls((), [(rank, tensor) for _, rank in self._others()], self._gather_tag)
 
     # How sums into slices, sums and gathers of slices are carried.
 
     def _summing(self, whole: torch.Tensor, into: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(
-                lambda: [dist.reduce_scatter_tensor(into, whole, group=self._native, async_op=True)]
-            )
+            call = partial(dist.reduce_scatter_tensor, into, whole, group=self._native, async_op=True)
+            return Carrier([call], lingers=True)
         sent = [(rank, self.slice_of(whole, place)) for place, rank in self._others()]
-        return SwapSum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self._scratch)
+        return swap_sum(self._reduce_tag, sent, self.slice_of(whole, self.place), into, self.scratch)
 
     def _reducing(self, whole: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(lambda: start_sum(whole, self._native))
-        return Then(self._summing(whole, self.slice_of(whole, self.place)), self._filling(whole))
+            return Carrier([sum_call(whole, self._native)], lingers=True)
+        return in_turn(self._summing(whole, self.slice_of(whole, self.place)), self._filling(whole))
 
     def _filling(self, *wholes: torch.Tensor) -> Carrier:
         if self._native is not None:
-            return Called(lambda: [self._start_native_gather(whole) for whole in wholes])
+            call = partial(dist.all_gather_into_tensor, group=self._native, async_op=True)
+            calls = [partial(call, whole, self.slice_of(whole, self.place)) for whole in wholes]
+            return Carrier(calls, lingers=True)
         arriving: list[Piece] = []
         sent: list[Piece] = []
         for whole in wholes:
@@ -171,24 +180,38 @@ class Group:
             for place, rank in self._others():
                 arriving.append((rank, self.slice_of(whole, place)))
                 sent.append((rank, mine))
-        return Swap(self._gather_tag, arriving, sent)
+        return swap(self._gather_tag, arriving, sent)
 
-    def _start_native_gather(self, whole: torch.Tensor) -> Carried:
-        mine = self.slice_of(whole, self.place)
-        work: Carried = dist.all_gather_into_tensor(whole, mine, group=self._native, async_op=True)
-        return work
-
-    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
+    def _dealing(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Carrier:
         others = self._others()
-        return start_swap(
-            [(rank, arriving[place]) for place, rank in others],
-            [(rank, sent[place]) for place, rank in others],
-            self._gather_tag,
-            self._native,
-        )
+        landing = {
+            place: whole[0] if len(whole) == 1 else self._place_for(whole, sent[place].dtype)
+            for place, whole in ((place, arriving[place]) for place, _ in others)
+        }
+
+        def finish() -> None:
+            for place, whole in landing.items():
+                if len(arriving[place]) != 1:
+                    lay(whole, arriving[place])
+                    self.scratch.give(whole)
+
+        coming = [(rank, landing[place]) for place, rank in others]
+        leaving = [(rank, sent[place]) for place, rank in others]
+        call = partial(start_swap, coming, leaving, self._gather_tag, self._native)
+        return Carrier([call], finish, lingers=self._native is not None)
+
+    def _place_for(self, pieces: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return self.scratch.take(sum(piece.numel() for piece in pieces), dtype)
 
     def _others(self) -> list[tuple[int, int]]:
         return [(place, rank) for place, rank in enumerate(self._ranks) if place != self.place]
+
+
+def lay(whole: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    """Copy contiguous numbers into pieces, one after the other."""
+    flat = whole.view(-1)
+    for piece, part in zip(pieces, torch.split(flat, [each.numel() for each in pieces]), strict=True):
+        piece.view(-1).copy_(part)
 
 
 class World(Group):
@@ -196,9 +219,9 @@ class World(Group):
 
     def prepare_all_reduce(self, whole: torch.Tensor) -> Pending:
         """Sum `whole`, in place: the same bits on every member."""
-        carrier = Called(partial(start_sum, whole))
+        carrier = Carrier([sum_call(whole)], lingers=True)
         return self._dispatcher.prepare("all-reduce", self._everyone, whole, carrier)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Start to copy the first member's `tensor` into everyone's, in place."""
-        return self._dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, 0))
+        return self._dispatcher.start("broadcast", self._everyone, tensor, copy_call(tensor, 0))

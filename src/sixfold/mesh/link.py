@@ -8,9 +8,9 @@ tensors it is given.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import start_pieces
 from sixfold.mesh.dispatch import Carried, Dispatcher, Pending
 
 _TAG = 0  # groups have those from 1
@@ -49,8 +49,8 @@ class Link:
             return Pending()
         return self._dispatcher.start("transfer", self._inwards, tensor, lambda: self._start_receive(tensor))
 
-    def _start_send(self, tensor: torch.Tensor) -> list[Carried]:
-        return start_pieces((), [(self._other, tensor)], _TAG)
+    def _start_send(self, tensor: torch.Tensor) -> Carried | None:
+        return dist.isend(tensor, self._other, tag=_TAG)
 
-    def _start_receive(self, tensor: torch.Tensor) -> list[Carried]:
-        return start_pieces([(self._other, tensor)], (), _TAG)
+    def _start_receive(self, tensor: torch.Tensor) -> Carried | None:
+        return dist.irecv(tensor, self._other, tag=_TAG)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from sixfold.base.ring import ranks_text
-from sixfold.mesh.backend import join, start_copy
+from sixfold.mesh.backend import copy_call, join
 from sixfold.mesh.dispatch import Dispatcher, Pending
 from sixfold.mesh.group import Group, World
 from sixfold.mesh.host import Host
@@ -251,7 +251,7 @@ class Mesh:
         """Start to copy one rank's `tensor` into everyone's, in place."""
         if self.world_size == 1:
             return Pending()
-        return self.dispatcher.start("broadcast", self._everyone, tensor, lambda: start_copy(tensor, source))
+        return self.dispatcher.start("broadcast", self._everyone, tensor, copy_call(tensor, source))
 
     def total(self, *numbers: float) -> list[float]:
         """Sums of a few numbers over all ranks, in fp64, the same on every rank."""
@@ -376,6 +376,6 @@ class Mesh:
         """Every rank's tensor, by rank; all of one shape and type."""
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         self.dispatcher.start(
-            "all-gather", self._everyone, tensor, lambda: [dist.all_gather(rows, tensor, async_op=True)]
+            "all-gather", self._everyone, tensor, lambda: dist.all_gather(rows, tensor, async_op=True)
         ).wait()
         return rows

@@ -14,9 +14,10 @@ from math import prod
 import torch
 
 from sixfold.mesh.cut import Copied, Cut
-from sixfold.mesh.dispatch import InTurn, Pending
+from sixfold.mesh.dispatch import NOTHING, InTurn, Pending
 from sixfold.mesh.group import Group
 from sixfold.mesh.host import HostGroup
+from sixfold.mesh.host.common import Common, renew
 from sixfold.mesh.pages import untouched_zeros
 from sixfold.mesh.scratch import Scratch
 from sixfold.plan.residency import GROUP, Spread
@@ -146,7 +147,7 @@ class Replicas:
                 group = self._along(axis)
                 steps.insert(0, group.prepare_all_gather(*tensors))  # the finest level comes first
                 tensors = [group.slice_of(tensor, group.place) for tensor in tensors]
-        return InTurn(steps) if len(steps) > 1 else next(iter(steps), Pending())
+        return InTurn(steps) if len(steps) > 1 else next(iter(steps), NOTHING)
 
     def prepare_publish(self, cuts: Sequence[Cut], before: Spread, after: Spread) -> Pending:
         """Let everyone gather what is in the `part` of each of `cuts`, of one type. When it has ended, nobody
@@ -160,11 +161,9 @@ class Replicas:
         if (sharing := self._sharing(after)) is None:
             return filling
 
-        def forget() -> None:
-            for cut in cuts:
-                cut.forget()
-
-        return InTurn([filling, Pending(forget), sharing.prepare_meeting()])
+        commons = [cut for cut in cuts if isinstance(cut, Common)]
+        steps = [Pending(functools.partial(renew, commons)), sharing.prepare_meeting()]
+        return InTurn(steps if filling is NOTHING else [filling, *steps])
 
     def sum_up(self, partial: torch.Tensor, after: Spread, into: torch.Tensor | None = None) -> Pending:
         """Start `prepare_sum_up`."""

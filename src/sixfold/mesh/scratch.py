@@ -17,7 +17,13 @@ MAX_SLACK = 1.25
 
 
 class Scratch:
-    """Flat tensors; contents are whatever the last user left."""
+    """Flat tensors; contents are whatever the last user left.
+
+    Attributes:
+        is_shared: whether somebody else may still read what was given back.
+    """
+
+    is_shared = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,7 +35,8 @@ class Scratch:
             return torch.empty(0, dtype=dtype, device=self._device)
         free = self._free[dtype]
         for place, buffer in enumerate(free):
-            if numel <= buffer.numel() <= MAX_SLACK * numel and self._is_idle(buffer):
+            fits = numel <= buffer.numel() <= MAX_SLACK * numel
+            if fits and (not self.is_shared or self._is_idle(buffer)):
                 return free.pop(place)[:numel]
         return self._make(numel, dtype)
 

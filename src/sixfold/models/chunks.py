@@ -63,9 +63,30 @@ def in_chunks(
 
 
 def summed_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """In nats, computed and returned in fp32 (fp64 for fp64); negative targets count for nothing."""
+    """In nats, computed and returned in fp32 (fp64 for fp64); targets that are `IGNORED` count for nothing.
+
+    Raises:
+        IndexError: see `check_entries`.
+    """
     loss: Tensor = _CrossEntropy.apply(scores, targets)  # type: ignore[no-untyped-call]
     return loss
+
+
+def check_entries(numbers: Tensor, size: int, what: str) -> None:
+    """Look at numbers that stand for entries of a vocabulary, where that is cheap: on a CPU. Elsewhere the
+    host would have to wait, and a kernel that indexes by them stops the run.
+
+    Raises:
+        IndexError: some are none.
+    """
+    if numbers.device.type != "cpu" or not numbers.numel():
+        return
+    lowest, highest = map(int, torch.aminmax(numbers))
+    if lowest < 0 or highest >= size:
+        raise IndexError(
+            f"{what} from {lowest} to {highest} with a vocabulary of {size}: they lie in 0 to {size - 1}, "
+            f"and labels that count for nothing are {IGNORED}"
+        )
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -75,17 +96,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
+        is_ignored = targets == IGNORED
+        places = targets.masked_fill(is_ignored, 0)
+        check_entries(places, scores.shape[1], "targets")
         wide = torch.promote_types(scores.dtype, torch.float32)
         sums, slope = [], torch.empty_like(scores)
         for start in range(0, len(targets), BLOCK_ROWS):
-            rows, aims, part = (each[start : start + BLOCK_ROWS] for each in (scores, targets, slope))
-            counts, place = (aims >= 0).unsqueeze(1), aims.clamp_min(0).unsqueeze(1)
+            rows, part = (each[start : start + BLOCK_ROWS] for each in (scores, slope))
+            place, counts = (each[start : start + BLOCK_ROWS, None] for each in (places, ~is_ignored))
             # Where the scores are wide themselves, nothing lives beside them and the gradient.
             made = part if part.dtype == wide else None
-            shares = torch.softmax(rows, 1, dtype=wide, out=made)
+            rows = rows.to(wide)
+            shares = torch.softmax(rows, 1, out=made)
             # The largest share is at least 1 / vocab_size, so its logarithm is exact enough for all of them.
-            normaliser = rows.amax(1, keepdim=True).to(wide) - shares.amax(1, keepdim=True).log()
-            sums.append(((normaliser - rows.gather(1, place).to(wide)) * counts).sum())
+            normaliser = rows.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log()
+            sums.append(((normaliser - rows.gather(1, place)) * counts).sum())
             shares.scatter_add_(1, place, torch.full_like(normaliser, -1.0))
             if not counts.all():
                 shares.mul_(counts)

@@ -34,6 +34,12 @@ TENSOR_RULES = {
     "model.layers.*.mlp.gate_proj": "colwise",
     "model.layers.*.mlp.up_proj": "colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
+    "model.layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "model.layers.*.mlp.shared_experts.up_proj": "colwise",
+    "model.layers.*.mlp.shared_experts.down_proj": "rowwise",
+    "model.layers.*.mlp.experts": "moe_tp_experts",
+    "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.experts.down_proj": "rowwise",
     "lm_head": "local_colwise",
     "head": "scores",
 }
@@ -111,11 +117,10 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             # Spelt out, because "-1" is ambiguous in an empty batch.
             num_heads = projected.shape[-1] // self.head_width
-            return projected.view(*projected.shape[:2], num_heads, self.head_width)
+            return projected.view(*projected.shape[:2], num_heads, self.head_width).transpose(1, 2)
 
-        query = rotate(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
-        key = rotate(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
-        return query, key, heads(self.v_proj(x)).transpose(1, 2)
+        query, key = (rotate(heads(proj(x)), cos, sin) for proj in (self.q_proj, self.k_proj))
+        return query, key, heads(self.v_proj(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None = None) -> Tensor:
         mixed = attend(*self.project(x, cos, sin), allowed)
@@ -196,7 +201,8 @@ class Decoder(nn.Module):
         """Tokens whose scores exist at once, 0 for all; None: as `models.chunks` decides by size."""
         head = "model.embed_tokens" if self.lm_head is None else "lm_head"
         self.pipeline_parts = ("model.embed_tokens", "model.layers", "model.norm", head)
-        parts = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_modules()} | {"head"}
+        named = [name for name, _ in (*self.named_modules(), *self.named_parameters())]
+        parts = {re.sub(r"\.\d+", ".*", name) for name in named} | {"head"}
         self.tensor_rules = {name: style for name, style in TENSOR_RULES.items() if name in parts}
 
     def head(self, hidden: Tensor) -> Tensor:

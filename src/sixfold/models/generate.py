@@ -136,7 +136,7 @@ class CachedDecoder:
 
     def _forward(self, tokens: Tensor) -> Tensor:
         begin, end = self._length, self._length + tokens.shape[1]
-        cos, sin = (table[begin:end] for table in self._tables)
+        cos, sin = (table[:, begin:end] for table in self._tables)
         allowed = self._allowed(begin, end)
         x = self.model.model.embed_tokens(tokens)
         for layer, keys, values in zip(self.model.model.layers, self._keys, self._values, strict=True):

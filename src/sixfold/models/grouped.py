@@ -1,14 +1,12 @@
-"""Products of groups of rows with stacked weights, and bringing rows into groups and back.
+"""Gated feed-forward parts of many experts, on rows that are sorted by expert.
 
-What experts compute: tokens sorted by expert, each group multiplied with that expert's matrix. torch's own
-grouped product is used where it runs; elsewhere one product after the other, with the same result. Plain
-functions of tensors; nothing here knows of routers or of ranks.
+What experts compute. torch's grouped product is used where it runs; elsewhere one expert goes after the
+other, with the same result. Plain functions of tensors; nothing here knows of routers or of ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,87 +17,34 @@ from torch.autograd.function import once_differentiable
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPED_BYTES = 16
 """What rows of both operands of torch's grouped product are a multiple of."""
+APART = 16
+"""Numbers between rows whose columns a product reads: rows that are a power of two apart would share the same
+few places of a cache."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """Where the choices of all tokens stand once they are sorted by expert.
-
-    Args:
-        choices: numbers of the choices that count, sorted by expert and otherwise in order; choice c is one
-            of token c // num_choices.
-        counts: of choices by expert.
-        num_choices: of each token.
-    """
-
-    choices: Tensor
-    counts: list[int]
-    num_choices: int
-
-    @classmethod
-    def by_expert(cls, experts: Tensor, num_experts: int) -> Order:
-        """Sort the choices of tokens.
-
-        Args:
-            experts: [tokens, choices]; a choice of `num_experts` counts for nothing.
-        """
-        flat = experts.flatten()
-        counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
-        return cls(flat.argsort(stable=True)[: sum(counts)], counts, experts.shape[1])
-
-    def take(self, tokens: Tensor) -> Tensor:
-        """The row of each choice, from those of tokens [tokens, width]."""
-        rows: Tensor = _Taken.apply(tokens, self)  # type: ignore[no-untyped-call]
-        return rows
-
-    def put_back(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Rows [choices, width] of each token, weighted by [tokens, choices] and summed: [tokens, width]."""
-        spread = self.spread(rows, len(weights))
-        return (spread * weights.to(rows.dtype).unsqueeze(2)).sum(1)
-
-    def spread(self, rows: Tensor, num_tokens: int) -> Tensor:
-        """Rows [choices, width] in the places of their tokens, [tokens, num_choices, width]; 0 elsewhere."""
-        places = num_tokens * self.num_choices
-        make = rows.new_zeros if places > len(rows) else rows.new_empty
-        put = make(places, rows.shape[1]).index_copy_(0, self.choices, rows)
-        return put.view(num_tokens, self.num_choices, rows.shape[1])
-
-
-class _Taken(torch.autograd.Function):
-    """Rows of tokens; the gradients of a token's rows are summed in one fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Order) -> Tensor:
-        ctx.order, ctx.num_tokens = order, len(tokens)
-        return tokens.index_select(0, order.choices // order.num_choices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.order.spread(gradient, ctx.num_tokens).sum(1), None
-
-
-def grouped_product(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """`rows[i] @ weight[g].T` for the rows of each group g.
+def fed_forward(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """`down @ (silu(gate @ row) * (up @ row))` of each row, with the matrices of its expert.
 
     Args:
-        rows: [rows, in], those of a group together and groups in order.
-        weight: [groups, out, in].
-        counts: rows of each group.
+        rows: [rows, width], those of an expert together and experts in order.
+        gate_up: [experts, 2 * inner, width], gate before up.
+        down: [experts, width, inner].
+        counts: rows of each expert.
 
     Returns:
-        [rows, out].
+        [rows, width].
     """
-    if is_groupable(rows, weight):
+    if all(is_groupable(rows, weight) for weight in (gate_up, down)):
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    product: Tensor = _Grouped.apply(rows, weight, counts)  # type: ignore[no-untyped-call]
-    return product
+        inner = gated(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+        return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    out: Tensor = _OneByOne.apply(rows, gate_up, down, counts)  # type: ignore[no-untyped-call]
+    return out
 
 
 def is_groupable(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product takes these, and is faster: on a CPU it is a loop as well."""
-    widths = (rows.shape[1] * rows.itemsize, weight.shape[1] * weight.itemsize)
+    widths = (weight.shape[1] * weight.itemsize, weight.shape[2] * weight.itemsize)
     return (
         rows.device.type != "cpu"
         and rows.dtype == weight.dtype
@@ -108,36 +53,62 @@ def is_groupable(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-class _Grouped(torch.autograd.Function):
-    """The reference: a product for each group."""
+class _OneByOne(torch.autograd.Function):
+    """The reference. What lies between two products of an expert is still in a cache when the second one
+    comes, and in backward its memory serves the next expert.
+
+    Of the gate the sigmoid s is kept and, in its place, a = gate * s. The slope of `silu` is a + s * (1 - a),
+    so backward has no exponential.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+        width, num_inner = down.shape[1:]
+        packed, out = rows.new_empty(len(rows), 2 * num_inner), rows.new_empty(len(rows), width)
+        sigmoids, inner = rows.new_empty(len(rows), num_inner), rows.new_empty(max(counts), num_inner)
+        for expert, where in enumerate(_slices(counts)):
+            part, sigmoid = packed[where], sigmoids[where]
+            torch.mm(rows[where], gate_up[expert].t(), out=part)
+            gate, up = part.chunk(2, -1)
+            gate.mul_(torch.sigmoid(gate, out=sigmoid))
+            product = torch.mul(gate, up, out=inner[: len(part)])
+            torch.mm(product, down[expert].t(), out=out[where])
+        ctx.save_for_backward(rows, gate_up, down, packed, sigmoids)
         ctx.counts = counts
-        product = rows.new_empty(rows.shape[0], weight.shape[1])
-        for piece, matrix, into in zip(
-            torch.split(rows, counts), weight, torch.split(product, counts), strict=True
-        ):
-            torch.mm(piece, matrix.t(), out=into)
-        return product
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        wants_rows, wants_weight, _ = ctx.needs_input_grad
-        of_rows = torch.empty_like(rows) if wants_rows else None
-        of_weight = torch.empty_like(weight) if wants_weight else None
-        parts = zip(torch.split(gradient, ctx.counts), torch.split(rows, ctx.counts), strict=True)
-        start = 0
-        for group, (piece, inputs) in enumerate(parts):
+        rows, gate_up, down, packed, sigmoids = ctx.saved_tensors
+        made = [
+            torch.empty_like(each) if wanted else None
+            for each, wanted in zip((rows, gate_up, down), ctx.needs_input_grad, strict=False)
+        ]
+        of_rows, of_gate_up, of_down = made
+        most, num_inner = max(ctx.counts), down.shape[2]
+        inner, of_inner = rows.new_empty(2, most, num_inner)
+        of_packed, one = rows.new_empty(most, 2 * num_inner + APART)[:, :-APART], rows.new_ones(())
+        for expert, where in enumerate(_slices(ctx.counts)):
+            given, count = gradient[where], where.stop - where.start
+            (activated, up), sigmoid = packed[where].chunk(2, -1), sigmoids[where]
+            if of_down is not None:
+                torch.mm(given.t(), torch.mul(activated, up, out=inner[:count]), out=of_down[expert])
+            of_product, of_part = torch.mm(given, down[expert], out=of_inner[:count]), of_packed[:count]
+            of_gate, of_up = of_part.chunk(2, -1)
+            torch.mul(of_product, activated, out=of_up)
+            slope = torch.lerp(activated, one, sigmoid, out=inner[:count])
+            torch.mul(of_product.mul_(up), slope, out=of_gate)
+            if of_gate_up is not None:
+                torch.mm(of_part.t(), rows[where], out=of_gate_up[expert])
             if of_rows is not None:
-                torch.mm(piece, weight[group], out=of_rows[start : start + len(piece)])
-            if of_weight is not None:
-                torch.mm(piece.t(), inputs, out=of_weight[group])
-            start += len(piece)
-        return of_rows, of_weight, None
+                torch.mm(of_part, gate_up[expert], out=of_rows[where])
+        return of_rows, of_gate_up, of_down, None
+
+
+def _slices(counts: list[int]) -> list[slice]:
+    """Which rows each expert has."""
+    return [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
 
 
 def gated(packed: Tensor) -> Tensor:

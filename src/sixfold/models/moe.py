@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.models.grouped import Order, gated, grouped_product
+from sixfold.models.choices import Order
+from sixfold.models.grouped import fed_forward
 from sixfold.models.layers import FeedForward
 
-ENTROPY_UNIT = 1e-6
-"""Nats. Entropy is tallied in whole units, so that sums do not depend on their order."""
+UNIT = 1e-6
+"""Nats. Entropy and penalties are tallied in whole units, so that sums do not depend on their order."""
+NUM_FIGURES = 4
+"""That a tally has besides the choices of each expert."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ class RoutingStatistics:
         load: part of all choices that fell on each expert.
         dropped: part of all choices that found no room.
         entropy: of a token's scores over experts, in nats, mean over tokens.
+        penalty: what is minimised besides the loss because of it, in nats, mean over tokens.
     """
 
     load: tuple[float, ...]
     dropped: float
     entropy: float
+    penalty: float = 0.0
 
     @property
     def imbalance(self) -> float:
@@ -83,29 +88,31 @@ class Penalised(Protocol):
     penalty_scale: Tensor | float
 
 
-def tally_of(experts: Tensor, kept: Tensor, probabilities: Tensor) -> Tensor:
-    """Choices of each expert, choices without room, tokens, entropy in ENTROPY_UNIT: integers.
+def tally_of(experts: Tensor, kept: Tensor, probabilities: Tensor, penalties: Tensor | None) -> Tensor:
+    """Choices of each expert, choices without room, tokens, entropy and penalties in UNIT: integers.
 
     Args:
         experts: [tokens, choices].
         kept: which of them found room, likewise.
         probabilities: [tokens, experts].
+        penalties: [tokens]; None: none.
     """
-    entropy = torch.special.entr(probabilities).sum(-1) / ENTROPY_UNIT
-    rest = torch.stack(
-        [(~kept).sum(), kept.new_tensor(len(kept), dtype=torch.int64), entropy.round().long().sum()]
-    )
-    return torch.cat([torch.bincount(experts.flatten(), minlength=probabilities.shape[1]), rest])
+    entropy = torch.special.entr(probabilities).sum(-1)
+    nats = torch.stack([entropy, torch.zeros_like(entropy) if penalties is None else penalties])
+    counts = torch.stack([(~kept).sum(), kept.new_tensor(len(kept), dtype=torch.int64)])
+    chosen = torch.bincount(experts.flatten(), minlength=probabilities.shape[1])
+    return torch.cat([chosen, counts, (nats / UNIT).round().long().sum(1)])
 
 
 def statistics_of(tally: Tensor) -> RoutingStatistics | None:
     """What a sum of `tally_of` says; None where there were no tokens."""
-    *counts, dropped, num_tokens, entropy = tally.tolist()
+    *counts, dropped, num_tokens, entropy, penalty = tally.tolist()
     total = sum(counts)
     if total == 0:
         return None
     load = tuple(count / total for count in counts)
-    return RoutingStatistics(load, dropped / total, entropy * ENTROPY_UNIT / num_tokens)
+    entropy, penalty = (nats * UNIT / num_tokens for nats in (entropy, penalty))
+    return RoutingStatistics(load, dropped / total, entropy, penalty)
 
 
 class Router(nn.Module):
@@ -133,7 +140,7 @@ class Router(nn.Module):
         self.register_buffer("load", counts)
         self.register_buffer("bias_steps", counts.clone())
         self.register_buffer(
-            "tally", torch.zeros(config.num_experts + 3, dtype=torch.int64), persistent=False
+            "tally", torch.zeros(config.num_experts + NUM_FIGURES, dtype=torch.int64), persistent=False
         )
         self.reset_parameters()
 
@@ -160,8 +167,10 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         kept = within_capacity(experts, x.shape[0], config)
         if self.training and torch.is_grad_enabled():
-            self.tally += tally_of(experts, kept, probabilities.detach())
-            weights = with_penalty(weights, self._penalty(scores, probabilities), self)
+            penalties = self._penalties(scores, probabilities)
+            told = None if penalties is None else penalties.detach()
+            self.tally += tally_of(experts, kept, probabilities.detach(), told)
+            weights = with_penalty(weights, penalties, self)
         return experts.masked_fill(~kept, config.num_experts), weights * kept
 
     def end_update(self, tally: Tensor) -> None:
@@ -176,17 +185,17 @@ class Router(nn.Module):
         # Towards an equal share: up where there is less, down where there is more.
         self.bias_steps += (counts.sum() - self.config.num_experts * counts).sign()
 
-    def _penalty(self, scores: Tensor, probabilities: Tensor) -> Tensor | None:
-        """Summed over tokens, so that a batch may be cut anywhere; None where nothing is penalised."""
+    def _penalties(self, scores: Tensor, probabilities: Tensor) -> Tensor | None:
+        """Of each token, [tokens], so that a batch may be cut anywhere; None where nothing is penalised."""
         config = self.config
-        penalty = None
+        penalties = None
         if config.balance == "loss":
             load = self.load.to(scores.dtype) / self.load.sum().clamp_min(1)
-            penalty = config.balance_rate * config.num_experts * (probabilities @ load).sum()
+            penalties = config.balance_rate * config.num_experts * (probabilities @ load)
         if config.z_weight:
-            spread = config.z_weight * scores.logsumexp(-1).square().sum()
-            penalty = spread if penalty is None else penalty + spread
-        return penalty
+            spread = config.z_weight * scores.logsumexp(-1).square()
+            penalties = spread if penalties is None else penalties + spread
+        return penalties
 
 
 class Experts(nn.Module):
@@ -214,7 +223,7 @@ class Experts(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        beside: Callable[[], Tensor] | None = None,
+        beside: Callable[[], object] | None = None,
     ) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.
 
@@ -222,16 +231,16 @@ class Experts(nn.Module):
             hidden_states: [tokens, width].
             top_k_index: [tokens, choices]; `num_experts` is none.
             top_k_weights: [tokens, choices].
-            beside: computes something to be added, [tokens, width]; tokens may be on their way meanwhile.
+            beside: is called once; tokens may be on their way meanwhile.
         """
         order = Order.by_expert(top_k_index, self.num_experts)
-        out = order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
-        return out if beside is None else out + beside()
+        if beside is not None:
+            beside()
+        return order.put_back(self.on_groups(order.take(hidden_states), order.counts), top_k_weights)
 
     def on_groups(self, rows: Tensor, counts: list[int]) -> Tensor:
         """What experts make of rows [rows, width] that are sorted by expert, counts[e] of each."""
-        inner = gated(grouped_product(rows, self.gate_up_proj, counts))
-        return grouped_product(inner, self.down_proj, counts)
+        return fed_forward(rows, self.gate_up_proj, self.down_proj, counts)
 
 
 class MixtureOfExperts(nn.Module):
@@ -253,10 +262,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, length, width] to the same."""
         experts, weights = self.gate(x)
-        tokens, shared = x.flatten(0, 1), self.shared_experts
-        beside = None if shared is None else lambda: shared(tokens)
+        tokens, shared, made = x.flatten(0, 1), self.shared_experts, list[Tensor]()
+        beside = None if shared is None else lambda: made.append(shared(tokens))
         out: Tensor = self.experts(tokens, experts, weights, beside)
-        return out.view(x.shape)
+        return sum(made, out).view(x.shape)
 
 
 def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) -> Tensor:
@@ -280,11 +289,11 @@ def within_capacity(experts: Tensor, num_samples: int, config: ExpertsConfig) ->
 
 # What a graph finds in an attribute when it is made, it keeps for good.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def with_penalty(weights: Tensor, penalty: Tensor | None, router: Penalised) -> Tensor:
-    """`weights`, whose backward goes through `penalty` as well."""
-    if penalty is None:
+def with_penalty(weights: Tensor, penalties: Tensor | None, router: Penalised) -> Tensor:
+    """`weights`, whose backward goes through the sum of `penalties` as well."""
+    if penalties is None:
         return weights
-    out: Tensor = _Attached.apply(weights, penalty, router)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attached.apply(weights, penalties, router)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -299,13 +308,13 @@ class _Attached(torch.autograd.Function):
     recomputed with it, and stays with its stage of a pipeline."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, penalty: Tensor, router: Penalised) -> Tensor:
-        ctx.router, ctx.penalty = router, penalty.detach()
+    def forward(ctx: Any, weights: Tensor, penalties: Tensor, router: Penalised) -> Tensor:
+        ctx.router, ctx.penalties = router, penalties.detach()
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, torch.ones_like(ctx.penalty) * ctx.router.penalty_scale, None
+        return gradient, torch.ones_like(ctx.penalties) * ctx.router.penalty_scale, None
 
 
 class _Telling(torch.autograd.Function):

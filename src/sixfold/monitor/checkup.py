@@ -88,7 +88,7 @@ def _devices() -> Finding:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("devices", "ok", ", ".join(names))
     speedup = bf16_speedup(PEAK_SIZE, PEAK_SIZE, PEAK_SIZE, threads=1)
-    found = f"no GPU; {num_cores()} cores of {_processor()}, bf16 products {speedup:.1f} x as fast as fp32"
+    found = f"no GPU; {num_cores()} cores of {_processor()}, bf16 products {speedup:.2g} x as fast as fp32"
     return Finding("devices", "ok", found)
 
 

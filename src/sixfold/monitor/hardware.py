@@ -18,21 +18,23 @@ PEAK_SIZE = 1024
 
 _MOST_OPERATIONS = 2**30
 """In one product that types are compared by: some milliseconds."""
+_LONG_S = 0.05
+"""A product that takes so long is timed once: bf16 without instructions for it takes a second and more."""
 
 
 def _seconds_per_product(
     dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device, budget_s: float
 ) -> list[float]:
     """Durations of products [rows, inner] @ [inner, columns], repeated until the budget is used; at least
-    five."""
+    five, or one that takes long."""
     rows, inner, columns = shape
     # Ones, not random numbers: no random stream is touched, and the time does not depend on values.
     a = torch.ones(rows, inner, dtype=dtype, device=device)
     b = torch.ones(inner, columns, dtype=dtype, device=device)
     out = a @ b
     durations: list[float] = []
-    deadline = time.perf_counter() + budget_s
-    while len(durations) < 5 or time.perf_counter() < deadline:
+    least, deadline = 5, time.perf_counter() + budget_s
+    while len(durations) < least or time.perf_counter() < deadline:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         start = time.perf_counter()
@@ -40,6 +42,8 @@ def _seconds_per_product(
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         durations.append(time.perf_counter() - start)
+        if durations[-1] > _LONG_S:
+            least = 1
     return durations
 
 

@@ -20,11 +20,12 @@ from sixfold.parallel.tensor.axis import decide_tensor_axis
 from sixfold.plan import Geometry, Place
 
 DECIDE: dict[str, Decide] = {
+    "expert": decide_expert,
     "tensor": decide_tensor_axis,
     "context": decide_context_axis,
-    "expert": decide_expert,
 }
-"""By axis, in the order in which they are decided and applied."""
+"""By axis, in the order in which they are decided and applied: tokens go to experts inside of what the tensor
+axis puts around these."""
 
 
 def decide_axes(

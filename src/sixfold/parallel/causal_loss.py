@@ -105,8 +105,8 @@ class CausalLoss:
     Attributes:
         chunk: tokens of a chunk, 0 for all, None for `models.chunks` to decide by size.
         entries: of the whole vocabulary.
-        summed: loss of scores [rows, entries], or of this rank's part of them, and targets, in which negative
-            ones count for nothing.
+        summed: loss of scores [rows, entries], or of this rank's part of them, and of targets, in which
+            `IGNORED` counts for nothing.
         parted: inside of it the head leaves scores to be parts.
     """
 
@@ -215,14 +215,14 @@ def _counted(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | float]:
-    """What the library's loss of causal models makes of its arguments behind the scores: targets [rows], -1
-    where they count for nothing, and what their sum is divided by."""
+    """What the library's loss of causal models makes of its arguments behind the scores: targets [rows],
+    `IGNORED` where they count for nothing, and what their sum is divided by."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(labels.device)
     counts = targets != ignore_index
     count = counts.sum() if num_items_in_batch is None else num_items_in_batch
-    return targets.masked_fill(~counts, -1), count
+    return targets.masked_fill(~counts, IGNORED), count
 
 
 def _forget(model: Any, *_: object) -> None:

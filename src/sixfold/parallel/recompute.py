@@ -8,13 +8,15 @@ bit. It moves no state and knows nothing of ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from sixfold.parallel.tensor.crossing import SUMS
 
 Forward = Callable[..., Any]
 """`forward(block, *args, **kwargs)`, as a class defines it."""
@@ -43,7 +45,8 @@ def recomputed(forward: Forward, kind: Recompute) -> Forward:
     Args:
         forward: of a block; may take and return anything.
         kind: "full" saves the block's inputs alone; "selective" also the results of matrix products with
-            weights and of fused attention, and recomputes the rest (norms, activations, dropout, rotations).
+            weights, of sums over the tensor axis and of fused attention, and recomputes the rest (norms,
+            activations, dropout, rotations).
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; selective after Korthikanti et
     al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
@@ -72,8 +75,11 @@ def saves(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolic
     """The policy of selective recompute: whether the result of one torch operation is kept.
 
     Fused attention with dropout is not: a kernel that does not run again would not draw again either, and all
-    that is drawn after it in the block would differ.
+    that is drawn after it in the block would differ. Nor are gathers over the tensor axis, as large as what
+    they are parts of: they run again.
     """
+    if op is torch.ops.sixfold.exchange.default and args[1] not in SUMS:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     place = _KEPT.get(op)
     if place is None or (place < len(args) and args[place] > 0):
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -88,6 +94,7 @@ def _ops(places: dict[str, int]) -> dict[Any, int]:
 
 _NEVER = 1 << 30
 _KEPT = _ops(dict.fromkeys(_PRODUCTS, _NEVER) | _ATTENTION)
+_KEPT[torch.ops.sixfold.exchange.default] = _NEVER
 _SELECTIVE = functools.partial(create_selective_checkpoint_contexts, saves)
 
 _Context = AbstractContextManager[Any]
@@ -101,18 +108,27 @@ def _contexts(block: nn.Module, kind: Recompute) -> tuple[_Context, _Context]:
         if owner.training
         for name, buffer in owner.named_buffers(recurse=False)
     ]
-    return first, _as_before(buffers, second) if buffers else second
+    return first, _AsBefore(buffers, second) if buffers else second
 
 
-@contextmanager
-def _as_before(buffers: list[tuple[nn.Module, str, torch.Tensor]], inner: _Context) -> Iterator[None]:
-    """Run again on buffers as they were before the first run; what it makes of them is dropped."""
-    current = [(owner, name, getattr(owner, name)) for owner, name, _ in buffers]
-    for owner, name, before in buffers:
-        setattr(owner, name, before.clone())
-    try:
-        with inner:
-            yield
-    finally:
-        for owner, name, buffer in current:
-            setattr(owner, name, buffer)
+class _AsBefore(AbstractContextManager[None]):
+    """Run again on buffers as they were before the first run; what it makes of them is dropped.
+
+    Entered once for every backward through the block, so it is no generator.
+    """
+
+    def __init__(self, buffers: list[tuple[nn.Module, str, torch.Tensor]], inner: _Context) -> None:
+        self._before, self._inner = buffers, inner
+
+    def __enter__(self) -> None:
+        self._current = [(owner, name, getattr(owner, name)) for owner, name, _ in self._before]
+        for owner, name, before in self._before:
+            setattr(owner, name, before.clone())
+        self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self._inner.__exit__(*raised)
+        finally:
+            for owner, name, buffer in self._current:
+                setattr(owner, name, buffer)

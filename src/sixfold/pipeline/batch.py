@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sixfold.base.errors import ModelError
+from sixfold.models.chunks import IGNORED
 
 Batch = Any
 """A tensor, or a mapping, tuple or list of fields, nested at will."""
@@ -101,18 +102,36 @@ def divide(batch: Batch, parts: int) -> list[Batch]:
     return [_rows(batch, start, stop, total) for start, stop in pairwise(borders)]
 
 
-def without_targets(batch: Batch, ignored: int) -> Batch:
-    """One sample shaped as those of `batch`, of which no label counts.
+def targets_of(batch: Batch) -> torch.Tensor | None:
+    """The labels: the integer field of that name, else the first integer tensor with -100 in it. None: there
+    are none, or they are not known from other numbers, and all count."""
+    named = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(named, torch.Tensor):
+        return named if named.dim() and not named.is_floating_point() else None
+    for tensor in tensors_of(batch):
+        if not tensor.dtype.is_floating_point and tensor.dtype.is_signed and bool((tensor == IGNORED).any()):
+            return tensor
+    return None
 
-    Args:
-        ignored: the label that does not.
-    """
+
+def with_targets(batch: Batch) -> Batch:
+    """A batch of which every label counts: those that did not are 0."""
+    targets = targets_of(batch)
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.masked_fill(tensor == IGNORED, 0) if tensor is targets else tensor
+
+    return batch if targets is None else change_tensors(batch, fill)
+
+
+def without_targets(batch: Batch) -> Batch:
+    """One sample shaped as those of `batch`, of which no label counts."""
 
     def one(name: str, field: Any) -> Any:
         if not isinstance(field, torch.Tensor) or not field.dim():
             return field
         is_mask = name == "attention_mask" and not field.is_floating_point()
-        fill = ignored if name in ("labels", "shift_labels") else int(is_mask)
+        fill = IGNORED if name in ("labels", "shift_labels") else int(is_mask)
         return field.new_full((1, *field.shape[1:]), fill)
 
     if not isinstance(batch, Mapping):

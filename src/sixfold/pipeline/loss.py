@@ -20,7 +20,7 @@ from torch import nn
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
 from sixfold.models.chunks import IGNORED
-from sixfold.pipeline.batch import Batch, lengths_of, num_samples, tensors_of
+from sixfold.pipeline.batch import Batch, lengths_of, num_samples, targets_of, with_targets
 
 WAYS = (
     "return (sum, weight) from the model or from loss_fn, or call engine.backward(loss, weight=...) "
@@ -61,7 +61,7 @@ class Counts:
     def of(cls, batch: Batch) -> Counts:
         """Count a batch; without integer labels every sample is one target."""
         samples = float(num_samples(batch))
-        labels = _labels_of(batch)
+        labels = targets_of(batch)
         if labels is None:
             return cls(samples, samples, samples, samples, samples)
         valid = (labels != IGNORED).double()
@@ -171,13 +171,21 @@ class LossForm:
         return self._items(update) if self.shift is not None else update.samples
 
     def read(
-        self, output: Any, batch: Batch, scale: float, *, part: float = 1.0, items: float | None = None
+        self,
+        output: Any,
+        batch: Batch,
+        scale: float,
+        *,
+        part: float = 1.0,
+        least: float = 1.0,
+        items: float | None = None,
     ) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`.
 
         Args:
             batch: what the output came from.
             part: how much of its samples' targets it holds, where sequences are cut.
+            least: and how much the rank does that has least of them.
             items: how many labels it holds; None: they are counted.
         """
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
@@ -195,10 +203,10 @@ class LossForm:
                 fix="return (sum, weight) from the model or from loss_fn",
             )
         samples = lengths[0] * part
-        if not samples:
+        if not lengths[0] * least:  # judged alike on all ranks that share them
             raise ModelError(
-                f"a mean loss over {lengths[0]} samples with {part:.0%} of their targets, run because other "
-                "ranks have more",
+                f"a mean loss over {lengths[0]} samples, of whose targets a rank has {least:.0%}, run where "
+                "other ranks have more",
                 rule="a mean over nothing is no number",
                 fix="return (sum, weight) from the model or from loss_fn, or give every rank as many samples "
                 "as there are micro-batches, with targets in every part of a sequence",
@@ -207,17 +215,6 @@ class LossForm:
 
     def _items(self, counts: Counts) -> float:
         return counts.shifted if self.shift == 1 else counts.targets
-
-
-def _labels_of(batch: Batch) -> torch.Tensor | None:
-    """The labels: the integer field of that name, else the first integer tensor with -100 in it."""
-    named = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(named, torch.Tensor):
-        return named if named.dim() and not named.is_floating_point() else None
-    for tensor in tensors_of(batch):
-        if not tensor.dtype.is_floating_point and tensor.dtype.is_signed and bool((tensor == IGNORED).any()):
-            return tensor
-    return None
 
 
 def weight_of(value: Any) -> float:
@@ -298,8 +295,7 @@ def _honoured_shift(module: nn.Module, run: Callable[[Mapping[str, Any]], Any], 
         key: value[:1] if isinstance(value, torch.Tensor) and value.dim() else value
         for key, value in batch.items()
     }
-    labels = one["labels"]
-    one["labels"] = torch.where(labels == IGNORED, torch.zeros_like(labels), labels)
+    labels, one = one["labels"], with_targets(one)
     was_training = module.training
     module.eval()
     try:

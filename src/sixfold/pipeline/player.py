@@ -144,12 +144,12 @@ class Player:
         every backward has had its own.
 
         Args:
-            counts: this rank's samples and targets.
+            counts: samples and targets of this rank, which others along the tensor axis have too.
             has_means: whether a loss counts as a mean over samples.
         """
         try:
             step = self._begun()
-            step.counts, step.has_means = counts, has_means
+            step.counts, step.has_means = counts if self._tells_loss else Counts(), has_means
             if not step.accumulates:
                 self._passes.begin(step)
             reduce = "" if self._state.reduces_with_backward else "reduce 0 |"
@@ -169,6 +169,7 @@ class Player:
 
     def _update(self, step: Step, instruction: Instruction) -> None:
         self._state.finish_reduce()
+        self._state.edits.absorb(in_update=True)
         self._state.sums.share()
         own_bounds = self._optimizer.clip_norms
         # Norms and losses are summed together, so that ranks meet once.

@@ -8,7 +8,7 @@ lines run and nothing is cut.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,20 @@ from sixfold.base.errors import ModelError
 from sixfold.models.chunks import IGNORED
 from sixfold.parallel import ContextAttention, Sequences, cut_rows, length_limits, num_rows, seen_by
 from sixfold.parallel.context.attention import OFF
-from sixfold.pipeline.batch import Batch, change_tensors, num_samples, tensors_of
+from sixfold.pipeline.batch import (
+    Batch,
+    change_tensors,
+    num_samples,
+    targets_of,
+    tensors_of,
+    with_targets,
+)
 
 PER_TOKEN = "per_token"
 """Method by which a model may say what it takes with one entry a token in each field."""
-_TRIED = 8
-"""Tokens for each rank, at least, on which it is tried whether a model can be cut."""
+_TRIED = 4096
+"""Tokens, or as many as a rank has where that is more, on which it is tried whether a model can be cut: what
+mixes tokens farther apart is not seen. A forward of so many takes no more memory than an update does."""
 _BOUND, _NARROW_BOUND = 1e-4, 3e-2
 """How far numbers may be off by rounding, in fp32 and in 16 bits."""
 
@@ -39,12 +47,14 @@ class Piece:
         batch: its fields, cut.
         sequences: which sequences it was cut from; None where they are whole.
         share: the part of the micro-batch's targets that is in it.
+        least: the smallest such part that any rank has.
         targets: how many these are; None where there are no labels, or nothing is cut.
     """
 
     batch: Batch
     sequences: Sequences | None = None
     share: float = 1.0
+    least: float = 1.0
     targets: float | None = None
 
 
@@ -131,26 +141,28 @@ class SequenceCut:
             is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
             return cut_rows(tensor, spans, 1) if is_sequence else tensor
 
-        part = change_tensors(fields, cut)
-        labels = fields.get("labels") if isinstance(fields, Mapping) else None
+        part, targets = change_tensors(fields, cut), targets_of(fields)
         known = {name: each.to(self._device) for name, each in known.items()}
         sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
         if sequences.seen is not None:
             part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
-        if not isinstance(labels, Tensor) or labels.shape != (len(labels), length):
+        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
             return Piece(part, sequences, num_rows(spans) / length)
-        valid, own = (float((each != IGNORED).sum()) for each in (labels, part["labels"]))
-        return Piece(part, sequences, own / max(1.0, valid), own)
+        parts = (cut_rows(targets, self._attention.spans_in(length, place), 1) for place in range(num_ranks))
+        found = [float((each != IGNORED).sum()) for each in parts]
+        own, valid = found[self._attention.group.place], max(1.0, sum(found))
+        return Piece(part, sequences, own / valid, min(found) / valid, own)
 
     def short(self, batch: Batch) -> Batch:
-        """The beginning of a batch's first sample, to try the model on, with a target everywhere; all of the
-        batch where nothing is cut or there is nothing."""
+        """A batch's first sample, or its beginning where that is long, to try the model on, with a target
+        everywhere; all of the batch where nothing is cut or there is nothing."""
         if self._attention is None or not num_samples(batch):
             return batch
         length, num_ranks = _length(batch), self._attention.group.num_ranks
         # The parts of a beginning that is shorter by periods divide as those of the whole do.
         period = 2 * num_ranks * self._multiple
-        kept = -(-_TRIED * num_ranks // period) * period + length % period
+        spare = length - max(_TRIED, length // num_ranks)
+        kept = length - max(0, spare) // period * period
 
         def begin(tensor: Tensor) -> Tensor:
             if tensor.dim() > 1 and tensor.shape[1] == length:
@@ -158,11 +170,7 @@ class SequenceCut:
             is_of_pairs = tensor.dim() == 4 and tensor.shape[2:] == (length, length)
             return tensor[:1, :, :kept, :kept] if is_of_pairs else tensor[:1] if tensor.dim() else tensor
 
-        short = change_tensors(batch, begin)
-        if isinstance(short, Mapping) and isinstance(short.get("labels"), Tensor):
-            labels = short["labels"]
-            short = {**short, "labels": labels.masked_fill(labels == IGNORED, 0)}
-        return short
+        return change_tensors(with_targets(batch), begin)
 
     def padded(self, short: Batch) -> list[Batch]:
         """The same with its first tokens hidden, for a model that is told positions, and could count
@@ -182,6 +190,16 @@ class SequenceCut:
             # The last hidden one is asked for the first that is not.
             fields["labels"] = short["labels"].masked_fill(place <= num_hidden, IGNORED)
         return [fields]
+
+    @contextmanager
+    def noting(self) -> Iterator[list[ModelError]]:
+        """Inside, masks that this rank refuses are put on the list: others go on, and wait for its rows."""
+        assert self._attention is not None, "asked where something is cut"
+        self._attention.refused = refused = list[ModelError]()
+        try:
+            yield refused
+        finally:
+            self._attention.refused = None
 
     def difference(self, expected: Any, output: Any, piece: Piece, loss: float, total: float) -> float:
         """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
@@ -209,22 +227,37 @@ class SequenceCut:
         return float(torch.tensor(errors).max())  # of which one that is no number is the largest
 
     def judge(
-        self, error: float, padded_error: float, *, is_narrow: bool, is_bad: Callable[[bool], bool]
+        self,
+        error: float,
+        padded_error: float,
+        refused: Sequence[ModelError],
+        *,
+        is_narrow: bool,
+        is_bad: Callable[[bool], bool],
     ) -> None:
-        """Raise ModelError where some rank's `difference` is more than rounding. Where only that with hidden
-        tokens is, batches that have such are refused from now on.
+        """Raise ModelError where some rank had to refuse a mask, or its `difference` is more than rounding.
+        Where only that with hidden tokens is, batches that have such are refused from now on.
 
         Args:
+            refused: what `noting` has noted.
             padded_error: the difference for what `padded` gave.
             is_narrow: whether the model computes in a type of 16 bits.
             is_bad: whether any rank says so.
         """
         assert self._attention is not None, "asked where something is cut"
         bound = _NARROW_BOUND if is_narrow else _BOUND
+        cut = f"{type(self._module).__name__} over layout.context = {self._attention.group.num_ranks}"
+        if is_bad(bool(refused)):
+            elsewhere = ModelError(
+                f"{cut}: another rank refuses the attention mask of its rows",
+                rule="attention across ranks knows of masks what the batch says: documents, padding, order",
+                fix=f"do what the error of that rank says, or {OFF}",
+            )
+            raise refused[0] if refused else elsewhere
         if is_bad(not error <= bound):
             raise ModelError(
-                f"{type(self._module).__name__} over layout.context = {self._attention.group.num_ranks}: its "
-                f"outputs for a sequence that is cut differ by {error:.1e} from those for the whole one",
+                f"{cut}: its outputs for a sequence that is cut differ by {error:.1e} from those for the "
+                "whole one",
                 rule="attention by scaled_dot_product_attention alone may mix tokens, positions are told by "
                 f"position_ids or by the model's {PER_TOKEN}, and the loss is a sum or mean over tokens, "
                 "whose labels are not shifted by a loss_fn",

@@ -114,7 +114,8 @@ def decide_geometry(layout: LayoutConfig, world_size: int) -> Geometry:
             rule="pipe x data x context x tensor is the number of ranks",
             fix=f"set layout.data = {world_size // others}, or leave it unset, or start {data * others} ranks"
             if world_size >= others
-            else f"start {data * others} ranks, or make layout.pipe, context or tensor smaller",
+            else f"start {data * others} ranks (launch.ranks, or as the launcher has it), or make "
+            "layout.pipe, context or tensor smaller",
         )
     replicas = data * layout.context
     along = f"{data} data ranks" + (f" x {layout.context} context ranks" if layout.context > 1 else "")

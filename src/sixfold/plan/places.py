@@ -32,6 +32,11 @@ class Place:
     axes: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
 
+    def and_also(self, other: Place) -> Place:
+        """The piece of one parameter where other axes cut it too, in other dims."""
+        spans = tuple(mine or theirs for mine, theirs in zip(self._given, other._given, strict=True))
+        return Place(self.shape, spans, (*self.axes, *other.axes), (*self.partial, *other.partial))
+
     @cached_property
     def piece(self) -> tuple[int, ...]:
         """Shape of the piece."""
@@ -39,8 +44,11 @@ class Place:
 
     @cached_property
     def _all_spans(self) -> tuple[tuple[Span, ...], ...]:
-        given = self.spans or ((),) * len(self.shape)
-        return tuple(spans or ((0, size),) for spans, size in zip(given, self.shape, strict=True))
+        return tuple(spans or ((0, size),) for spans, size in zip(self._given, self.shape, strict=True))
+
+    @property
+    def _given(self) -> tuple[tuple[Span, ...], ...]:
+        return self.spans or ((),) * len(self.shape)
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(first element in the whole, first element in the piece, number) of neighbours in both, in order.

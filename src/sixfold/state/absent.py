@@ -1,13 +1,13 @@
 """What a parameter is while its numbers are not on this rank: shape, type and name, and no numbers.
 
-A unit gives its parameters this class when it drops its working copy and their own class back when it is
-whole again. Reading freed memory would end the process without a word; a parameter of this class raises
+`Presence` gives the parameters of a unit this class when their numbers go and their own class back when they
+come. Reading freed memory would end the process without a word; a parameter of this class raises
 instead and says what to do. It frees and gathers nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,11 @@ ELSEWHERE = (
     "read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); train with "
     "engine.train_step and evaluate with engine.eval_step",
 )
+CLOSED = (
+    "after engine.close()",
+    "with cut parameters (layout.zero = 3) a rank has its slice alone, and a closed engine gathers no more",
+    "use engine.full_state_dict() or engine.save(folder) before engine.close(), and load it into a new model",
+)
 """Why there are none: where, the rule, and a change that works."""
 
 
@@ -72,10 +77,11 @@ class Absent(nn.Parameter):
     ) -> Any:
         if func in _HARMLESS:
             return nn.Parameter.__torch_function__(func, types, args, dict(kwargs or {}))  # type: ignore[no-untyped-call]
-        what = getattr(func, "__name__", str(func)).strip("_")
-        accessor = getattr(getattr(func, "__self__", None), "__name__", None)
+        what = getattr(func, "__name__", str(func))
+        if what in ("__get__", "__set__"):
+            what = func.__self__.__name__  # type: ignore[attr-defined]
         raise StateError(
-            f"{_touched(cls, args, kwargs)}: {accessor or what} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
+            f"{_touched(cls, args, kwargs)}: {what.strip('_')} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
         )
 
 
@@ -87,7 +93,7 @@ def _touched(cls: type[Absent], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def absent_class(
     parameter: nn.Parameter, names: Mapping[int, str], why: tuple[str, str, str] = DROPPED
-) -> type[nn.Parameter]:
+) -> type[Absent]:
     """The class that `parameter` has while it has no numbers.
 
     Args:
@@ -97,33 +103,3 @@ def absent_class(
     kind = type(parameter)
     bases = (Absent,) if kind is nn.Parameter else (Absent, kind)
     return type("Absent", bases, {"names": names, "why": why, "__module__": __name__})
-
-
-class Mask:
-    """The class `Absent` on the parameters of a unit, put on while they have no numbers.
-
-    Args:
-        parameters: of the unit.
-        names: theirs.
-
-    Attributes:
-        is_on: whether they have none. Who asks for what needs no numbers takes it off for that moment.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
-        self._own = [(parameter, type(parameter)) for parameter in parameters]
-        by_id = {id(parameter): name for parameter, name in zip(parameters, names, strict=True)}
-        self._absent = [(parameter, absent_class(parameter, by_id)) for parameter in parameters]
-        self.is_on = False
-
-    def put_on(self) -> None:
-        """The parameters raise when their numbers are touched."""
-        self.is_on = True
-        for parameter, kind in self._absent:
-            parameter.__class__ = kind
-
-    def take_off(self) -> None:
-        """They are used again."""
-        self.is_on = False
-        for parameter, kind in self._own:
-            parameter.__class__ = kind

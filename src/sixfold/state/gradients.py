@@ -16,8 +16,8 @@ from torch import nn
 from sixfold.mesh import Group, Pending, Replicas, untouched_zeros
 from sixfold.parallel import DTYPES
 from sixfold.plan import REPLICAS, PrecisionPlan, Residency, UnitPlan
-from sixfold.state.absent import Mask
 from sixfold.state.flat import views_of
+from sixfold.state.presence import Presence
 
 
 class Gradients:
@@ -29,7 +29,7 @@ class Gradients:
         residency: what is cut, and when it is reduced.
         parameters: of the unit, in the order of its slots.
         own: elements of the unit that this rank keeps the sum of.
-        mask: lifted while gradients of dropped parameters are looked at.
+        presence: of the parameters.
         replicas: the ranks that sum theirs.
 
     Attributes:
@@ -40,6 +40,10 @@ class Gradients:
         summed: over how many ranks what is in `reduced` has been summed; see `Plan.summands`.
         local: [numel], this rank's own gradients until they are reduced; see `open`.
         reduces_each: whether those of each micro-batch are reduced by themselves.
+        has_sum: whether `reduced` holds a sum of this update, to which others are added.
+        sent: what is on its way.
+        awaited: places of parameters that have received no gradient since the last reduction, where that is
+            noted.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Gradients:
         residency: Residency,
         parameters: Sequence[nn.Parameter],
         own: slice,
-        mask: Mask,
+        presence: Presence,
         replicas: Replicas,
     ) -> None:
         self.plan = plan
@@ -58,7 +62,7 @@ class Gradients:
         self._may_land = bool(residency.gradients)
         self._parameters = parameters
         self._own = own
-        self._mask = mask
+        self._presence = presence
         self._replicas = replicas
         self._dtype, self._sum_dtype = DTYPES[precision.grad], DTYPES[precision.reduce]
         self._wide = torch.promote_types(self._dtype, torch.float32)
@@ -73,9 +77,11 @@ class Gradients:
         self.summed: dict[str, int] = {}
         self._buffers: dict[int, _Buffer] = {}  # by address: a few come again and again
         self.local: _Buffer | None = None
-        self._has_sum = False
+        self._places = dict.fromkeys(range(len(plan.slots)))
+        self.awaited = dict(self._places)
+        self.has_sum = False
         self._is_landing = False  # whether what is on its way arrives in `reduced`
-        self._sent: _Buffer | None = None
+        self.sent: _Buffer | None = None
         if self.reduces_each:
             self.reduced = untouched_zeros(stop - start, self._dtype, replicas.device)
         else:
@@ -91,27 +97,19 @@ class Gradients:
             for parameter, view in zip(self._parameters, self.local.views, strict=True):
                 parameter.grad = view
 
-    def drop(self) -> None:
-        """Start a new accumulation; called while the parameters have their own classes.
+    def reclaim(self) -> None:
+        """Before a new accumulation: what is left of the one before is thrown away.
 
         Nothing is zeroed: autograd hands over each first gradient, and it is copied over the old one. That
         moves fewer bytes than zeroing and adding.
         """
-        self._has_sum = False
-        self.summed = {}
-        self.local_sum = torch.zeros((), device=self._replicas.device)
-        if self._sent is not None and self.reduces_each:
-            # An error left it on its way: memory that others may still write into is not used again.
-            self._buffers.pop(self._sent.flat.data_ptr())
-            self._sent = None
         if self.local is not None:
             if self.reduces_each:
                 self._replicas.exchangeable.give(self.local.flat)
                 self.local = None
             else:
                 self._replicas.exchangeable.reclaim(self.local.flat)
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.awaited.update(self._places)
 
     def open(self) -> _Buffer:
         """Have memory for this rank's own gradients."""
@@ -133,26 +131,36 @@ class Gradients:
         """
         _bring(self._parameters[index], (self.local or self.open()).views[index])
 
+    def first_arrived(self) -> str:
+        """The name of the first parameter that is not awaited."""
+        return next(slot.name for place, slot in enumerate(self.plan.slots) if place not in self.awaited)
+
     def start_reduce(self) -> None:
         """Bring all gradients home, and start to sum them over the replicas, in the reduce type.
 
         Where this rank will not have the whole sum its parameters show none from here on; where each
         micro-batch is reduced, gradients of the next one have other memory.
         """
-        mask, local = self._mask, self.local or self.open()
+        presence, local = self._presence, self.local or self.open()
         stays = not (self._spread or self.reduces_each)
-        is_dropped = mask.is_on
+        is_dropped = presence.is_dropped
         if is_dropped:
-            mask.take_off()
+            for parameter, kind in presence.own:
+                parameter.__class__ = kind
         for parameter, view in zip(self._parameters, local.views, strict=True):
-            if parameter.grad is not view:
+            grad = parameter.grad
+            if grad is None or grad.is_sparse:
                 _bring(parameter, view)
-            if not stays:
-                parameter.grad = None
+            elif grad is not view:  # as `_bring` does, without a call for each of them
+                view.copy_(grad)
+            parameter.grad = view if stays else None
         if is_dropped:
-            mask.put_on()
+            for parameter, kind in presence.absent:
+                parameter.__class__ = kind
+        self.awaited.update(self._places)
         # Once they are summed over ranks, nothing else tells whose gradients were not finite.
-        self.local_sum = self.local_sum + local.flat.sum(dtype=self._wide)
+        local_sum = local.flat.sum(dtype=self._wide)
+        self.local_sum = self.local_sum + local_sum if self.has_sum else local_sum
         # One rank has nobody to send to, but the rounding must be that of every other layout.
         sent, is_alike = local, self._sum_dtype == self._dtype
         if not is_alike:
@@ -162,7 +170,7 @@ class Gradients:
                 self._replicas.exchangeable.give(local.flat)
         if self.reduces_each:
             self.local = None
-        self._sent, self._is_landing = sent, is_alike and self._may_land and not self._has_sum
+        self.sent, self._is_landing = sent, is_alike and self._may_land and not self.has_sum
         pending = sent.sums.get(self._is_landing)
         if pending is None:
             into = self.reduced if self._is_landing else None
@@ -171,32 +179,22 @@ class Gradients:
         pending.start()
 
     def finish_reduce(self) -> None:
-        """Wait for the sum; afterwards `reduced` and `squares` hold it.
+        """Wait for the sum, if it is on its way, and note the squares of what `reduced` holds now.
 
         Where each micro-batch is reduced, sums of one update add up and this rank's own gradients go.
         """
-        sent, self._sent = self._sent, None
+        sent, self.sent = self.sent, None
         if sent is not None:
             sent.sums[self._is_landing].wait()
             mine = sent.flat[self._own]
-            if self._has_sum:
+            if self.has_sum:
                 self.reduced.add_(mine)
             elif not self._is_landing and mine.data_ptr() != self.reduced.data_ptr():
                 self.reduced.copy_(mine)
-            self._has_sum = self.reduces_each
+            self.has_sum = self.reduces_each
             self.summed = {REPLICAS: self._replicas.num_ranks}
             if sent is not self.local:
                 self._replicas.exchangeable.give(sent.flat)
-        self.take_norms()
-
-    def sum_over(self, group: Group, axis: str) -> None:
-        """Sum `reduced` over ranks along an axis of the mesh that are no replicas."""
-        group.all_reduce(self.reduced).wait()
-        self.summed[axis] = group.num_ranks
-        self.take_norms()
-
-    def take_norms(self) -> None:
-        """Note the squares of `reduced` in `squares`."""
         # Taken here, the pass over this unit runs while later units are still on their way. A norm has
         # the type of its numbers, and bf16 would keep three digits of it.
         norms = []
@@ -204,6 +202,12 @@ class Gradients:
             norms.append(torch.linalg.vector_norm(self.reduced[part], dtype=self._wide))
         if norms:
             self.squares = torch.stack(norms).double().square()
+
+    def sum_over(self, group: Group, axis: str) -> None:
+        """Sum `reduced` over ranks along an axis of the mesh that are no replicas."""
+        group.all_reduce(self.reduced).wait()
+        self.summed[axis] = group.num_ranks
+        self.finish_reduce()
 
 
 @dataclass(frozen=True, eq=False)

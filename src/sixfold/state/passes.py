@@ -1,39 +1,58 @@
-"""Passes through the model, where parameters are cut, and the one order of units that each kind of pass has.
+"""Passes through the model where parameters are cut, and the one order of units that each kind of pass has.
 
-Values that `Gathering` keeps: what a pass has done so far on this rank, and how the first pass of a kind
-settles the order for all later ones. Nothing here gathers or sends.
+Values, made once: how the first pass of a kind settles the order for all later ones, and the route that these
+take, in which every gather, drop and reduction has its place. Nothing here gathers or sends.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 
-from sixfold.base.errors import MeshError
-from sixfold.mesh import Mesh, Pending
 from sixfold.state.unit import Unit
 
 EVALUATION, FORWARD, BACKWARD = "forward without gradients", "forward", "backward"
-PASSES = (EVALUATION, FORWARD, BACKWARD)
-"""Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
+UNREDUCED = "backward that is not the engine's"
+"""Kinds of passes. The last is what torch runs by itself, for the loss of another model or for a gradient
+that somebody asks for: a backward in which nothing is reduced."""
+PASSES = (EVALUATION, FORWARD, UNREDUCED, BACKWARD)
+"""Where ranks come to different ones, the first in this order goes first."""
 
-_MOST_LETTERS = 96
-
-
-class Hooked:
-    """Whose methods are hooks of a module: a copy of that module keeps to the one there is."""
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
+Users = Mapping[str, Sequence[Unit]]
+"""The units that a block uses, by its name."""
 
 
 def forward_kind() -> str:
     """The kind of a forward here and now."""
     return FORWARD if torch.is_grad_enabled() else EVALUATION
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is whole on this rank.
+
+    Args:
+        units: those that are now.
+        holding: those of blocks that run other blocks inside them, as far as this rank has seen; they are not
+            dropped before the end of a pass.
+    """
+
+    units: set[Unit] = field(default_factory=set)
+    holding: set[Unit] = field(default_factory=set)
+
+    def gather(self, unit: Unit) -> None:
+        """Make a unit whole and wait for it."""
+        unit.presence.gather().wait()
+        unit.presence.show()
+        self.units.add(unit)
+
+    def drop(self, unit: Unit) -> None:
+        """The reverse."""
+        self.units.discard(unit)
+        unit.presence.drop()
 
 
 @dataclass(frozen=True)
@@ -48,34 +67,6 @@ class Order:
 
     units: Sequence[Unit] = ()
     lasting: frozenset[Unit] = frozenset()
-
-
-@dataclass
-class Pass:
-    """A pass under way.
-
-    Args:
-        order: None in the first pass of a kind.
-        todo: what is still to be gathered, where that is known, from `place` on.
-        kept: what is whole after it, on every rank.
-        stays: units that are not dropped before its end.
-        leaving: of a backward pass, what ranks will be done with before its end, in the order's order.
-        is_plain: of a backward pass, that it follows one forward, in which no block was wanted twice.
-        found: what was gathered, where the order is found out now.
-        behind: what a backward pass has reached on this rank.
-    """
-
-    kind: str
-    order: Order | None
-    todo: list[Unit]
-    kept: frozenset[Unit]
-    stays: set[Unit]
-    leaving: list[Unit]
-    is_plain: bool
-    place: int = 0
-    under_way: dict[Unit, Pending] = field(default_factory=dict)
-    found: list[Unit] = field(default_factory=list)
-    behind: set[Unit] = field(default_factory=set)
 
 
 def settle(
@@ -102,21 +93,100 @@ def settle(
     return Order(tuple(units), frozenset((*staying, *repeated, *holders)))
 
 
-def disagreement(mesh: Mesh, call: str) -> MeshError:
-    """The error where data ranks came to different calls. A collective among them.
+@dataclass(frozen=True)
+class Step:
+    """What ranks do together when a pass comes to a unit.
 
     Args:
-        call: what this rank came to.
+        unit: it is gathered.
+        leaves: units that backward is through with by now; they are reduced, and dropped.
+        starts: units whose gathers start when this one has arrived.
     """
-    letters = call.encode()[:_MOST_LETTERS].ljust(_MOST_LETTERS)
-    calls = [bytes(map(int, row)).decode(errors="replace").strip() for row in mesh.everyones(*letters)]
-    return MeshError(
-        "; ".join(f"rank {rank} came to {call}" for rank, call in enumerate(calls)),
-        rule="with cut parameters all ranks make the same calls of the engine in the same order, and of "
-        "several engines the same forwards and backwards as well",
-        fix="call it on every rank, also where its result is not used; with several engines give every "
-        "rank equally many micro-batches",
-    )
+
+    unit: Unit
+    leaves: Sequence[Unit]
+    starts: Sequence[Unit]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A pass, decided from its beginning to its end.
+
+    Args:
+        starts: units whose gathers start at once.
+        steps: one for each unit that is not whole yet, in the order that all ranks keep.
+        drops: by name of a block, what is dropped when its forward has ended.
+        stays: what is not dropped on the way.
+        kept: what is whole after it, on every rank.
+    """
+
+    starts: Sequence[Unit]
+    steps: Sequence[Step]
+    drops: Users
+    stays: frozenset[Unit]
+    kept: frozenset[Unit]
+
+
+def route(
+    order: Order,
+    present: Collection[Unit],
+    kept: frozenset[Unit],
+    users: Users,
+    prefetch_bytes: int | None,
+    *,
+    is_backward: bool,
+) -> Route:
+    """Decide a pass.
+
+    Args:
+        present: what is whole at its beginning, on every rank.
+        kept: see `Route`.
+        prefetch_bytes: bound on what is gathered ahead; None for always one unit.
+    """
+    todo = [unit for unit in order.units if unit not in present]
+    ahead = _ahead(todo, prefetch_bytes)
+    starts = next(ahead)
+    leaving = deque(unit for unit in order.units if is_backward and unit not in order.lasting)
+    steps = []
+    for unit, then in zip(todo, ahead, strict=True):
+        leaves = leave_before(unit, leaving) if unit in leaving else []
+        steps.append(Step(unit, leaves, then))
+    stays = kept | order.lasting
+    return Route(starts, steps, drops_of(users, stays), stays, kept)
+
+
+def leave_before(unit: Unit, leaving: deque[Unit]) -> list[Unit]:
+    """Take out of `leaving`, which holds `unit`, what backward is through with when it has come there: all
+    units before that are of other blocks."""
+    left = []
+    while not set(leaving[0].plan.blocks) & set(unit.plan.blocks):
+        left.append(leaving.popleft())
+    return left
+
+
+def drops_of(users: Users, stays: Collection[Unit]) -> Users:
+    """`Route.drops`: of several blocks that use a unit, the last one is through with it."""
+    return {
+        name: [unit for unit in units if unit.plan.blocks[-1] == name and unit not in stays]
+        for name, units in users.items()
+    }
+
+
+def _ahead(todo: Sequence[Unit], prefetch_bytes: int | None) -> Iterator[list[Unit]]:
+    """Which gathers start at the beginning, and when each unit of `todo` has arrived: those of the next units
+    that fit into the budget, each once. Where nothing is copied none have to be started."""
+    num_started = 0
+    for place in range(len(todo) + 1):
+        starts, size = [], 0
+        for number, unit in enumerate(todo[place:], place):
+            size += unit.working_bytes
+            if size > (unit.working_bytes if prefetch_bytes is None else prefetch_bytes):
+                break
+            if number >= num_started:
+                num_started = number + 1
+                if unit.presence.is_copy:
+                    starts.append(unit)
+        yield starts
 
 
 def tensors_in(output: object) -> list[torch.Tensor]:

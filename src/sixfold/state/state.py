@@ -8,8 +8,8 @@ collectives only through the mesh and never looks at a loss.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -20,10 +20,12 @@ from sixfold.mesh import Mesh
 from sixfold.parallel import Stage, torch_type
 from sixfold.plan import Plan, Slot
 from sixfold.state.catalog import make_catalog
+from sixfold.state.edits import Edits
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
 from sixfold.state.publishing import Publication
+from sixfold.state.readiness import Readiness
 from sixfold.state.sums import GradientSums
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
@@ -74,18 +76,19 @@ class ModelState:
             )
             self.units.append(unit)
             if self.residency.parameters:
-                unit.drop()
+                unit.presence.drop()
         self.trained = [unit for unit in self.units if unit.plan.trainable]
         self._gradients = [unit.gradients for unit in self.trained if unit.gradients is not None]
         names = [name for name, _ in module.named_parameters()]
         self.catalog = make_catalog(names, self.units, mesh)
         places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
         self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
-        own_ids = {id(parameter) for unit in self.units for parameter in unit.parameters}
-        self._known = own_ids | self.foreign.ids
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
+        self._readiness = Readiness(module, self.units, known)
         self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
+        self._is_free = True
         self._windows: dict[int, ReduceWindow] = {}
         self._gatherings: dict[int, Gathering] = {}
         self._publications: dict[int, Publication] = {}
@@ -102,12 +105,13 @@ class ModelState:
                 units if self.residency.parameters else [],
                 mesh,
                 partial(self._serve_asked, stage.number),
-                window.hand_over,
+                window,
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
+        self.edits = Edits(module, self.units, self.foreign, known, self._gathering, mesh)
         # Of a stage that has parameters, where one has: the others meet nobody.
-        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units)
+        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units).meeting
         self._places = {
             id(parameter): (gradients, index)
             for unit, gradients in zip(self.trained, self._gradients, strict=True)
@@ -116,21 +120,19 @@ class ModelState:
 
     # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
 
-    def arrive(self, what: str) -> None:
-        """Come to the call `what` of the engine; ranks in a pass are served until they come too."""
-        self._close_passes()
-        self._meeting.meet(what)
-
-    def _close_passes(self) -> None:
+    def arrive(self, what: str, number: float = 0.0) -> list[float]:
+        """Come to the call `what` of the engine; ranks in a pass are served until they come too. Returns
+        everyone's `number`."""
         for gathering in self._gathering:
-            gathering.close()
+            if gathering.current is not None:
+                gathering.close()
+        return self._meeting.meet(what, number)
 
     def largest(self, what: str, num_micro: int) -> int:
         """`arrive`; the largest `num_micro` of all ranks, or this rank's own where nothing that is sent
         depends on the others'."""
         if self.residency.parameters:
-            self._close_passes()
-            return round(max(self._meeting.meet(what, num_micro)))
+            return round(max(self.arrive(what, num_micro)))
         # With several stages here, the order in which they are reduced depends on the number too.
         depends = self.residency.reduces_each or len(self._windows) > 1
         return self.mesh.largest(num_micro) if depends else num_micro
@@ -138,26 +140,26 @@ class ModelState:
     @contextmanager
     def by_program(self) -> Iterator[None]:
         """Inside, ranks come to forwards and backwards in an order that they have agreed on."""
-        with ExitStack() as stack:
+        was_free, self._is_free = self._is_free, False
+        for gathering in self._gathering:
+            gathering.is_free = False
+        try:
+            yield
+        finally:
+            self._is_free = was_free
             for gathering in self._gathering:
-                stack.enter_context(gathering.by_program())
-            yield
+                gathering.is_free = was_free
 
-    @contextmanager
-    def backward(self, stage: int = 0) -> Iterator[None]:
-        """Inside, the one backward pass that this rank makes now; a window that is open is its own."""
-        gathering = self._gatherings[stage]
-        with gathering.backward() if gathering.has_units else nullcontext():
-            yield
-        self.complete(stage)
+    def backward(self, stage: int = 0) -> AbstractContextManager[None]:
+        """Inside, the one backward pass that this rank makes now; a window that is open is its own, and
+        completed at its end."""
+        return self._gatherings[stage].backward()
 
-    @contextmanager
-    def backward_input(self, stage: int) -> Iterator[None]:
+    def backward_input(self, stage: int) -> AbstractContextManager[None]:
         """Inside, the input part of a backward. What it accumulates belongs to the next reduction, so the
         one under way is waited for."""
         self._windows[stage].close()
-        with self._gatherings[stage].backward():
-            yield
+        return self._gatherings[stage].backward()
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
@@ -212,62 +214,6 @@ class ModelState:
         """Whether each backward of a written-out loop ends in a reduction; all ranks are in it anyway."""
         return bool(self.residency.parameters and self.residency.reduces_each)
 
-    @contextmanager
-    def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Working parameters of the units of `parameters` whole; edits that rank 0 makes of them and of
-        buffers are everyone's afterwards. Where the block raises, those of parameters are undone. A
-        collective.
-
-        Args:
-            parameters: those asked for, the same on every rank; None for the whole model.
-        """
-        asked = None if parameters is None else {id(parameter) for parameter in parameters}
-        units = [
-            unit
-            for unit in self.units
-            if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
-        ]
-        # Whole parameters are there twice for that time; cut ones still have their part.
-        kept = {} if self.residency.parameters else {unit: unit.part.clone() for unit in units}
-        with torch.no_grad(), ExitStack() as stack:
-            for gathering in self._gathering:
-                stack.enter_context(gathering.held(units))
-            everyones = self._module.named_parameters()
-            names = None if asked is None else {name for name, each in everyones if id(each) in asked}
-            stack.enter_context(self.foreign.lent(names))
-            try:
-                try:
-                    yield
-                except BaseException:
-                    # Without an exchange: the error may not have come to every rank.
-                    for unit, part in kept.items():
-                        unit.part.copy_(part)
-                    raise
-                self._share_edits(units)
-            finally:
-                for unit in units:
-                    unit.forget_edits()
-
-    def _share_edits(self, units: list[Unit]) -> None:
-        self.foreign.share_edits()
-        for pending in [unit.align_edits() for unit in units]:
-            pending.wait()
-        self.mesh.barrier()  # a slower rank may still read what is written now, where memory is common
-        for unit in units:
-            unit.absorb_edits()
-        self.share_buffers(self._module.buffers())
-
-    def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Give every rank rank 0's buffers."""
-        # A broadcast writes in place, so buffers that are views of something go through a copy.
-        copies = [(buffer, buffer.detach().contiguous().clone()) for buffer in buffers if buffer.numel()]
-        pending = [self.mesh.broadcast(copy) for _, copy in copies]
-        for each in pending:
-            each.wait()
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
-
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go. Until `end` a
         further call does nothing: a rank may have served others before its own first backward."""
@@ -276,27 +222,12 @@ class ModelState:
         for window in self._windows.values():
             window.abandon()
         self._is_reduced = set()
-        self._check_module()
-        for unit in self.units:
-            unit.begin()
+        self._readiness.restore()
         self._is_begun = True
 
     def end(self) -> None:
         """The update is over, or given up."""
         self._is_begun = False
-
-    def _check_module(self) -> None:
-        strangers = []
-        for name, parameter in self._module.named_parameters():
-            if id(parameter) not in self._known:
-                strangers.append(name)
-        if strangers:
-            raise StateError(
-                f"{len(strangers)} parameter(s) came into the module after initialize: "
-                f"{', '.join(strangers[:4])}",
-                rule="what is trained is decided once, when units and optimizer are made",
-                fix="change the module before sixfold.initialize, or initialize it anew",
-            )
 
     def open_reduce(self, stage: int = 0) -> None:
         """From here on a unit of a stage is reduced as soon as its gradients are complete; ends an earlier
@@ -319,18 +250,36 @@ class ModelState:
         for window in self._windows.values():
             window.close()
 
-    def publish(self, stage: int) -> None:
-        """Bring a stage's updated state into its working parameters."""
-        self._publish(self._publications[stage])
+    def publish(self, stage: int | None) -> None:
+        """Bring a stage's updated state into its working parameters; None: of all units, of frozen ones too,
+        after `Unit.fill_own`."""
+        self._refresh()
+        publication = Publication(self.units) if stage is None else self._publications[stage]
+        publication.run()
 
-    def publish_all(self) -> None:
-        """The same for frozen parameters too, after `Unit.fill_own`."""
-        self._publish(Publication(self.units))
+    @contextmanager
+    def shown(self, numbers: Mapping[Unit, torch.Tensor]) -> Iterator[None]:
+        """`numbers` [own] of all trained units in place of their working parameters; edits of these are
+        forgotten. Collectives at the beginning and, unless an error on this rank has to find its way out, at
+        the end; what was there is kept for that time."""
+        self.edits.absorb()
+        kept = {unit: unit.part.clone() for unit in self.trained}
+        try:
+            self._refresh()
+            for publication in self._publications.values():
+                publication.run(numbers)
+            yield
+            self._refresh()
+            for pending in [unit.settle() for unit in kept]:
+                pending.wait()
+        finally:
+            for unit, part in kept.items():
+                unit.part.copy_(part)
+                unit.forget_edits()
 
-    def _publish(self, publication: Publication) -> None:
+    def _refresh(self) -> None:
         for gathering in self._gathering:
             gathering.refresh()
-        publication.run()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:
         """Every parameter's unit and place."""
@@ -370,11 +319,14 @@ class ModelState:
         return parameters, gradients, masters
 
     def remove(self) -> None:
-        """Take the hooks off the module; its parameters stay usable."""
+        """Take the hooks off the module; its parameters stay usable, unless they are cut."""
         for window in self._windows.values():
             window.remove()
         for gathering in self._gathering:
             gathering.remove()
+        for unit in self.units:
+            if self.residency.parameters:
+                unit.presence.end()
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

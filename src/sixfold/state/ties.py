@@ -39,7 +39,7 @@ class Tie:
             for other in others:
                 other.reduced.copy_(first.reduced)
                 other.summed = first.summed
-                other.take_norms()
+                other.finish_reduce()
 
 
 def tied_groups(units: Sequence[Unit], plan: StagePlan | None, mesh: Mesh) -> list[Tie]:

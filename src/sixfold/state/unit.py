@@ -13,14 +13,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sixfold.base.errors import StateError
 from sixfold.mesh import Pending, Replicas, untouched_zeros
 from sixfold.parallel import DTYPES
 from sixfold.plan import PrecisionPlan, Residency, Slot, Spread, UnitPlan
 from sixfold.plan.residency import ALL
-from sixfold.state.absent import Mask
 from sixfold.state.flat import view_of, views_of
 from sixfold.state.gradients import Gradients
+from sixfold.state.presence import Presence
 
 
 class Unit:
@@ -77,17 +76,25 @@ class Unit:
         """What the optimizer updates: [own] in the master type."""
         if precision and plan.trainable and precision.master != precision.compute:
             self.master = untouched_zeros(self.held.numel(), DTYPES[precision.master], replicas.device)
-        self._mask = Mask(self.parameters, [slot.name for slot in plan.slots])
+        self.presence = Presence(self.parameters, [slot.name for slot in plan.slots], self.cut)
+        """Whether parameters have numbers: where working parameters are cut, they come and go."""
         self.gradients = (
-            Gradients(plan, precision, residency, self.parameters, self.own, self._mask, replicas)
+            Gradients(plan, precision, residency, self.parameters, self.own, self.presence, replicas)
             if precision and plan.trainable
             else None
         )
         """None for frozen units."""
         self.working_bytes = self.working.numel() * self.working.element_size()
         """Size of `working` while it is whole."""
+        self.shown = self.working
+        """What parameters are views of while they have numbers: `working`, or memory that `lend` took."""
         self._adopt(is_blank=is_blank)
-        self._versions = [parameter._version for parameter in self.parameters]
+        self.presence.note_edits()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether working numbers are roundings of the master's."""
+        return self.master is not self.held
 
     def _range_of(self, spread: Spread) -> slice:
         size = self.plan.numel // self.replicas.num_parts(spread)
@@ -98,8 +105,9 @@ class Unit:
         with torch.no_grad():
             if not is_blank:
                 self._take_over()
-            for view, parameter in zip(views_of(self.working, self.plan.slots), self.parameters, strict=True):
-                parameter.data = view
+            self._home = views_of(self.working, self.plan.slots)
+            self.views = self._home
+            self.point()
         if self.gradients is not None:
             self.gradients.adopt()
 
@@ -152,75 +160,41 @@ class Unit:
         """Take over numbers [own] as master; publishing brings them into the working copy."""
         self.master.copy_(mine)
 
-    # Where working parameters are cut: they come and go.
+    def point(self) -> None:
+        """Have parameters show what they are to."""
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            parameter.data = view
 
-    def gather(self) -> Pending:
-        """Start to make `working` whole; the parameters can be used after `show`."""
-        return self.cut.gather()
+    def lend(self) -> None:
+        """Have cut parameters whole in memory of their own until `take_back`. Whoever keeps a view of it, as
+        in a `state_dict`, keeps the numbers of then. A collective."""
+        self.presence.gather().wait()
+        self._show(self.working.clone())
+        self.presence.free()
 
-    def show(self) -> None:
-        """Let the parameters be used: `working` is whole."""
-        self._mask.take_off()
+    def take_back(self) -> None:
+        """The reverse; what was edited and not absorbed is lost."""
+        self._show(self.working)
 
-    @property
-    def is_dropped(self) -> bool:
-        """Whether the parameters have no numbers now."""
-        return self._mask.is_on
+    def _show(self, flat: torch.Tensor) -> None:
+        self.shown = flat
+        self.views = self._home if flat is self.working else views_of(flat, self.plan.slots)
+        self.presence.show()
+        self.point()
 
-    def drop(self) -> None:
-        """Free `working`; its parameters raise when they are touched.
+    def absorb(self, *, compares: bool) -> bool:
+        """Take over edits of working parameters that are whole for good.
 
-        Raises:
-            StateError: a parameter was edited since `show`, which would be lost.
+        Args:
+            compares: find all, by a pass over master and working copy; else those that torch has counted
+                (`load_state_dict`, `mul_`, ..., but nothing that is done to `.data`).
+
+        Returns:
+            Whether there were some that torch had not counted.
         """
-        versions = []
-        for parameter in self.parameters:
-            versions.append(parameter._version)
-        if versions != self._versions:
-            edited = [
-                slot.name
-                for slot, now, then in zip(self.plan.slots, versions, self._versions, strict=True)
-                if now != then
-            ]
-            raise StateError(
-                f"{', '.join(edited[:4])} changed in place during a forward or backward",
-                rule="with cut parameters (layout.zero = 3) a gathered copy lives until its block has run, "
-                "so an edit of it would be lost",
-                fix="edit inside `with engine.gathered():`, or set layout.zero = 2",
-            )
-        self._mask.put_on()
-        self.cut.drop()
-
-    def begin(self) -> None:
-        """Before an update: gradients of the last one go, and edits that torch has counted since then
-        (`load_state_dict`, `mul_`, ...) are taken over.
-
-        Raises:
-            StateError: a parameter was frozen, unfrozen, or moved out of the working buffer by the user. It
-                would be trained past: its gradients would go nowhere.
-        """
-        trainable, base, size = self.plan.trainable, self.working.data_ptr(), self.working.element_size()
-        mask, versions = self._mask, []
-        is_dropped = mask.is_on
-        if is_dropped:
-            mask.take_off()
-        try:
-            for slot, parameter in zip(self.plan.slots, self.parameters, strict=True):
-                versions.append(parameter._version)
-                if parameter.requires_grad is not trainable:
-                    raise _changed(slot, parameter)
-                # Without numbers there is nothing that could have been replaced.
-                if not is_dropped and slot.numel and parameter.data_ptr() != base + slot.offset * size:
-                    raise _replaced(slot, parameter)
-            if self.gradients is not None:
-                self.gradients.drop()
-        finally:
-            if is_dropped:
-                mask.put_on()
-        if versions != self._versions and not self.residency.parameters:  # else `drop` has looked
-            if trainable:
-                self.absorb_edits()
-            self._versions = versions
+        is_counted = self.presence.has_edits()
+        self.presence.note_edits()
+        return (compares or is_counted) and self.absorb_edits() and not is_counted
 
     def settle(self) -> Pending:
         """Start to wait until all ranks have come here and read what was published; `part` may then be
@@ -229,43 +203,33 @@ class Unit:
         return self.replicas.prepare_publish([self.cut], cut, cut).start()
 
     def align_edits(self) -> Pending:
-        """Start to give every replica the first one's `working`."""
-        return self.replicas.align(self.working)
+        """Start to give every replica what the first one shows."""
+        return self.replicas.align(self.shown)
 
-    def absorb_edits(self) -> None:
-        """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
-        if self.master is not self.held:
-            edited = self.working[self.own]
+    def absorb_edits(self) -> bool:
+        """Take over what a user wrote into working parameters; untouched numbers keep full precision.
+
+        Returns:
+            Whether a master was changed.
+        """
+        is_changed = False
+        if self.rounds:
+            edited = self.shown[self.own]
             kept = edited == self.master.to(edited.dtype)
-            self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
-        if self.part is not self.working:
-            self.part.copy_(self.working[self.kept])
+            is_changed = not kept.all()
+            if is_changed:
+                self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
+        if self.part is not self.shown:
+            self.part.copy_(self.shown[self.kept])
             self.settle().wait()
-            self._versions = [parameter._version for parameter in self.parameters]
+            self.presence.note_edits()
+        return is_changed
 
     def forget_edits(self) -> None:
-        """What was written into `working` is lost, unless it was absorbed."""
+        """What was written into parameters is lost, unless it was absorbed."""
         self.cut.forget()
-        self._versions = [parameter._version for parameter in self.parameters]
+        self.presence.note_edits()
 
 
 def _length(part: slice) -> int:
     return int(part.stop - part.start)
-
-
-def _changed(slot: Slot, parameter: nn.Parameter) -> StateError:
-    return StateError(
-        f"{slot.name}.requires_grad became {parameter.requires_grad} after initialize",
-        rule="what is trained is decided once, when units and optimizer are made",
-        fix="set requires_grad before sixfold.initialize, or save, initialize anew and load",
-    )
-
-
-def _replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
-    return StateError(
-        f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
-        f"(now {parameter.dtype} on {parameter.device})",
-        rule="parameters are views of the engine's buffers; type and device are set by the plan",
-        fix="change values in place (parameter.copy_(...)), types with precision.compute, and "
-        "devices with sixfold.initialize(device=...)",
-    )

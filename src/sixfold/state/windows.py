@@ -1,14 +1,15 @@
 """The reduction window: sums gradients over ranks in one order on every rank, while backward runs.
 
 Opened and closed by `ModelState`. Where parameters are whole it watches gradients arrive and reduces
-complete units, last unit first; where they are cut, units are handed over as backward leaves them, at the
-same place among the gathers on every rank. It never looks at numbers.
+complete units, last unit first; where they are cut, it is told when backward leaves a unit, at the same place
+among the gathers on every rank. It never looks at numbers.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -27,8 +28,11 @@ class ReduceWindow:
     Args:
         units: in module order.
         by_arrival: reduce a unit as soon as each of its parameters has received its gradient since the
-            window was opened, and all units behind it are on their way; else when it is handed over.
+            window was opened, and all units behind it are on their way; else when `start` is called.
             Parameters that receive none are counted in by `flush`.
+
+    Attributes:
+        is_open: whether gradients that come now are reduced.
     """
 
     def __init__(self, units: list[Unit], *, by_arrival: bool) -> None:
@@ -37,54 +41,69 @@ class ReduceWindow:
         self._left: list[Gradients] = []
         self._under_way: list[Gradients] = []
         self._missing: dict[Gradients, int] = {}
-        self._open = False
+        self.is_open = False
+        # Units that are reduced after each of their backwards need no call of Python for each gradient: that
+        # it has arrived is noted, without keeping the parameter, and all go home when the unit is reduced.
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._arrival(unit.gradients, index))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._arrival(gradients, index)
+                if by_arrival or not gradients.reduces_each
+                else partial(gradients.awaited.pop, index)
+            )
             for unit in units
-            if unit.gradients is not None
+            if (gradients := unit.gradients) is not None
             for index, parameter in enumerate(unit.parameters)
         ]
 
     def open(self) -> None:
-        if self._open:
+        if self.is_open:
             self.close()
         for each in self._all:
             self._missing[each] = len(each.plan.slots)
         self._left, self._under_way = list(self._all), []
-        self._open = True
+        self.is_open = True
 
-    def abandon(self) -> None:
-        """Forget a window that an error left open."""
-        self._open = False
-
-    def hand_over(self, unit: Unit) -> None:
-        """Backward has left `unit`, on every rank; without an open window nothing happens."""
-        if self._open and unit.gradients in self._left:
-            self._start(unit.gradients)
-
-    def flush(self) -> None:
-        while self._open and self._left:
-            self._start(self._left[0])
-
-    def close(self) -> None:
-        if not self._open:
+    def start(self, gradients: Gradients | None) -> None:
+        """Start to reduce a unit, which backward has left on every rank. Nothing happens without an open
+        window, the second time, and for a frozen unit."""
+        if not self.is_open or gradients is None or gradients not in self._left:
             return
-        if self._left:
-            self.flush()
-        while self._under_way:
+        if gradients.reduces_each and len(self._under_way) == MOST_UNDER_WAY:
             self._under_way.pop(0).finish_reduce()
-        self._open = False
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _start(self, gradients: Gradients) -> None:
         self._left.remove(gradients)
         gradients.start_reduce()
         self._under_way.append(gradients)
-        if gradients.reduces_each and len(self._under_way) > MOST_UNDER_WAY:
+
+    def flush(self) -> None:
+        """Start to reduce what is left."""
+        while self.is_open and self._left:
+            self.start(self._left[0])
+
+    def close(self) -> None:
+        """Wait until all is reduced.
+
+        Raises:
+            StateError: a gradient came too late.
+        """
+        if not self.is_open:
+            return
+        self.abandon()
+        for each in self._all:
+            if len(each.awaited) < len(each.plan.slots):
+                raise self._late(each.first_arrived())
+
+    def abandon(self) -> None:
+        """End a window that may have been left open by an error: ranks that caught it go on from different
+        places perhaps, so all that any of them started is brought to its end."""
+        self.flush()
+        while self._under_way:
             self._under_way.pop(0).finish_reduce()
+        self.is_open = False
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
     def _arrival(self, gradients: Gradients, index: int) -> Callable[[nn.Parameter], None]:
         # A hook hangs on its parameter where the garbage collector cannot follow: held firmly, a unit would
@@ -95,7 +114,7 @@ class ReduceWindow:
             here, its = window(), home()
             if here is None or its is None:
                 return
-            if here._open:
+            if here.is_open:
                 if its not in here._left or (here._by_arrival and here._missing[its] == 0):
                     raise here._late(its.plan.slots[index].name)
                 here._missing[its] -= 1
@@ -105,8 +124,8 @@ class ReduceWindow:
             elif grad is not view:  # as `home` does, without a call for each of them
                 view.copy_(grad)
                 parameter.grad = view
-            while here._open and here._by_arrival and here._left and here._missing[here._left[0]] == 0:
-                here._start(here._left[0])
+            while here.is_open and here._by_arrival and here._left and here._missing[here._left[0]] == 0:
+                here.start(here._left[0])
 
         return arrived
 

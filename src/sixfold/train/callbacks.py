@@ -6,6 +6,7 @@ update; a new habit of the loop is a new class here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import mean
 from typing import Protocol
 
@@ -43,13 +44,18 @@ class Metrics:
         if is_due and run.is_first:
             run.record(record.as_dict() | _routing(run))
             run.console.update(record)
+        if run.is_first and _is_milestone(record.step, run.total_steps):
+            loads = {name: _rounded(layer.load) for name, layer in run.engine.routing().items()}
+            if loads:
+                run.record({"step": record.step, "expert_loads": loads})
 
     def at_end(self, run: Run, finished: bool) -> None:
         run.console.close()
 
 
 def _routing(run: Run) -> dict[str, float]:
-    """How tokens were shared out over experts, if there are any: the worst layer, and means over layers."""
+    """How tokens were shared out over experts, if there are any: the worst layer, means over layers, and the
+    sum of their penalties."""
     layers = run.engine.routing().values()
     if not layers:
         return {}
@@ -57,7 +63,17 @@ def _routing(run: Run) -> dict[str, float]:
         "expert_imbalance": max(layer.imbalance for layer in layers),
         "expert_dropped": mean(layer.dropped for layer in layers),
         "expert_entropy": mean(layer.entropy for layer in layers),
+        "expert_penalty": sum(layer.penalty for layer in layers),
     }
+
+
+def _is_milestone(step: int, total_steps: int) -> bool:
+    """Updates 1, 2, 4, 8 and so on, and the last: few enough to write down a number for every expert."""
+    return step == total_steps or step & (step - 1) == 0
+
+
+def _rounded(load: Sequence[float]) -> list[float]:
+    return [round(part, 5) for part in load]
 
 
 class Evaluations:

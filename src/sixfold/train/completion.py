@@ -21,7 +21,7 @@ from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
 from sixfold.models.generate import CachedDecoder, Reader, continue_with
 from sixfold.parallel import DTYPES
-from sixfold.train.folder import CHECKPOINTS, CONFIG, run_to_resume
+from sixfold.train.folder import CHECKPOINTS, CONFIG, run_at
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
 
@@ -48,9 +48,16 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
         checkpoint: one of its checkpoints; None for the newest.
 
     Raises:
-        CheckpointError: there is no run, or no complete checkpoint in it.
+        CheckpointError: there is no run, no complete checkpoint in it, or not the one that was asked for.
     """
-    folder = run_to_resume(folder)
+    folder = run_at(folder)
+    if checkpoint is not None and not checkpoint.is_dir():
+        saved = latest(folder / CHECKPOINTS)
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} is no folder",
+            rule="a checkpoint of the run is named by its folder; unset, it is the newest",
+            fix=f"give --checkpoint {saved}" if saved is not None else "leave --checkpoint out",
+        )
     newest = checkpoint or latest(folder / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(

@@ -32,7 +32,7 @@ def measured_compute(resolved: Resolved, module: nn.Module) -> Resolved:
     rows = resolved.config.data.sequence_length * (resolved.config.batch.micro or 1)
     speedup = bf16_speedup(rows, *_usual_shape(module), threads=resolved.config.launch.threads)
     compute = "bf16" if speedup >= WORTHWHILE else "fp32"
-    return resolved.decide({"precision.compute": compute}, f"measured: bf16 {speedup:.1f} x fp32")
+    return resolved.decide({"precision.compute": compute}, f"measured: bf16 {speedup:.2g} x fp32")
 
 
 def unmeasured_compute(resolved: Resolved) -> Resolved:

@@ -78,20 +78,22 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def run_to_resume(folder: Path) -> Path:
-    """The run folder that `--resume` names.
+def run_at(folder: Path) -> Path:
+    """`folder`, which a run has made.
 
     Raises:
         CheckpointError: there is no run in it.
     """
     if not (folder / CONFIG).is_file():
-        near = sorted(found.parent.name for found in folder.parent.glob(f"*/{CONFIG}"))[-3:]
+        why = f"there is no {CONFIG} in it" if folder.is_dir() else "it is no folder"
+        places = (folder, folder.parent, Path("runs"))
+        near = next((runs for place in places if (runs := sorted(place.glob(f"*/{CONFIG}"))[-3:])), None)
         raise CheckpointError(
-            f"--resume {folder}: no {CONFIG} there",
-            rule="a run is resumed from its run folder",
-            fix=f"name one of: {', '.join(str(folder.parent / name) for name in near)}"
+            f"{folder} is no run: {why if folder.exists() else 'it does not exist'}",
+            rule="a run is named by the folder that `sixfold train` made for it",
+            fix=f"name one of: {', '.join(str(found.parent) for found in near)}"
             if near
-            else "name a folder that `sixfold train` made",
+            else "look where train.folder or --into put it; unset: under runs/",
         )
     return folder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
-from sixfold.train.folder import CONFIG, run_to_resume
+from sixfold.train.folder import CONFIG, run_at
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 
@@ -54,7 +54,7 @@ def resolve(request: Request) -> Resolved:
             fix=f"drop {other}; single values can be changed with --set",
         )
     if request.resume is not None:
-        file = run_to_resume(request.resume) / CONFIG
+        file = run_at(request.resume) / CONFIG
         return load(file, overrides=request.overrides).recall(file.read_text(), file)
     return _decide_tokenizer(
         load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)

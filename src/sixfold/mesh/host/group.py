@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sixfold.mesh.carriers import Together
-from sixfold.mesh.dispatch import Carried, Carrier, Dispatcher, Pending
-from sixfold.mesh.group import Group
+from sixfold.mesh.dispatch import Carrier, Dispatcher, Pending
+from sixfold.mesh.group import Group, lay
 from sixfold.mesh.host.common import Common
 from sixfold.mesh.host.lane import Lane, Member, Offer, Peer, Work
 from sixfold.mesh.host.parts import listed, packed, part_of, parts_at
@@ -66,7 +65,19 @@ class HostGroup(Group):
     # How the exchanges of `Group` are carried here. Where a sum was sent from shared memory, `reclaim` tells
     # when it may be written again.
 
-    def _summing(self, whole: torch.Tensor, into: torch.Tensor, then: Work | None = None) -> Work:
+    def _summing(self, whole: torch.Tensor, into: torch.Tensor) -> Carrier:
+        return Carrier([self._adding(whole, into).start])
+
+    def _reducing(self, whole: torch.Tensor) -> Carrier:
+        gathering = self._gathering(whole)
+        return Carrier([self._adding(whole, self.slice_of(whole, self.place), gathering).start])
+
+    def _filling(self, *wholes: torch.Tensor) -> Carrier:
+        if len(wholes) > 1 and not all(self._shared.holds(whole) for whole in wholes):
+            return Carrier([self._gathering(whole).start for whole in wholes])
+        return Carrier([self._gathering(*wholes).start])
+
+    def _adding(self, whole: torch.Tensor, into: torch.Tensor, then: Work | None = None) -> Work:
         mine, seen = self.slice_of(whole, self.place), dict[Offer, torch.Tensor]()
 
         def add(offers: list[Offer]) -> None:
@@ -79,14 +90,6 @@ class HostGroup(Group):
                 summed = torch.add(summed, theirs, out=into)
 
         return Work(self._sum_lane, "sum", whole, add, then=then)
-
-    def _reducing(self, whole: torch.Tensor) -> Carrier:
-        return self._summing(whole, self.slice_of(whole, self.place), self._gathering(whole))
-
-    def _filling(self, *wholes: torch.Tensor) -> Carrier:
-        if len(wholes) > 1 and not all(self._shared.holds(whole) for whole in wholes):
-            return Together([self._gathering(whole) for whole in wholes])
-        return self._gathering(*wholes)
 
     def _gathering(self, *wholes: torch.Tensor) -> Work:
         is_list = len(wholes) > 1
@@ -108,19 +111,19 @@ class HostGroup(Group):
         # What others read where it lies is not handed back before they have.
         return Work(self._gather_lane, "lists" if is_list else "slices", offered, fill, holds=True)
 
-    def _deal(self, sent: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor]) -> list[Carried]:
-        nothing = sent[self.place].new_empty(0)
-        offered = packed(
-            [nothing if place == self.place else part for place, part in enumerate(sent)], self._shared.take
-        )
+    def _dealing(self, sent: Sequence[torch.Tensor], arriving: Sequence[Sequence[torch.Tensor]]) -> Carrier:
+        dtype, nothing = sent[self.place].dtype, sent[self.place].new_empty(0)
+        others = [nothing if place == self.place else part for place, part in enumerate(sent)]
+        offered, lent = packed(others, self._shared)
 
         def fill(offers: list[Offer]) -> None:
             for offer in offers:
-                into = arriving[offer.member.place]
-                into.view(-1).copy_(part_of(offer, self.place, into.numel(), into.dtype))
+                pieces = arriving[offer.member.place]
+                numel = sum(piece.numel() for piece in pieces)
+                lay(part_of(offer, self.place, numel, dtype), pieces)
             self._shared.give(offered)
 
-        return [Work(self._gather_lane, "parts", offered, fill).start()]
+        return Carrier([Work(self._gather_lane, "parts", offered, fill, lent=lent).start])
 
     def common(self, numel: int, dtype: torch.dtype) -> Common:
         """Memory that all members map: [numel] zeros, a multiple of their number. A collective.
@@ -145,4 +148,4 @@ class HostGroup(Group):
     def prepare_meeting(self) -> Pending:
         """Wait until all members have come here."""
         meeting = Work(self._gather_lane, "meeting", None, lambda offers: None)
-        return self._dispatcher.prepare("meeting", self._gathers, torch.empty(0), meeting)
+        return self._dispatcher.prepare("meeting", self._gathers, torch.empty(0), Carrier([meeting.start]))

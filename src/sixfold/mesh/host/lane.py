@@ -79,7 +79,7 @@ Read = Callable[[list[Offer]], None]
 
 
 class Work:
-    """One exchange of a lane, to be started as often as it is needed; a carrier of exchanges.
+    """One exchange of a lane, to be started as often as it is needed; what carries an exchange.
 
     Args:
         kind: what it is, the same on all members.
@@ -87,6 +87,7 @@ class Work:
         read: called with the others' offers when all have offered.
         holds: whether it is over only when all others have read what lies in shared memory by itself.
         then: what starts when this one has arrived, is part of it, and begins on no member before that.
+        lent: what else in shared memory is read.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Work:
         *,
         holds: bool = False,
         then: Work | None = None,
+        lent: Sequence[torch.Tensor] = (),
     ) -> None:
         self._lane = lane
         self.code = zlib.crc32(kind.encode())
@@ -110,6 +112,7 @@ class Work:
         elif (offset := memory.offset_of(source)) is not None:
             self._offset, self._num_bytes, self._copied = offset, source.nbytes, None
             self._readers = lane.scratch.readers_of(source)
+        self._lent = [lane.scratch.readers_of(each) for each in lent]
         self._holds = holds and self._copied is None
         self._then = then
         self._number = -1
@@ -127,6 +130,8 @@ class Work:
             offset, num_bytes = scratch.memory.offset_of(borrowed) or 0, borrowed.nbytes
             readers = scratch.readers_of(borrowed)
         readers[lane] = number
+        for each in self._lent:
+            each[lane] = number
         words, at = lane.row.words, FIRST_OFFER + number % NUM_OFFERS * OFFER_WORDS
         words[at], words[at + 1], words[at + 2] = self.code, offset, num_bytes
         lane.under_way.append((self, borrowed))
@@ -139,7 +144,7 @@ class Work:
             lane.read_next()
         return self
 
-    def wait(self) -> Sequence[Work]:
+    def wait(self) -> None:
         """Block until the tensor may be used."""
         lane, number = self._lane, self._number
         if lane.done <= number:
@@ -149,10 +154,10 @@ class Work:
                 if one.row.words[DONE] <= number:
                     lane.await_readers(number)
         if self._then is not None:
-            self._then.start().wait()  # the others have offered it, so they have read this
+            self._then.start()
+            self._then.wait()  # the others have offered it, so they have read this
         if (self._holds or self._then is not None) and self._readers.get(lane) == number:
             del self._readers[lane]
-        return ()
 
     def is_completed(self) -> bool:
         """Whether that is so already, apart from what comes then; reads nothing."""

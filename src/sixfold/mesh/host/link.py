@@ -48,16 +48,15 @@ class HostLink(Link):
         outwards = int(rank > peer.process.rank)
         self._out_lane, self._in_lane = lanes[outwards], lanes[1 - outwards]
 
-    def _start_send(self, tensor: torch.Tensor) -> list[Carried]:
+    def _start_send(self, tensor: torch.Tensor) -> None:
         self._out_lane.catch_up()  # what the other has read meanwhile can be used again
         # It is read from a copy, so that the tensor is free at once.
         offered = self._shared.take(tensor.numel(), tensor.dtype).copy_(tensor.view(-1))
         Work(self._out_lane, "transfer", offered, lambda offers: None).start()
         self._shared.give(offered)
-        return []
 
-    def _start_receive(self, tensor: torch.Tensor) -> list[Carried]:
+    def _start_receive(self, tensor: torch.Tensor) -> Carried:
         def copy(offers: list[Offer]) -> None:
             tensor.view(-1).copy_(offers[0].tensor(tensor.numel(), tensor.dtype))
 
-        return [Work(self._in_lane, "transfer", None, copy).start()]
+        return Work(self._in_lane, "transfer", None, copy).start()

@@ -1,4 +1,4 @@
-"""Several tensors in one offer: copies, of which each member reads its own, or a list of where they lie.
+"""Several tensors in one offer: a part for each member, or a list of what all read.
 
 Used by `HostGroup`. A table says where each part begins and how long it is, because members may send
 unequally much; so a reader that expects another size is told instead of reading something else.
@@ -6,7 +6,7 @@ unequally much; so a reader that expects another size is told instead of reading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,21 +17,25 @@ _ALIGNMENT = 64
 """Bytes; parts of any type begin at multiples of it."""
 
 
-def packed(parts: Sequence[torch.Tensor], take: Callable[[int, torch.dtype], torch.Tensor]) -> torch.Tensor:
-    """Parts by place, contiguous, and their table in one buffer of bytes.
-
-    Args:
-        take: gives the buffer; see `Scratch.take`.
-    """
-    table, end = [], _aligned(16 * len(parts))
-    for part in parts:
-        table += [end, part.nbytes]
-        end = _aligned(end + part.nbytes)
-    buffer = take(end, torch.uint8)
+def packed(parts: Sequence[torch.Tensor], scratch: SharedScratch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A buffer of bytes with the table of contiguous parts by place and copies of those that others could
+    not read; and the parts that they read where they lie."""
+    offsets = [scratch.memory.offset_of(part) if part.numel() else None for part in parts]
+    starts, end = [], _aligned(16 * len(parts))
+    for part, offset in zip(parts, offsets, strict=True):
+        starts.append(end)
+        end = end if offset is not None else _aligned(end + part.nbytes)
+    buffer, table, lent = scratch.take(end, torch.uint8), list[int](), list[torch.Tensor]()
+    own = scratch.memory.offset_of(buffer) or 0
+    for part, offset, start in zip(parts, offsets, starts, strict=True):
+        if offset is not None:
+            table += [offset - own, part.nbytes]
+            lent.append(part)
+        else:
+            table += [start, part.nbytes]
+            buffer[start : start + part.nbytes].view(part.dtype).copy_(part.view(-1))
     buffer[: 8 * len(table)].view(torch.int64).copy_(torch.tensor(table))
-    for start, part in zip(table[::2], parts, strict=True):
-        buffer[start : start + part.nbytes].view(part.dtype).copy_(part.view(-1))
-    return buffer
+    return buffer, lent
 
 
 def part_of(offer: Offer, place: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -37,6 +37,8 @@ class SharedScratch(Scratch):
         memory: where the buffers lie.
     """
 
+    is_shared = True
+
     def __init__(self, memory: OwnMemory) -> None:
         super().__init__(torch.device("cpu"))
         self.memory = memory

@@ -9,12 +9,16 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from statistics import median
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sixfold.monitor.report.story import Story
 
+MOST_POINTS = 100
+"""Updates that are drawn as they are. Of more a line is faint, with a bold one through medians of neighbours:
+noise would hide one run behind another."""
 COLOURS = ("#2563a8", "#c2571a", "#2b8a4e", "#8a3fa0", "#a8862b", "#3f7f8f", "#b03a5b", "#555555")
 _CURVES = (
     ("loss", "training loss, nats", 1.0),
@@ -23,6 +27,10 @@ _CURVES = (
     ("tokens_per_s", "tokens per second", 1.0),
     ("mfu", "utilisation, %", 100.0),
     ("memory_bytes", "memory of rank 0, MiB", 2.0**-20),
+    ("expert_imbalance", "busiest expert, equal share = 1", 1.0),
+    ("expert_dropped", "choices without room, %", 100.0),
+    ("expert_entropy", "entropy of routing, nats", 1.0),
+    ("expert_penalty", "penalty on routing, nats", 1.0),
 )
 
 
@@ -56,13 +64,28 @@ def _draw(title: str, lines: Sequence[tuple[list[int], list[float]]], marker: st
         for number, (steps, values) in enumerate(lines):
             finite = [value if math.isfinite(value) else math.nan for value in values]
             alone = "o" if len(steps) == 1 else marker
-            axes.plot(steps, finite, color=colour(number), linewidth=1.2, marker=alone, markersize=4)
+            if len(steps) > MOST_POINTS:
+                axes.plot(steps, finite, color=colour(number), linewidth=0.6, alpha=0.3)
+                steps, finite = medians(steps, finite)
+            axes.plot(steps, finite, color=colour(number), linewidth=1.3, marker=alone, markersize=4)
         axes.set_xlabel("update")
         axes.grid(visible=True, linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return _embedded(text.getvalue(), title)
+
+
+def medians(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Of at most `MOST_POINTS` runs of neighbours, each at its middle; nan where none of them is a number."""
+    size = -(-len(steps) // MOST_POINTS)
+    middles, found = [], []
+    for start in range(0, len(steps), size):
+        part = steps[start : start + size]
+        numbers = [value for value in values[start : start + size] if not math.isnan(value)]
+        middles.append(part[len(part) // 2])
+        found.append(median(numbers) if numbers else math.nan)
+    return middles, found
 
 
 def _embedded(svg: str, title: str) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from sixfold.base.units import bytes_text, count_text, duration_text
+from sixfold.base.units import bytes_text, count_text, duration_text, milliseconds_text
 from sixfold.config.problems import show
 from sixfold.config.schema import flat
-from sixfold.monitor.report.curves import colour, curves
+from sixfold.monitor.report.curves import MOST_POINTS, colour, curves
+from sixfold.monitor.report.loads import loads
 from sixfold.monitor.report.picture import layout
 from sixfold.monitor.report.story import SPENT, Story, differing
 from sixfold.simulate import lanes
@@ -25,7 +26,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e8ebf0 }
 th { font-weight: 600 } code, pre { font: 13px/1.45 ui-monospace, monospace } pre { overflow-x: auto;
 background: #f4f6f9; padding: .7rem; border-radius: 4px; white-space: pre-wrap }
-.curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } figcaption { font-weight: 600 }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem }
+.curves svg { width: 100% } figure { margin: 0 } figcaption { font-weight: 600 }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em }
 .time { display: flex; height: 1.5rem; border-radius: 4px; overflow: hidden; background: #e8ebf0 }
 svg { max-width: 100%; height: auto; font: 11px system-ui, sans-serif } .rank { fill: #fff; stroke: #9aa4b2 }
@@ -47,6 +49,7 @@ def page(stories: Sequence[Story]) -> str:
         _section("What differs", _comparison(stories)) if len(stories) > 1 else "",
         _section("Curves", _curves(stories)),
         _section("Where the time of an update went", _times(stories)),
+        _section("Load of experts", _loads(stories)),
         _section("One update on every rank", _lanes(stories)),
         _section("Layout", _layouts(stories)),
         _section("Samples", _samples(stories)),
@@ -72,7 +75,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _key(number: int, story: Story) -> str:
-    return f'<span class="key" style="background:{colour(number)}"></span>{escape(story.name)}'
+    return _patch(colour(number), story.name)
+
+
+def _patch(fill: str, words: str) -> str:
+    return f'<span class="key" style="background:{fill}"></span>{escape(words)}'
 
 
 def _names(stories: Sequence[Story]) -> list[str]:
@@ -124,7 +131,13 @@ def _curves(stories: Sequence[Story]) -> str:
     drawn = "".join(
         f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in curves(stories)
     )
-    return f'<p>{keys}</p><div class="curves">{drawn}</div>'
+    note = (
+        f"<p>Where a run has more than {MOST_POINTS} updates, the bold line goes through medians of "
+        "neighbours and the faint one through every update.</p>"
+        if any(len(story.updates) > MOST_POINTS for story in stories)
+        else ""
+    )
+    return f'<p>{keys}</p><div class="curves">{drawn}</div>{note}'
 
 
 def _times(stories: Sequence[Story]) -> str:
@@ -137,8 +150,10 @@ def _times(stories: Sequence[Story]) -> str:
             f'<div style="width:{part:.4%};background:{_SPENT[name][1]}" title="{_SPENT[name][0]}"></div>'
             for name, part in spent.items()
         )
-        words = ", ".join(f"{_SPENT[name][0]} {spent[name]:.1%}" for name in SPENT)
-        rows.append(f'<p>{_key(number, story)}: {words}</p><div class="time">{bar}</div>')
+        words = " &nbsp; ".join(
+            _patch(_SPENT[name][1], f"{_SPENT[name][0]} {spent[name]:.1%}") for name in SPENT
+        )
+        rows.append(f'<p>{_key(number, story)}<br>{words}</p><div class="time">{bar}</div>')
     note = (
         "<p>On rank 0, updates after the first. Exposed communication is time in which the rank stood still "
         "for others; host is what the library does around the instructions of a step. On a GPU, kernels run "
@@ -147,13 +162,27 @@ def _times(stories: Sequence[Story]) -> str:
     return "".join(rows) + note if rows else ""
 
 
+def _loads(stories: Sequence[Story]) -> str:
+    drawn = []
+    for number, story in enumerate(stories):
+        if story.loads:
+            step, by_router = story.loads[-1]
+            drawn.append(f"<p>{_key(number, story)}: update {step}</p>{loads(by_router)}")
+    note = (
+        "<p>Choices that fell on each expert (across) of each layer (down): white is an equal share, orange "
+        "more, blue less; behind them the least and the most of a layer, an equal share being 1. In a "
+        "pipeline these are layers of the first rank's stages.</p>"
+    )
+    return "".join(drawn) + note if drawn else ""
+
+
 def _lanes(stories: Sequence[Story]) -> str:
     drawn = []
     for number, story in enumerate(stories):
         if story.recorded is None:
             continue
         spans = story.makespans()
-        words = ", ".join(f"{name} {1e3 * spans[name]:.4g} ms" for name in ("measured", "simulated"))
+        words = ", ".join(f"{name} {milliseconds_text(spans[name])}" for name in ("measured", "simulated"))
         told = f"{_key(number, story)}: update {story.recorded[0]}, {words}, {spans['off']:+.1%}"
         drawn.append(f"<p>{told}</p>{lanes(story.lanes())}")
     note = (

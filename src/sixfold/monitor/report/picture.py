@@ -12,7 +12,7 @@ from typing import Any
 
 MOST_RANKS = 64
 """Ranks that are drawn; of more, the first ones."""
-_WIDTH, _HEIGHT, _GAP, _LEFT = 108, 62, 8, 10
+_WIDTH, _HEIGHT, _GAP, _LEFT, _LEGEND = 108, 62, 8, 10, 140
 _STATES = (("parameters", "#2563a8"), ("gradients", "#c2571a"), ("optimizer", "#2b8a4e"))
 
 
@@ -31,15 +31,15 @@ def layout(facts: Mapping[str, Any]) -> str:
     width = _LEFT * 2 + columns * (_WIDTH + _GAP)
     height = rows * (_HEIGHT + _GAP) + 34
     legend = "".join(
-        f'<rect x="{_LEFT + number * 118}" y="{height - 20}" width="10" height="10" fill="{colour}"/>'
-        f'<text x="{_LEFT + 14 + number * 118}" y="{height - 11}">{name} {_part_text(facts, name)}</text>'
+        f'<rect x="{_LEFT + number * _LEGEND}" y="{height - 20}" width="10" height="10" fill="{colour}"/>'
+        f'<text x="{_LEFT + 14 + number * _LEGEND}" y="{height - 11}">{name} {_part_text(facts, name)}</text>'
         for number, (name, colour) in enumerate(_STATES)
     )
     more = (
         f'<text x="{_LEFT}" y="{height - 26}">and {world - shown} ranks more</text>' if shown < world else ""
     )
     return (
-        f'<svg viewBox="0 0 {max(width, 380)} {height}" width="{max(width, 380)}" role="img" '
+        f'<svg viewBox="0 0 {max(width, 440)} {height}" width="{max(width, 440)}" role="img" '
         f'aria-label="layout of {world} ranks">{"".join(boxes)}{more}{legend}</svg>'
     )
 

@@ -35,6 +35,7 @@ class Story:
         facts: layout and sizes, as the run wrote them at its start; empty where it did not.
         sample: the completion at its end.
         recorded: an update and what its first pipeline did when; None where the run has recorded none.
+        loads: by update and router, the part of all choices that fell on each expert.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Story:
     facts: dict[str, Any]
     sample: str | None
     recorded: tuple[int, Timeline] | None = None
+    loads: tuple[tuple[int, dict[str, list[float]]], ...] = ()
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """(updates, values) of one field, where it has a value."""
@@ -122,6 +124,7 @@ def read_story(folder: Path) -> Story:
         facts=next((one["facts"] for one in reversed(records) if "facts" in one), {}),
         sample=next((one["sample"] for one in reversed(records) if "sample" in one), None),
         recorded=read_recording(folder),
+        loads=tuple((one["step"], one["expert_loads"]) for one in records if "expert_loads" in one),
     )
 
 

@@ -33,6 +33,8 @@ class ContextAttention:
 
     Attributes:
         sequences: those of the micro-batch under way; None while modules run on whole sequences.
+        refused: masks that a rank has to refuse, while it is tried what is refused: others may not have to,
+            and wait for its rows. None: raised at once.
     """
 
     def __init__(self, group: Group | None = None, *, is_compiled: bool = False) -> None:
@@ -41,6 +43,7 @@ class ContextAttention:
         if is_compiled:
             self._call = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
         self.sequences: Sequences | None = None
+        self.refused: list[ModelError] | None = None
         self._checked: tuple[Sequences, Tensor, bool] | None = None
 
     @property
@@ -90,7 +93,7 @@ class ContextAttention:
                 fix=f"set the model's attention dropout to 0 (other dropout may stay), or {OFF}",
             )
         if attn_mask is not None:
-            is_causal = self._is_causal(attn_mask, sequences)
+            is_causal = self._means_causal(attn_mask, sequences)
         num_ranks = self.group.num_ranks
         num = gcd(num_ranks, key.shape[1])
         rows = [
@@ -117,6 +120,15 @@ class ContextAttention:
                 "keys, [batch, heads, rows, width]",
                 fix=f"{OFF} for models with cross-attention, caches or pooled tokens",
             )
+
+    def _means_causal(self, mask: Tensor, sequences: Sequences) -> bool:
+        try:
+            return self._is_causal(mask, sequences)
+        except ModelError as error:
+            if self.refused is None:
+                raise
+            self.refused.append(error)
+            return False
 
     def _is_causal(self, mask: Tensor, sequences: Sequences) -> bool:
         """Whether a mask over this rank's own rows is that of causal attention, or of attention to all.

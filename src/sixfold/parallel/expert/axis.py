@@ -8,24 +8,23 @@ module's own forward on those that came, and brings the results back. Routers st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sixfold.base.errors import ModelError, PlanError
 from sixfold.config import LayoutConfig
-from sixfold.mesh import Group, Mesh, Pending
-from sixfold.models.grouped import Order
+from sixfold.mesh import Group, Mesh
+from sixfold.models.choices import Order
 from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import AxisChange
+from sixfold.parallel.expert.journey import Journey
 from sixfold.parallel.expert.watch import watched
 from sixfold.plan import Geometry, Place
 
@@ -75,10 +74,8 @@ def decide_expert(
         share = num_experts // degree
         span = ((here * share, (here + 1) * share),)
         for parameter in part.parameters():
-            first = first_names[parameter]
-            before = places.get(first, Place(tuple(parameter.shape)))
-            others = before.spans[1:] or ((),) * (parameter.dim() - 1)
-            made[first] = Place(before.shape, (span, *others), (*before.axes, "expert"), before.partial)
+            spans = (span, *((),) * (parameter.dim() - 1))
+            made[first_names[parameter]] = Place(tuple(parameter.shape), spans, ("expert",))
     watch = partial(watched, found.values(), geometry)
     return AxisChange(made, lambda mesh: _apply(found.values(), mesh), watch=watch)
 
@@ -110,58 +107,31 @@ def _dealing(own: Callable[..., Tensor], group: Group, num_experts: int) -> Call
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        beside: Callable[[], Tensor] | None = None,
+        beside: Callable[[], object] | None = None,
     ) -> Tensor:
         if next(self.parameters()).shape[0] == num_experts:  # gathered: the whole model is here
             given = () if beside is None else (beside,)
             return own(self, hidden_states, top_k_index, top_k_weights, *given)
         order = Order.by_expert(top_k_index, num_experts)
-        counts, wanted = _tell_counts(group, order.counts, hidden_states.device)
-        out = Exchange(group, [sum(each) for each in counts], [sum(each) for each in wanted])
-        sent = out.send(order.take(hidden_states))
-        extra = None if beside is None else beside()
-        came = out.receive(sent)
-        grouped = _regrouped(came, wanted)
+        journey = Journey(group, order, hidden_states.device)
+        receipt = journey.send(hidden_states)
+        if beside is not None:
+            beside()
+        rows, counts = journey.receive(receipt), journey.counts
         if isinstance(self, Experts):
-            made = self.on_groups(grouped, [sum(each) for each in zip(*wanted, strict=True)])
+            made = self.on_groups(rows, counts)
         else:
             with _having(self, share):
-                made = _tied(own(self, grouped, *_choices(wanted, grouped)), grouped, self)
-        mine = _regrouped(made, [*zip(*wanted, strict=True)])
-        back = Exchange(group, out.arriving, out.leaving)
-        result = order.put_back(back.receive(back.send(mine)), top_k_weights)
-        return result if extra is None else result + extra
+                made = _tied(own(self, rows, *_choices(counts, rows)), rows, self)
+        return journey.bring_back(made, top_k_weights)
 
     return forward  # type: ignore[no-any-return]
 
 
-def _tell_counts(
-    group: Group, counts: list[int], device: torch.device
-) -> tuple[list[list[int]], list[list[int]]]:
-    """How many rows go to each expert of each member, and how many come from each for each expert here.
-
-    Args:
-        device: where the backend of the group takes tensors from.
-    """
-    leaving = torch.tensor(counts, device=device).view(group.num_ranks, -1)
-    arriving = torch.empty_like(leaving)
-    group.all_to_all(list(leaving), list(arriving)).wait()
-    return leaving.tolist(), arriving.tolist()
-
-
-def _regrouped(rows: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
-    """Rows that are sorted by the rows of `counts` and then by its columns, the other way round."""
-    pieces = torch.split(rows, [count for each in counts for count in each])
-    width = len(counts[0])
-    return torch.cat(
-        [pieces[line * width + column] for column in range(width) for line in range(len(counts))]
-    )
-
-
-def _choices(wanted: list[list[int]], rows: Tensor) -> tuple[Tensor, Tensor]:
+def _choices(counts: list[int], rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows sorted by expert the one expert here that each is for, [rows, 1], and its weight, 1."""
-    counts = torch.tensor(wanted, device=rows.device).sum(0)
-    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    here = torch.tensor(counts, device=rows.device)
+    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(here)
     return experts[:, None], rows.new_ones(len(rows), 1)
 
 
@@ -182,71 +152,3 @@ def _having(part: nn.Module, num_experts: int) -> Iterator[None]:
         yield
     finally:
         part.num_experts = whole
-
-
-@dataclass
-class Exchange:
-    """Rows on their way from each member to each other, and their gradients on the way back.
-
-    In backward gradients leave where rows arrived and are waited for where they left, so what is computed
-    between `send` and `receive` hides the exchange in both directions.
-
-    Args:
-        leaving: rows for each member.
-        arriving: rows from each.
-    """
-
-    group: Group
-    leaving: list[int]
-    arriving: list[int]
-    _under_way: tuple[Pending, Tensor, Tensor] | None = field(default=None, init=False)
-
-    def send(self, rows: Tensor) -> Tensor:
-        """Start to send rows, those for one member together and in their order; returns a receipt."""
-        receipt: Tensor = _Send.apply(rows, self)  # type: ignore[no-untyped-call]
-        return receipt
-
-    def receive(self, receipt: Tensor) -> Tensor:
-        """The rows that came."""
-        rows: Tensor = _Receive.apply(receipt, self)  # type: ignore[no-untyped-call]
-        return rows
-
-    def start(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> None:
-        """Start one direction."""
-        rows = rows.contiguous()
-        came = rows.new_empty(sum(arriving), *rows.shape[1:])
-        parts = torch.split(rows, leaving), torch.split(came, arriving)
-        self._under_way = self.group.all_to_all(*parts), rows, came  # what is sent lives until it has left
-
-    def end(self) -> Tensor:
-        """Wait for it."""
-        assert self._under_way is not None, "started before"
-        (pending, _, came), self._under_way = self._under_way, None
-        pending.wait()
-        return came
-
-
-class _Send(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.start(rows, exchange.leaving, exchange.arriving)
-        return rows.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _receipt: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.end(), None
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, receipt: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.end()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.start(gradient, ctx.exchange.arriving, ctx.exchange.leaving)
-        return gradient.new_empty(0), None

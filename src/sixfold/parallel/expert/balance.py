@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.models.moe import RoutingStatistics, statistics_of, tally_of, with_penalty
+from sixfold.models.moe import NUM_FIGURES, RoutingStatistics, statistics_of, tally_of, with_penalty
 from sixfold.parallel.blocks import put_forward
 from sixfold.parallel.tensor.crossing import Axis, bounds
 
@@ -41,7 +41,7 @@ class ModelBalance:
         (self.num_experts,) = num_experts
         device = next(model.parameters()).device
         self.weight, self.num_layers, self._axis = weight, len(gates), axis
-        self.tally = torch.zeros(self.num_experts + 3, dtype=torch.int64, device=device)
+        self.tally = torch.zeros(self.num_experts + NUM_FIGURES, dtype=torch.int64, device=device)
         self.load = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self.last: RoutingStatistics | None = None
         self.penalty_scale: Tensor | float = 0.0
@@ -129,8 +129,10 @@ class ModelBalance:
                 chosen, counted = experts[counts], scores[counts]
             probabilities = counted.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
             everyone = torch.ones_like(chosen, dtype=torch.bool)
-            self.tally += tally_of(chosen, everyone, probabilities.detach())
-            return scores, with_penalty(weights, self._penalty(probabilities, experts), self), experts
+            penalties = self._penalties(probabilities, experts)
+            told = self.weight * self.num_experts * penalties.detach()
+            self.tally += tally_of(chosen, everyone, probabilities.detach(), told)
+            return scores, with_penalty(weights, penalties, self), experts
 
         return forward  # type: ignore[no-any-return]
 
@@ -142,10 +144,10 @@ class ModelBalance:
         start, stop = bounds(length, self._axis.num_ranks, self._axis.place) if is_part else (0, length)
         return self._mask[:, start:stop].flatten()
 
-    def _penalty(self, probabilities: Tensor, experts: Tensor) -> Tensor:
+    def _penalties(self, probabilities: Tensor, experts: Tensor) -> Tensor:
         # Of the choices that a token has in a layer, as the model's own loss counts them.
         load = self.load.to(probabilities.dtype) * experts.shape[1] / self.load.sum().clamp_min(1)
-        return (probabilities @ load).sum()
+        return probabilities @ load
 
 
 def num_tokens_of(batch: Any) -> float:

@@ -17,7 +17,7 @@ from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Note, Remove
 from sixfold.parallel.facts import block_names
 from sixfold.parallel.pipe.cut import ModelCut
-from sixfold.parallel.tensor.crossing import IN_SEQUENCE, Crossing, offered
+from sixfold.parallel.tensor.crossing import COPIED, IN_SEQUENCE, SUMMED, Crossing, offered
 from sixfold.parallel.tensor.cut import AXIS, Layer, TensorCut, decide_tensor, in_lists, in_sequence
 from sixfold.parallel.tensor.forwards import TensorForwards
 from sixfold.parallel.tensor.rules import find_rules
@@ -39,14 +39,16 @@ def decide_tensor_axis(
     cut = in_sequence(cut, model, [name for run in runs for name in run])
 
     def apply(mesh: Mesh) -> Remove:
-        return TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss).remove
+        forwards = TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss, device=mesh.device)
+        return forwards.remove
 
     def watch(note: Note) -> Remove:
         blocks = {name for run in runs for name in run}
         return _watched(model, cut, blocks, geometry.degree("context"), owns_loss, note)
 
+    cuts = {name: places[name].and_also(cut.places[name]) for name in cut.places if name in places}
     agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
-    return AxisChange(cut.places, apply, agreed=agreed, watch=watch)
+    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed, watch=watch)
 
 
 def _watched(
@@ -64,23 +66,26 @@ def _watched(
             for kind, part in offered(operation, num_bytes, cut.num_ranks).items():
                 note(kind, part)
 
-    def noting(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        around, is_head = [layer.style.entering, layer.style.leaving], layer.style.role == "scores"
+    def noting(layer: Layer) -> Callable[..., None]:
+        around, role = [layer.style.entering, layer.style.leaving], layer.style.role
+        if role == "experts":
+            around = [COPIED, SUMMED]
         if any(layer.name.startswith(block + ".") for block in blocks):
             around = [crossing and IN_SEQUENCE.get(crossing, crossing) for crossing in around]
 
-        def hook(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-            note_crossing(around[0], given[0])
-            note_crossing(None if is_head and owns_loss else around[1], output)
-            if layer.style.role == "vocabulary":  # of each token the loss tells three numbers
-                note("slices", 3 * -(-given[0].numel() // share) * max(4, output.itemsize))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+            note_crossing(around[0], given)
+            note_crossing(None if role == "scores" and owns_loss else around[1], output)
+            if role == "vocabulary":  # of each token the loss tells three numbers
+                note("slices", 3 * -(-given.numel() // share) * max(4, output.itemsize))
 
         return hook
 
     undo, parts = ExitStack(), dict(model.named_modules())
     for layer in cut.layers:
         if layer.name in parts:
-            undo.callback(parts[layer.name].register_forward_hook(noting(layer)).remove)
+            undo.callback(parts[layer.name].register_forward_hook(noting(layer), with_kwargs=True).remove)
     return undo.close
 
 

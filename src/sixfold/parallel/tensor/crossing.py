@@ -46,6 +46,8 @@ class Axis(Protocol):
 
 
 Operation = Literal["same", "sum", "gather", "part", "scatter"]
+SUMS = ("sum", "scatter")
+"""Those that add up what ranks have."""
 State = Literal["whole", "cut", "partial"]
 """What the ranks of an axis have of an activation, or of its gradient: all of it each, a part each, or a
 summand each."""

@@ -24,6 +24,7 @@ from sixfold.parallel.tensor.styles import (
     HEAD_WIDTHS,
     LEFT_WHOLE,
     SHARED,
+    STACKED,
     STYLES,
     Share,
     Style,
@@ -62,6 +63,8 @@ class Layer:
         spans: those that this rank has.
         heads: of keys or values this rank goes on with; None: no such choice.
         head_width: outputs that make a head.
+        stacks: of experts, by parameter the dim that is cut and the spans of it.
+        known_by: the parameter and the dim of it that have the size of `spans` where the layer is cut.
     """
 
     name: str
@@ -70,6 +73,8 @@ class Layer:
     spans: tuple[Span, ...]
     heads: tuple[int, ...] | None = None
     head_width: int = 1
+    stacks: Mapping[str, tuple[int, tuple[Span, ...]]] = field(default_factory=dict)
+    known_by: tuple[str, int] = ("weight", 0)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 
+def _fits(pattern: str, name: str) -> bool:
+    return _compiled(pattern).fullmatch(name) is not None
+
+
 def matching(model: nn.Module, pattern: str) -> list[str]:
     """Names of the modules that a pattern fits; * stands for one part of a name."""
-    return [name for name, _ in model.named_modules() if _compiled(pattern).fullmatch(name)]
+    return [name for name, _ in model.named_modules() if _fits(pattern, name)]
 
 
 def decide_tensor(model: nn.Module, rules: Rules, num_ranks: int, place: int) -> TensorCut:
@@ -144,7 +153,7 @@ class _Cutting:
         """Module (or method) name -> style; a later rule has the last word."""
         found: dict[str, Style] = {}
         for pattern, style in self.rules.styles.items():
-            if style in LEFT_WHOLE:
+            if style in LEFT_WHOLE or (style in STACKED and self._is_of_parameters(pattern)):
                 continue
             if style not in STYLES:
                 raise self.refused(f"{pattern!r} has the style {style!r}", f"styles are {', '.join(STYLES)}")
@@ -161,6 +170,9 @@ class _Cutting:
             yield Layer(name, style, 0, ())
             return
         module = self.model.get_submodule(name)
+        if style.role == "experts":
+            yield from self._experts(name, module, style)
+            return
         dims = dims_of(module)
         share = style.shares["weight"]
         if share == "partial":
@@ -170,8 +182,9 @@ class _Cutting:
             raise self.refused(
                 f"{name} is a {type(module).__name__}", "only linear layers and embeddings are cut"
             )
-        if style.role == "vocabulary" and getattr(module, "max_norm", None) is not None:
-            raise self.refused(f"{name} has max_norm", "an embedding that is cut leaves its rows as they are")
+        for option, rule in _WHOLE_ONLY.items() if style.role == "vocabulary" else ():
+            if getattr(module, option, None) not in (None, False):
+                raise self.refused(f"{name} has {option} = {getattr(module, option)}", rule)
         size = _weight(module).shape[dims[share]]
         width, most = self._head_width(name, size // style.parts), self._most_heads(name, styles)
         count = size // style.parts // width
@@ -182,9 +195,30 @@ class _Cutting:
             yield self._shared(name, size, width, count, most)
             return
         low, high = (each * width for each in bounds(count, self.num_ranks, self.rank))
-        run = size // style.parts
-        spans = tuple((part * run + low, part * run + high) for part in range(style.parts))
-        yield Layer(name, style, size, spans, head_width=width)
+        spans = _in_each_part((low, high), size, style.parts)
+        yield Layer(name, style, size, spans, head_width=width, known_by=("weight", dims[share]))
+
+    def _is_of_parameters(self, pattern: str) -> bool:
+        return any(_fits(pattern, name) for name, _ in self.model.named_parameters())
+
+    def _experts(self, name: str, module: nn.Module, style: Style) -> Iterator[Layer]:
+        """Experts whose inner width is divided, if there is a rule for each of their parameters."""
+        stacks: dict[str, tuple[int, tuple[Span, ...]]] = {}
+        for key, parameter in module.named_parameters():
+            styles = [each for pattern, each in self.rules.styles.items() if _fits(pattern, f"{name}.{key}")]
+            if parameter.dim() != 3 or not styles or styles[-1] not in STACKED:
+                return
+            dim, parts = STACKED[styles[-1]]
+            size = parameter.shape[dim]
+            if size // parts < self.num_ranks:
+                raise self.refused(
+                    f"{name}.{key} is {size // parts} wide", "each rank has a part of the width of experts"
+                )
+            part = bounds(size // parts, self.num_ranks, self.rank)
+            stacks[key] = dim, _in_each_part(part, size, parts)
+        if stacks:
+            first, (dim, spans) = next(iter(stacks.items()))
+            yield Layer(name, style, 0, spans, stacks=stacks, known_by=(first, dim))
 
     def _shared(self, name: str, size: int, width: int, count: int, most: int) -> Layer:
         """Fewer heads of keys and values than ranks: each takes those that its query heads need."""
@@ -228,7 +262,10 @@ class _Cutting:
             module = _part(self.model, layer.name)
             if not isinstance(module, nn.Module):
                 continue
-            for key, parameter in module.named_parameters():
+            for key, (dim, spans) in layer.stacks.items():
+                parameter = module.get_parameter(key)
+                found[first[parameter]] = _cut_in(tuple(parameter.shape), dim, spans)
+            for key, parameter in module.named_parameters() if not layer.stacks else ():
                 share: Share | None = layer.style.shares.get(key)
                 if share is None and layer.style.shares["weight"] == "partial":
                     share = "partial"
@@ -247,8 +284,7 @@ class _Cutting:
             return None
         if dim is None:
             return Place(shape, partial=(AXIS,))
-        spans = tuple(layer.spans if each == dim else () for each in range(len(shape)))
-        return Place(shape, spans, (AXIS,))
+        return _cut_in(shape, dim, layer.spans)
 
     def attributes(self, layers: list[Layer]) -> Iterator[tuple[str, str, int]]:
         for pattern, names in self.rules.divided.items():
@@ -296,6 +332,25 @@ class _Cutting:
 
 def _weight(module: nn.Module) -> nn.Parameter:
     return module.get_parameter("weight")
+
+
+def _in_each_part(span: Span, size: int, parts: int) -> tuple[Span, ...]:
+    """A span of each of the equal parts that `size` indices are packed from."""
+    run, (low, high) = size // parts, span
+    return tuple((part * run + low, part * run + high) for part in range(parts))
+
+
+def _cut_in(shape: tuple[int, ...], dim: int, spans: tuple[Span, ...]) -> Place:
+    cut = dim % len(shape)
+    return Place(shape, tuple(spans if each == cut else () for each in range(len(shape))), (AXIS,))
+
+
+_WHOLE_ONLY = {
+    "max_norm": "an embedding that is cut leaves its rows as they are",
+    "scale_grad_by_freq": "a rank that has some entries counts no others",
+    "sparse": "gradients of an embedding that is cut are dense",
+}
+"""Options of an embedding that it cannot have where it is cut, and why."""
 
 
 _KNOWN = "weight and bias of linear layers are known, and low-rank adapters beside them"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
+from sixfold.mesh import Branch
+from sixfold.models.chunks import check_entries
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import Remove
 from sixfold.parallel.tensor.crossing import (
@@ -33,7 +35,8 @@ from sixfold.parallel.tensor.crossing import (
 )
 from sixfold.parallel.tensor.cut import Layer, TensorCut
 from sixfold.parallel.tensor.heads import Head
-from sixfold.parallel.tensor.styles import OUTPUTS, dim_of, dims_of
+from sixfold.parallel.tensor.styles import OUTPUTS, dims_of
+from sixfold.parallel.tensor.vocabulary import entries_here
 
 Own = Callable[..., Any]
 Run = Sequence[str]
@@ -50,6 +53,7 @@ class TensorForwards:
         runs: names of blocks that follow each other on one rank; in them each rank keeps its part of the
             sequence alone.
         owns_loss: whether the model computes its loss by itself, so that nobody else reads its scores.
+        device: where random numbers are drawn besides the CPU.
     """
 
     def __init__(
@@ -60,7 +64,10 @@ class TensorForwards:
         runs: Sequence[Run] = (),
         *,
         owns_loss: bool = True,
+        device: str | torch.device = "cpu",
     ) -> None:
+        # What a rank drops of its columns, and between blocks of its part of the sequence, is its own.
+        self._columns, self._rows = (Branch(axis.place, torch.device(device)) for _ in range(2))
         self._model = model
         self._axis = axis
         self._cut = cut
@@ -107,13 +114,11 @@ class TensorForwards:
             return 1 if any(layer.name.startswith(block + ".") for block in run) else 2
 
         first = min(layers, key=distance)
-        layer = self._model.get_submodule(first.name)
-        dim = dim_of(first.style.shares["weight"], "weight", layer)
+        layer, (key, dim) = self._model.get_submodule(first.name), first.known_by
         size = sum(stop - start for start, stop in first.spans)
-        assert dim is not None, "a layer that has spans is cut"
 
         def is_cut() -> bool:
-            return bool(layer.get_parameter("weight").shape[dim] == size)
+            return bool(layer.get_parameter(key).shape[dim] == size)
 
         return is_cut
 
@@ -123,7 +128,8 @@ class TensorForwards:
         role = layer.style.role
         if role == "none" or (role == "scores" and self._head is not None and self._head.is_method):
             return
-        self._wrap(layer.name, self._embedding(layer) if role == "vocabulary" else self._linear(layer))
+        make = {"vocabulary": self._embedding, "experts": self._experts}.get(role, self._linear)
+        self._wrap(layer.name, make(layer))
 
     def _linear(self, layer: Layer) -> Callable[[Own], Own]:
         style, is_row = layer.style, layer.style.shares["weight"] == "in"
@@ -141,21 +147,25 @@ class TensorForwards:
             )
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def take(x: Tensor) -> Tensor:
                 x = self._enter(x, entering)
                 if x.shape[-1] != inputs:
                     raise self._misfit(layer, x.shape[-1], inputs)
+                return x
+
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                args, kwargs = _with_first(args, kwargs, take)
                 if is_row and module.bias is not None:
                     with _without_bias(module) as bias:
-                        y = own(module, x, *args, **kwargs)
-                    return self._leave(y, leaving, layer.size) + bias
+                        y = own(module, *args, **kwargs)
+                    return self._leave(module, y, leaving, layer.size) + bias
                 with _put(module, {name: count for name, count in counts.items() if hasattr(module, name)}):
-                    y = own(module, x, *args, **kwargs)
+                    y = own(module, *args, **kwargs)
                 if layer.heads is not None:
                     y = _heads_of(y, layer.heads, layer.head_width)
                 if style.role == "scores" and self._head is not None:
                     return self._head.leave(y)
-                return self._leave(y, leaving, layer.size)
+                return self._leave(module, y, leaving, layer.size)
 
             return forward
 
@@ -175,13 +185,36 @@ class TensorForwards:
         ((start, stop),) = layer.spans
 
         def make(own: Own) -> Own:
-            def forward(module: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-                is_here = (ids >= start) & (ids < stop)
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                ids = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+                check_entries(ids, layer.size, f"ids of {layer.name}")
+                is_here, places = entries_here(ids, (start, stop), layer.size)
                 padding: Any = module.padding_idx
                 local = padding - start if padding is not None and start <= padding < stop else None
                 with _put(module, {"padding_idx": local}):
-                    rows = own(module, torch.where(is_here, ids - start, 0), *args, **kwargs)
-                return self._leave(rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
+                    args, kwargs = _with_first(args, kwargs, lambda _ids: places)
+                    rows = own(module, *args, **kwargs)
+                return self._leave(module, rows.masked_fill(~is_here[..., None], 0), SUMMED, 0)
+
+            return forward
+
+        return make
+
+    def _experts(self, layer: Layer) -> Callable[[Own], Own]:
+        """Every rank has a part of each expert's width. What is said of tokens crosses with them; between
+        blocks each has its part of the tokens, which experts take one by one, in any order."""
+        is_inside = self._is_inside(layer.name)
+        entering, leaving = (OPENED, CLOSED) if is_inside else (COPIED, SUMMED)
+
+        def enter(given: Any) -> Any:
+            if not isinstance(given, Tensor) or not (is_inside or given.is_floating_point()):
+                return given
+            return cross(given, entering, self._axis, 0)
+
+        def make(own: Own) -> Own:
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                named = {name: enter(given) for name, given in kwargs.items()}
+                return cross(own(module, *map(enter, args), **named), leaving, self._axis, 0)
 
             return forward
 
@@ -191,7 +224,7 @@ class TensorForwards:
         """`x` beyond the border of a layer; what several layers of a module are given crosses once."""
         if crossing is None:
             return x
-        dim = SEQUENCE if crossing == OPENED else -1
+        dim = _sequence_dim(x) if crossing == OPENED else -1
         if not self._crossed:
             return cross(x, crossing, self._axis, dim)
         known, key = self._crossed[-1], (id(x), crossing)
@@ -200,12 +233,16 @@ class TensorForwards:
             known[key] = x, cross(x, crossing, self._axis, dim)
         return known[key][1]
 
-    def _leave(self, y: Tensor, crossing: Crossing | None, total: int) -> Tensor:
+    def _leave(self, module: nn.Module, y: Tensor, crossing: Crossing | None, total: int) -> Tensor:
         if crossing is None:
+            if module.training:
+                self._columns.enter()
             return y
+        if crossing in (SUMMED, CLOSED):
+            self._columns.leave()
         if crossing == CLOSED:
-            self._check_length(y.shape[SEQUENCE])
-            return cross(y, crossing, self._axis, SEQUENCE)
+            self._check_length(y.shape[_sequence_dim(y)])
+            return cross(y, crossing, self._axis, _sequence_dim(y))
         return cross(y, crossing, self._axis, -1, total or None)
 
     # Around modules that hold layers, and around the blocks.
@@ -243,7 +280,7 @@ class TensorForwards:
         return make
 
     def _open(self, x: Tensor) -> Tensor:
-        return cross(x, OPENED, self._axis, SEQUENCE)
+        return cross(x, OPENED, self._axis, _sequence_dim(x))
 
     def _first(self, own: Own) -> Own:
         def part(x: Tensor) -> Tensor:
@@ -252,6 +289,8 @@ class TensorForwards:
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_first(args, kwargs, part)
+            if module.training:
+                self._rows.enter()
             return own(module, *args, **kwargs)
 
         return forward
@@ -259,6 +298,7 @@ class TensorForwards:
     def _last(self, own: Own) -> Own:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = own(module, *args, **kwargs)
+            self._rows.leave()
             if isinstance(output, Tensor):
                 return cross(output, GATHERED, self._axis, SEQUENCE)
             return (cross(output[0], GATHERED, self._axis, SEQUENCE), *output[1:])
@@ -279,6 +319,12 @@ def _inputs_of(module: nn.Module) -> int:
     dims = dims_of(module)
     assert dims is not None, "only layers with dims are cut"
     return int(module.get_parameter("weight").shape[dims["in"]])
+
+
+def _sequence_dim(x: Tensor) -> int:
+    """The dim of activations that is cut between blocks. Where a block has put the tokens of all samples in a
+    row, [tokens, width], to work on them one by one, it is that one: their order does not matter there."""
+    return SEQUENCE if x.dim() > 2 else 0
 
 
 def _heads_of(y: Tensor, heads: Sequence[int], width: int) -> Tensor:

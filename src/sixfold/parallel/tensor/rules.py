@@ -19,13 +19,14 @@ from sixfold.config import LayoutConfig
 from sixfold.parallel.facts import block_names
 from sixfold.parallel.tensor.cut import Rules
 from sixfold.parallel.tensor.structure import pattern_of, rules_from_structure
-from sixfold.parallel.tensor.styles import STYLES
+from sixfold.parallel.tensor.styles import STACKED, STYLES
 from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
 from sixfold.parallel.tensor.verify import difference
 
 DECLARED = "tensor_rules"
 """Attribute of a model that says how it is cut: pattern -> style."""
 USER = "layout.tensor_rules"
+EXPERTS = "moe_tp_experts"
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +97,17 @@ def _answer(model: nn.Module, layout: LayoutConfig) -> Answer:
         return Answer(Rules(dict(declared), source=f"model.{DECLARED}", is_exact=True))
     planned = Answer(None)
     if isinstance(plan, Mapping) and plan:
-        planned = _tried(model, Rules(_with_head(model, plan)), layout)
+        named = _with_head(model, plan)
+        planned = _tried(model, Rules(named), layout)
+        if planned.rules is None and EXPERTS in named.values():
+            rest = {pattern: style for pattern, style in named.items() if style != EXPERTS}
+            without = _tried(model, Rules(rest), layout)
+            if without.rules is not None:
+                _log.warning(
+                    "layout.tensor: every rank has the experts of the %s whole, whose plan cuts them: %s",
+                    *(type(model).__name__, planned.why),
+                )
+                return without
         if planned.rules is not None:
             return planned
     found = _from_structure(model, layout)
@@ -165,10 +176,10 @@ def _from_structure(model: nn.Module, layout: LayoutConfig) -> Answer:
 
 def _parsed(rule: str) -> tuple[str, str]:
     pattern, separator, style = (part.strip() for part in rule.partition("="))
-    if not separator or not pattern or style not in STYLES:
+    if not separator or not pattern or style not in {*STYLES, *STACKED}:
         raise ConfigError(
             f"layout.tensor_rules: {rule!r}",
-            rule=f'a rule is "pattern = style", with one of {", ".join(STYLES)}',
+            rule=f'a rule is "pattern = style", with one of {", ".join(dict.fromkeys((*STYLES, *STACKED)))}',
             fix='for example layout.tensor_rules = ["layers.*.fc1 = colwise", "layers.*.fc2 = rowwise"]',
         )
     return pattern, style

@@ -71,18 +71,19 @@ class Style:
         parts: equal parts that its outputs are packed from, each cut by itself (gate and up, say).
         entering: around the layer, before it.
         leaving: and behind it.
-        role: "linear", "vocabulary" (an embedding that knows a part of its entries), "scores" (the head) or
-            "none" (its forward stays as it is).
+        role: "linear", "vocabulary" (an embedding that knows a part of its entries), "scores" (the head),
+            "experts" (a module of stacked matrices, cut as `STACKED` says) or "none" (its forward stays as it
+            is).
     """
 
     shares: Mapping[str, Share] = field(hash=False)
     parts: int = 1
     entering: Crossing | None = None
     leaving: Crossing | None = None
-    role: Literal["linear", "vocabulary", "scores", "none"] = "linear"
+    role: Literal["linear", "vocabulary", "scores", "experts", "none"] = "linear"
 
     def __post_init__(self) -> None:
-        if self.role == "none":
+        if self.role in ("none", "experts"):
             return
         product = PRODUCTS[self.role, self.shares["weight"]]
         entering, leaving = self.entering or _UNCHANGED, self.leaving or _UNCHANGED
@@ -121,14 +122,18 @@ STYLES: dict[str, Style] = {
     "scores": Style(OUT, entering=COPIED, leaving=GATHERED, role="scores"),
     "local_colwise": Style(OUT, role="none"),
     "replicated_with_grad_allreduce": Style(ALL, role="none"),
+    "moe_tp_experts": Style({}, role="experts"),
 }
 STYLES |= {"colwise_rep": STYLES["colwise_gather_output"], "rowwise_rep": STYLES["rowwise_split_input"]}
 
 SHARED = Style(ALL, entering=COPIED)
 """Keys and values with fewer heads than ranks: projected whole on every rank, which goes on with its own."""
 
-LEFT_WHOLE = frozenset({"grouped_gemm", "ep_dispatch_experts", "moe_tp_experts", "moe_identity_expert"})
-"""Styles of experts: every rank of the tensor axis has them whole; the expert axis cuts them."""
+STACKED = {"colwise": (-2, 1), "packed_colwise": (-2, 2), "rowwise": (-1, 1), "packed_rowwise": (-1, 2)}
+"""Of a parameter of experts, [experts, ...]: the dim that is cut, and the equal parts it is packed from."""
+
+LEFT_WHOLE = frozenset({"grouped_gemm", "ep_dispatch_experts", "moe_identity_expert"})
+"""Styles of the expert axis, which cuts experts otherwise, and of experts without parameters."""
 
 
 def dims_of(module: nn.Module) -> Mapping[Share, int] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sixfold.models.chunks import IGNORED
+from sixfold.models.chunks import IGNORED, check_entries
 from sixfold.parallel.tensor.crossing import Axis, bounds, exchange
 
 
@@ -35,30 +35,45 @@ class Vocabulary:
         return bounds(self.size, self.axis.num_ranks, self.axis.place)
 
 
-def losses_of(scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int = IGNORED) -> Tensor:
+def losses_of(scores: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Cross-entropy of each row, in nats, the same on every rank.
 
     Args:
         scores: of this rank's entries, floating [rows, stop - start].
-        targets: numbers in the whole vocabulary, [rows]; rows with `ignored`, or below 0, get 0.
+        targets: numbers in the whole vocabulary, [rows]; rows with `IGNORED` get 0.
 
     Returns:
         [rows], in the type of `scores`.
 
+    Raises:
+        IndexError: see `check_entries`.
+
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3; the sum of exponentials is rescaled to a common
     maximum as in Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    losses: Tensor = _Losses.apply(scores, targets, vocabulary, ignored)  # type: ignore[no-untyped-call]
+    losses: Tensor = _Losses.apply(scores, targets, vocabulary)  # type: ignore[no-untyped-call]
     return losses
+
+
+def entries_here(numbers: Tensor, span: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Which numbers are entries in `span`, and their places in it; those of other ranks get place 0.
+
+    What is no entry of the whole, of `size`, keeps a number that indexing refuses, as it would on one rank.
+    """
+    start, stop = span
+    is_here = (numbers >= start) & (numbers < stop)
+    is_elsewhere = (numbers >= 0) & (numbers < size) & ~is_here
+    return is_here, torch.where(is_here, numbers - start, numbers.masked_fill(is_elsewhere, 0))
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, targets: Tensor, vocabulary: Vocabulary, ignored: int) -> Tensor:
-        (start, stop), axis = vocabulary.span, vocabulary.axis
-        counts = (targets != ignored) & (targets >= 0)
-        is_mine = counts & (targets >= start) & (targets < stop)
-        columns = torch.where(is_mine, targets - start, 0)
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+        axis, counts = vocabulary.axis, targets != IGNORED
+        aims = targets.masked_fill(~counts, 0)
+        check_entries(aims, vocabulary.size, "targets")
+        is_mine, columns = entries_here(aims, vocabulary.span, vocabulary.size)
+        is_mine &= counts
         largest = scores.amax(-1)
         parts = torch.exp(scores - largest[:, None])
         hit = torch.where(is_mine, scores.gather(1, columns[:, None])[:, 0], 0)
@@ -78,4 +93,4 @@ class _Losses(torch.autograd.Function):
         weight = torch.where(counts, gradient, 0)
         scores = parts * weight[:, None]
         scores.scatter_add_(1, columns[:, None], torch.where(is_mine, -weight, 0)[:, None])
-        return scores, None, None, None
+        return scores, None, None
