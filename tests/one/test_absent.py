@@ -132,10 +132,13 @@ def outcome(touch: Touch, engine: Engine) -> str:
     return text if status == 0 else f"ended with status {status}"
 
 
+SAID = {"linear": "linear", ".data": "data", "assigned .data": "data", "sum": "sum"}
+
+
 @pytest.mark.parametrize("name", TOUCHES)
 def test_a_touch_says_what_to_do(name: str, engine: Engine) -> None:
     text = outcome(TOUCHES[name], engine)
-    assert "0.weight" in text
+    assert ("0.weight: " + SAID[name] if name in SAID else "0.weight") in text
     if name == "load_state_dict":  # torch makes an error of its own out of these, with what was given alone
         assert "0.weight: copy outside of its forward and backward" in text
         return
@@ -153,6 +156,17 @@ def test_a_crash_would_be_seen(engine: Engine) -> None:
         outcome(lambda m, p: os.kill(os.getpid(), signal.SIGKILL), engine)
         == f"ended with status {int(signal.SIGKILL)}"
     )
+
+
+def test_what_is_kept_of_gathered_parameters_keeps_its_numbers(engine: Engine) -> None:
+    def touch(model: nn.Module, parameter: nn.Parameter) -> None:
+        with engine.gathered():
+            kept = {**model.state_dict(), "a view": parameter.detach()[0]}
+            copies = {name: numbers.clone() for name, numbers in kept.items()}
+        engine.train_step((torch.ones(2, 4),))
+        assert all(torch.equal(kept[name], numbers) for name, numbers in copies.items())
+
+    assert outcome(touch, engine) == ""
 
 
 def test_a_gathered_parameter_is_itself_again(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError, StateError
 from sixfold.pipeline import fields_of, num_samples, split, to_device
+from sixfold.state.edits import SEARCHED_UPDATES
 
 
 class Pair(NamedTuple):
@@ -225,9 +227,24 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
     engine.train_step(X)
     with pytest.raises(StateError, match=r"engine\.step"):
         optimizer.step()
+    plain = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(StateError, match=r"groups of \[2\] tensor\(s\); here are \[1\]") as caught:
+        optimizer.load_state_dict(plain.state_dict())
+    assert "engine.load" in caught.value.fix
+    params = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = [model.weight]
+    with pytest.raises(StateError, match=r"1 tensor\(s\) were added to it, 1 taken out"):
+        engine.train_step(X)
+    optimizer.param_groups[0]["params"] = params
+    engine.train_step(X)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(StateError, match="added"):
         engine.train_step(X)
+
+
+class _WithoutRate(torch.optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
 
 
 @pytest.mark.parametrize(
@@ -236,21 +253,53 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
         (nn.Linear(2, 1).requires_grad_(False), None, ModelError),
         (nn.ReLU(), None, ModelError),
         (nn.Linear(2, 1), lambda parameters: None, ConfigError),
+        (nn.Linear(2, 1), _WithoutRate, ConfigError),
     ],
 )
-def test_nothing_to_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:
+def test_what_cannot_train_is_refused(model: nn.Module, optimizer: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
 
 
-def test_edits_between_updates_hold_under_a_narrow_compute_type() -> None:
+@pytest.mark.parametrize("edit", ["counted", "uncounted"])
+def test_edits_at_any_time_hold_under_a_narrow_compute_type(edit: str, tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
-    config = {"precision": {"compute": "bf16"}, "optimizer": {"lr": 1e-6}}
+    config = {"precision": {"compute": "bf16"}, "optimizer": {"lr": 1e-6, "ema_decay": 0.5}}
     engine = sixfold.initialize(model, config=config, loss_fn=_mean_square)
+
+    def write(value: float) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                (parameter if edit == "counted" else parameter.data).fill_(value)
+
+    def weights() -> list[float]:
+        return [round(value, 3) for value in engine.full_state_dict()["weight"].flatten().tolist()]
+
+    write(1.0)
     engine.train_step(X)
-    model.load_state_dict({"weight": torch.full((1, 2), 3.0), "bias": torch.full((1,), -2.0)})
-    engine.train_step(X)
-    assert engine.full_state_dict()["weight"] == pytest.approx(torch.full((1, 2), 3.0), abs=1e-4)
+    assert weights() == [1, 1]
+    engine.backward(engine(X).mean())
+    write(2.0)
+    engine.step()
+    assert weights() == [2, 2]
+    write(3.0)
+    assert weights() == [3, 3]
+    write(4.0)
+    engine.save(tmp_path)
+    write(5.0)
+    with engine.ema():
+        pass
+    assert weights() == [5, 5]
+    write(6.0)
+    with pytest.raises(RuntimeError, match="mine"), engine.gathered():
+        raise RuntimeError("mine")
+    assert weights() == [6, 6]
+    engine.load(tmp_path)
+    assert weights() == [4, 4]
+    for number in range(2 * SEARCHED_UPDATES):  # having seen such edits, every update looks for them
+        write(number)
+        engine.train_step(X)
+        assert weights() == [number, number]
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
@@ -270,6 +319,46 @@ def test_an_edit_that_fails_is_undone(compute: str) -> None:
         edit()
     assert torch.equal(model.weight, before)
     assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(zero: int, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": zero}}, loss_fn=_mean_square)
+    engine.save(tmp_path / "saved")
+    asked: list[Any] = [model.weight, torch.ones(1)]
+    refusing: tuple[Callable[[], object], ...] = (
+        lambda: engine.train_step(X),
+        lambda: engine.backward(engine(X).mean()),
+        engine.step,
+        lambda: engine.load(tmp_path / "saved"),
+        engine.full_state_dict,
+        lambda: engine.gathered().__enter__(),
+    )
+    with engine.gathered():
+        for call in refusing:
+            with pytest.raises(StateError, match=r"inside `with engine\.gathered"):
+                call()
+        engine.eval_step(X)
+    with pytest.raises(StateError, match=r"1 of 2 tensor\(s\) to be gathered are not parameters"):
+        engine.gathered(asked).__enter__()
+    before = engine.full_state_dict()
+    with pytest.raises(StateError, match="weight no longer lies in its unit"), engine.gathered():
+        model.weight.data = torch.zeros(1, 2)
+    assert torch.equal(engine.full_state_dict()["weight"], before["weight"])
+    engine.train_step(X)
+
+
+def test_an_edit_that_was_refused_is_undone() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    before = engine.eval_step(X).loss
+    engine(X)  # leaves parameters whole for its backward
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    with pytest.raises(StateError, match="weight changed in place during a forward or backward"):
+        engine.train_step(X)
+    assert engine.train_step(X) == before
 
 
 def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:
@@ -319,3 +408,15 @@ def test_a_closed_engine_refuses_to_train(tmp_path: Path) -> None:
     for use in (lambda: engine.train_step(X), engine.step, lambda: engine.save(tmp_path)):
         with pytest.raises(StateError, match="close"):
             use()
+
+
+def test_a_module_without_numbers_says_where_they_are() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
+    engine(X)
+    engine.close()
+    with pytest.raises(StateError, match=r"linear after engine\.close") as caught:
+        model(X)
+    assert "before engine.close" in caught.value.fix
+    with pytest.raises(ModelError, match=r"2 parameter\(s\) without numbers, first weight"):
+        sixfold.initialize(model, loss_fn=_mean_square)

@@ -67,6 +67,8 @@ def test_the_command(sixfold: Terminal, run: Path) -> None:
 def test_wrong_input(sixfold: Terminal, run: Path) -> None:
     assert sixfold("generate", "nowhere", "-p", "x") == EXIT_USAGE
     assert "nowhere is no run: it does not exist" in sixfold.err
+    assert sixfold("generate", run, "-p", "x", "--checkpoint", "step-9") == EXIT_USAGE
+    assert f"give --checkpoint {run / 'checkpoints' / 'step-00000003'}" in sixfold.err
     assert sixfold("generate", run) == EXIT_USAGE
     assert "--prompt" in sixfold.err
     bare = sixfold.folder / "bare"

@@ -14,6 +14,7 @@ import sixfold
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import load
 from sixfold.mesh import Pending
+from sixfold.mesh.scratch import Scratch
 from sixfold.models import grouped, moe
 from sixfold.models.choices import Order
 from sixfold.models.decoder import Decoder, DecoderConfig, num_flops
@@ -76,19 +77,23 @@ def test_shared_experts_run_while_tokens_are_on_their_way() -> None:
     class Group:
         """Two ranks, of which the other one neither has tokens nor gets any."""
 
-        num_ranks = 2
+        num_ranks, place, scratch = 2, 0, Scratch(torch.device("cpu"))
 
         def all_to_all(self, sent: Sequence[Tensor], arriving: Sequence[Tensor]) -> Pending:
-            events.append("start")
             arriving[0].copy_(sent[0])
             arriving[1].zero_()
+            return self.deal(sent, ())
+
+        def deal(self, sent: Sequence[Tensor], arriving: Sequence[Sequence[Tensor]]) -> Pending:
+            events.append("start")
             return Coming()
 
-    def beside() -> Tensor:
+    def beside() -> None:
         events.append("beside")
-        extra = 2 * rows
-        extra.register_hook(lambda gradient: events.append("beside"))
-        return extra
+        made.append(2 * rows)
+        made[0].register_hook(lambda gradient: events.append("beside"))
+
+    made: list[Tensor] = []
 
     layer, rows = Experts(4, 4, 1), torch.ones(3, 4, requires_grad=True)
     forward = expert_axis._dealing(Experts.forward, Group(), 2)  # type: ignore[arg-type]
@@ -96,7 +101,7 @@ def test_shared_experts_run_while_tokens_are_on_their_way() -> None:
     exchange, hidden = ["start", "wait"], ["start", "beside", "wait"]
     assert events == exchange + hidden + exchange  # numbers of tokens; there; back
     events.clear()
-    out.sum().backward()
+    (out + made[0]).sum().backward()
     assert events == exchange + hidden
 
 

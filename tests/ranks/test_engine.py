@@ -250,6 +250,7 @@ def test_an_update_that_was_begun_is_ended_first() -> None:
         partial(engine.rehearse, batch),
         partial(engine.save, "nowhere"),
         partial(engine.load, "nowhere"),
+        engine.gradients,
         gathered,
     ]
     for attempt in forbidden:

@@ -188,5 +188,8 @@ def test_what_never_becomes_finite_is_reported_with_parameter_rank_and_step(comp
     with pytest.raises(ModelError) as caught:
         engine.train_step(bad)
     assert f"of update {failed} is nan" in caught.value.given
-    assert f"first: parts.sick.weight (on rank(s) {last} before the sum)" in caught.value.given
+    assert (
+        f"first: parts.sick.weight (it or others of its unit before the sum on rank(s) {last})"
+        in caught.value.given
+    )
     assert engine.num_skipped == failed - 2

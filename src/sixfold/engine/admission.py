@@ -19,6 +19,7 @@ from sixfold.config import Config, LayoutConfig, Resolved
 from sixfold.mesh import Mesh, agree
 from sixfold.models.moe import Router
 from sixfold.parallel import BATCH_NORMS, ModuleFacts, check_backend, check_blocks, dtype_name
+from sixfold.state import Absent
 
 _log = logging.getLogger(__name__)
 _USED = (
@@ -37,6 +38,13 @@ def check_model(model: nn.Module, asked: Config) -> None:
             f"a {type(model).__name__} as model",
             rule="the model is a torch.nn.Module",
             fix="wrap a function or a list in a Module, for example torch.nn.Sequential(*layers)",
+        )
+    absent = [name for name, part in model.named_parameters() if isinstance(part, Absent)]
+    if absent:
+        raise ModelError(
+            f"{len(absent)} parameter(s) without numbers, first {absent[0]}",
+            rule="under layout.zero = 3 or layout.pipe the numbers of a module are with its engine",
+            fix="make the module anew, and load what engine.save or engine.full_state_dict saved",
         )
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ModelError(

@@ -216,6 +216,7 @@ class Engine:
                 divides by the sum of weights over micro-batches and ranks.
             retain_graph: keep the graph for a further backward.
         """
+        self._order.check_trained("backward")
         self._order.check_whole("engine.backward")
         self._written_out.backward(loss, weight, retain_graph=retain_graph)
 
@@ -243,7 +244,7 @@ class Engine:
         """
         self._order.check_idle("gathered")
         self.state.arrive("gathered")
-        with self.state.edited(parameters):
+        with self.state.edits.lent(parameters), self._order.lent("gathered"):
             yield self.module
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -266,7 +267,7 @@ class Engine:
         average = self._order.average("ema")
         self._order.check_idle("ema")
         self.state.arrive("ema")
-        with torch.no_grad(), average.shown(), self._order.averaged():
+        with torch.no_grad(), self.state.shown(average.numbers), self._order.lent("ema"):
             yield self.module
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
@@ -280,6 +281,7 @@ class Engine:
 
         Every rank calls it. `parameter.grad` shows it only where gradients and optimizer are whole.
         """
+        self._order.check_ended("gradients")
         self.state.arrive("gradients")
         return self.state.gradients()
 
@@ -380,6 +382,8 @@ class Engine:
 
     def close(self) -> None:
         """End what `initialize` started, the process group too; take hooks and forwards off the module.
+
+        Where parameters are cut, the module has no numbers afterwards: save them before.
 
         Raises:
             SaveError: a save begun with `wait=False` could not be written.

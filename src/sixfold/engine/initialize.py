@@ -59,6 +59,7 @@ from sixfold.state import (
     elementwise_groups,
     make_optimizers,
     refuse_two_definitions,
+    share_buffers,
     take_over,
 )
 from sixfold.state.making import OptimizerLike
@@ -184,7 +185,7 @@ def initialize(
         puts_off=deferral is not None,
     )
     ending.callback(state.remove)
-    state.share_buffers(model.buffers())
+    share_buffers(model, mesh)
     if found:
         read_weights(model, state, found)
     bound = bind(made, state, asked.optimizer.ema_decay)

@@ -1,7 +1,7 @@
 """In which order calls of an engine may come.
 
 The engine asks before each call; an `Order` answers or raises with the call that would work. It keeps two
-facts, whether the engine is closed and whether averaged weights are lent, and changes nothing else.
+facts, whether the engine is closed and in which block the weights are lent, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,15 @@ from sixfold.base.errors import StateError
 from sixfold.pipeline import Player, WrittenOut
 from sixfold.plan import Geometry
 from sixfold.state import Average
+
+_LENT = {
+    "ema": (
+        "averaged weights are lent for evaluation; training and saving go by the trained ones",
+        ", or engine.ema_state_dict() for the averages",
+    ),
+    "gathered": ("weights are lent to be read and edited, and edits are everyone's when the block ends", ""),
+}
+"""Blocks in which weights are lent: the rule, and what works inside besides."""
 
 
 class Order:
@@ -32,25 +41,26 @@ class Order:
         self._written_out = written_out
         self._average = average
         self._geometry = geometry
-        self._is_averaged = False
+        self._lent: str | None = None
         self.is_closed = False
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, averaged weights are lent."""
-        self._is_averaged = True
+    def lent(self, block: str) -> Iterator[None]:
+        """Inside, weights are lent: "ema" or "gathered"."""
+        self._lent = block
         try:
             yield
         finally:
-            self._is_averaged = False
+            self._lent = None
 
     def check_trained(self, what: str) -> None:
-        """Raise StateError unless the trained weights are in place."""
-        if self._is_averaged:
+        """Raise StateError unless the trained weights are in place and nobody edits them."""
+        if self._lent is not None:
+            rule, besides = _LENT[self._lent]
             raise StateError(
-                f"engine.{what} inside `with engine.ema():`",
-                rule="averaged weights are lent for evaluation; training and saving go by the trained ones",
-                fix=f"call engine.{what} after the block, or engine.ema_state_dict() for the averages",
+                f"engine.{what} inside `with engine.{self._lent}():`",
+                rule=rule,
+                fix=f"call engine.{what} after the block{besides}",
             )
 
     def check_open(self, what: str) -> None:
@@ -60,13 +70,17 @@ class Order:
             raise StateError(
                 f"engine.{what} after engine.close()",
                 rule="a closed engine no longer reduces gradients",
-                fix="close the engine last, or initialize the module anew",
+                fix="close the engine last, or initialize a module anew",
             )
 
     def check_idle(self, what: str) -> None:
         """`check_open`, and raise StateError where an update was begun and not ended."""
-        if self._is_averaged or self.is_closed:
+        if self._lent is not None or self.is_closed:
             self.check_open(what)
+        self.check_ended(what)
+
+    def check_ended(self, what: str) -> None:
+        """Raise StateError where an update was begun and not ended."""
         if not self._player.is_idle:
             raise StateError(
                 f"engine.{what} after {self._written_out.num_backwards} backward(s) without engine.step()",

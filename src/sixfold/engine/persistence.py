@@ -80,6 +80,8 @@ class Persistence:
 
     def full_state_dict(self, averages: Average | None = None) -> dict[str, torch.Tensor]:
         """The whole model on the CPU, under all its names; with averages of the trained weights, if given."""
+        if averages is None:
+            self.state.edits.absorb()
         self.state.foreign.collect_buffers()
         whole = self.state.whole(averages.numbers if averages is not None else None)
         model = {**whole, **persistent_buffers(self.module)}
@@ -111,6 +113,7 @@ class Persistence:
                     rule='with checkpoint.when_busy = "refuse" saves do not wait for each other',
                     fix='save less often, or set checkpoint.when_busy = "wait"',
                 )
+            self.state.edits.absorb()
             self.saving.start(folder, lambda: self._content(counters, only), snapshot=not waits, keep=keep)
             if waits:
                 self.saving.wait()
@@ -196,6 +199,7 @@ class Persistence:
         """
         self.wait()
         with self.mesh.phase("load"):
+            self.state.edits.absorb()  # of what is not in the folder
             return self._load(folder)
 
     def _load(self, folder: Path) -> Mapping[str, Any] | None:

@@ -16,6 +16,8 @@ from sixfold.simulate.timeline import LANES, Event, Timeline
 
 _WIDTH, _LEFT, _ROW, _GAP = 1200, 240, 22, 8
 """Pixels: of the drawing, of its captions, of a lane, between ranks."""
+_VISIBLE = 0.5
+"""Pixels from which on a box is more than a shade of its edge."""
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
@@ -63,8 +65,8 @@ def html_page(timelines: Mapping[str, Timeline], title: str = "Timeline") -> str
 def lanes(timelines: Mapping[str, Timeline]) -> str:
     """An SVG with every rank's lanes, the timelines of a rank above each other on one time scale.
 
-    An instruction tells its times when the pointer rests on it. Lanes in which nothing takes time are
-    left out.
+    An instruction tells its times when the pointer rests on it. Lanes in which nothing is wide enough to be
+    seen are left out.
     """
     until = max((timeline.makespan for timeline in timelines.values()), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT) / until
@@ -75,7 +77,7 @@ def lanes(timelines: Mapping[str, Timeline]) -> str:
             for lane in LANES:
                 events = [each for each in timeline.events if (each.rank, each.lane) == (rank, lane)]
                 events = [each for each in events if each.stop > each.start]
-                if events:
+                if any((each.stop - each.start) * scale >= _VISIBLE for each in events):
                     caption = escape(f"rank {rank} {name} {lane}")
                     drawn.append(f'<text fill="#555" x="4" y="{y + _ROW - 7}">{caption}</text>')
                     drawn += [_box(each, y, scale) for each in events]

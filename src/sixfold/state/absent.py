@@ -52,6 +52,11 @@ ELSEWHERE = (
     "read and edit inside `with engine.gathered():`, or take engine.full_state_dict(); train with "
     "engine.train_step and evaluate with engine.eval_step",
 )
+CLOSED = (
+    "after engine.close()",
+    "with cut parameters (layout.zero = 3) a rank has its slice alone, and a closed engine gathers no more",
+    "use engine.full_state_dict() or engine.save(folder) before engine.close(), and load it into a new model",
+)
 """Why there are none: where, the rule, and a change that works."""
 
 
@@ -72,10 +77,11 @@ class Absent(nn.Parameter):
     ) -> Any:
         if func in _HARMLESS:
             return nn.Parameter.__torch_function__(func, types, args, dict(kwargs or {}))  # type: ignore[no-untyped-call]
-        what = getattr(func, "__name__", str(func)).strip("_")
-        accessor = getattr(getattr(func, "__self__", None), "__name__", None)
+        what = getattr(func, "__name__", str(func))
+        if what in ("__get__", "__set__"):
+            what = func.__self__.__name__  # type: ignore[attr-defined]
         raise StateError(
-            f"{_touched(cls, args, kwargs)}: {accessor or what} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
+            f"{_touched(cls, args, kwargs)}: {what.strip('_')} {cls.why[0]}", rule=cls.why[1], fix=cls.why[2]
         )
 
 
@@ -87,7 +93,7 @@ def _touched(cls: type[Absent], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def absent_class(
     parameter: nn.Parameter, names: Mapping[int, str], why: tuple[str, str, str] = DROPPED
-) -> type[nn.Parameter]:
+) -> type[Absent]:
     """The class that `parameter` has while it has no numbers.
 
     Args:

@@ -1,17 +1,15 @@
 """A moving average of the trained weights, beside the masters and cut like them.
 
 Made by `bind` where `optimizer.ema_decay` asks for it, updated with every step of the optimizer. It never
-changes a master; `shown` lends averages to the working parameters for a while.
+changes a master; `ModelState.shown` lends averages to the working parameters for a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from sixfold.state.publishing import Publication
 from sixfold.state.unit import Unit
 
 
@@ -28,27 +26,11 @@ class Average:
     def __init__(self, units: Sequence[Unit], decay: float) -> None:
         self._decay = decay
         self.numbers: Mapping[Unit, torch.Tensor] = {unit: unit.master.clone() for unit in units}
-        self._publication = Publication(units)
 
     def update(self) -> None:
         """Take in the masters as they are now."""
         for unit, average in self.numbers.items():
             average.lerp_(unit.master, 1 - self._decay)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Averages in place of the working parameters. Collectives at the beginning and, unless an error on
-        this rank has to find its way out, at the end; what was there is kept for that time."""
-        kept = {unit: unit.part.clone() for unit in self.numbers}
-        try:
-            self._publication.run(self.numbers)
-            yield
-            for pending in [unit.settle() for unit in kept]:
-                pending.wait()
-        finally:
-            for unit, part in kept.items():
-                unit.part.copy_(part)
-                unit.forget_edits()
 
     def live_bytes(self) -> int:
         """Bytes of all averages."""

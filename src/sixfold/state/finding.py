@@ -25,7 +25,7 @@ class Finding:
         kept: what is whole after it, on every rank.
         lasting: units that are not dropped before its end.
         users: see `Users`.
-        window: what reduces units that a backward pass has left.
+        window: what reduces units that a backward pass has left; None where nothing is reduced.
         is_plain: of a backward pass, that it follows one forward, in which no block was wanted twice.
 
     Attributes:
@@ -41,7 +41,7 @@ class Finding:
         lasting: Collection[Unit],
         users: Users,
         whole: Whole,
-        window: ReduceWindow,
+        window: ReduceWindow | None,
         mesh: Mesh,
         *,
         is_plain: bool,
@@ -85,7 +85,8 @@ class Finding:
             if self._leaves and unit.plan.blocks:
                 self._leaving.append(unit)
                 for left in leave_before(unit, self._leaving):
-                    self._window.start(left.gradients)
+                    if self._window is not None:
+                        self._window.start(left.gradients)
                     self._drop(left)
             was_whole = unit in self._whole.units
             self._whole.gather(unit)

@@ -20,13 +20,13 @@ class Following:
     """A pass under way.
 
     Args:
-        window: what reduces units that a backward pass has left.
+        window: what reduces units that a backward pass has left; None where nothing is reduced.
 
     Attributes:
         drops, kept: see `Route`.
     """
 
-    def __init__(self, kind: str, route: Route, whole: Whole, window: ReduceWindow) -> None:
+    def __init__(self, kind: str, route: Route, whole: Whole, window: ReduceWindow | None) -> None:
         self.kind = kind
         self.drops, self.kept = route.drops, route.kept
         self._stays = route.stays
@@ -48,7 +48,8 @@ class Following:
         while self._left and (wanted or to_end):
             step = self._left.popleft()
             for left in step.leaves:
-                self._window.start(left.gradients)
+                if self._window is not None:
+                    self._window.start(left.gradients)
                 if left in present and left not in self._stays and left not in holding:
                     present.discard(left)
                     left.presence.drop()

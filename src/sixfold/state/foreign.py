@@ -108,12 +108,16 @@ class Foreign:
         }
         self._lent: list[str] = []
         self._pieces: dict[str, torch.Tensor] = {}
+        for parameter in self._absent.values():
+            parameter.untyped_storage().resize_(0)
+        self._shells = {name: parameter.data for name, parameter in self._absent.items()}
         for name in self._absent:
             self._release(name)
 
     def _release(self, name: str) -> None:
+        # What was lent is freed by its last user, who may have kept a view of it.
         parameter = self._absent[name]
-        parameter.untyped_storage().resize_(0)
+        parameter.data = self._shells[name]
         parameter.__class__ = self._classes[name][1]
 
     def everyones(
@@ -177,6 +181,10 @@ class Foreign:
                 elif name in self._pieces:
                     self._own[name][0].data = self._pieces[name]
             self._lent, self._pieces = [], {}
+
+    def lends(self, name: str) -> bool:
+        """Whether a parameter of this rank is whole now, beside its piece."""
+        return name in self._pieces
 
     def share_edits(self) -> None:
         """Give everyone what rank 0 made of what is lent. A collective where an axis cuts the model."""

@@ -32,6 +32,7 @@ from sixfold.state.passes import (
     BACKWARD,
     EVALUATION,
     FORWARD,
+    UNREDUCED,
     Order,
     Route,
     Whole,
@@ -111,9 +112,12 @@ class Gathering:
         return handles
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and drop what a pass has left whole."""
         for handle in self._handles:
             handle.remove()
+        for unit in self._whole.units:
+            unit.forget_edits()
+        self._drop_all_but(())
 
     # Passes.
 
@@ -169,9 +173,11 @@ class Gathering:
             self._is_explicit = False
 
     def _start(self, kind: str) -> Following | Finding:
+        window = self._window if kind == BACKWARD else None
+        kind = BACKWARD if kind == UNREDUCED else kind  # both go one way
         order = self._orders.get(kind)
         if order is None:
-            current: Following | Finding = self._finding(kind)
+            current: Following | Finding = self._finding(kind, window)
         else:
             begun_with = kind, self._is_kept, frozenset(self._whole.units)
             if begun_with not in self._routes:
@@ -183,13 +189,13 @@ class Gathering:
                     self._prefetch_bytes,
                     is_backward=kind == BACKWARD,
                 )
-            current = Following(kind, self._routes[begun_with], self._whole, self._window)
+            current = Following(kind, self._routes[begun_with], self._whole, window)
         self._num_forwards = 0 if kind == BACKWARD else self._num_forwards + (kind == FORWARD)
         self._running.clear()
         self.current = current
         return current
 
-    def _finding(self, kind: str) -> Finding:
+    def _finding(self, kind: str, window: ReduceWindow | None) -> Finding:
         if not self._is_kept:
             self._drop_all_but(self._staying)  # the order is found out from its beginning
         first = self._orders.get(FORWARD)
@@ -202,7 +208,7 @@ class Gathering:
             self._staying,
             self._users,
             self._whole,
-            self._window,
+            window,
             self._mesh,
             is_plain=is_plain and self._num_forwards == 1,
         )
@@ -251,14 +257,22 @@ class Gathering:
 
     @contextmanager
     def held(self, units: Iterable[Unit]) -> Iterator[None]:
-        """Whole inside the block, all at once; the model may be called there by any rank alone."""
-        for unit in (asked := [unit for unit in units if unit in set(self._units)]):
-            self._whole.gather(unit)
-        was, self._is_held = self._is_held, len(asked) == len(self._units)
+        """Whole inside the block, all at once, in memory of their own; the model may be called there by any
+        rank alone."""
+        self.refresh()
+        asked = set(units).intersection(self._units)
+        for unit in self._units:
+            if unit in asked:
+                unit.lend()
+                self._whole.units.add(unit)
+        self._is_held = len(asked) == len(self._units)
         try:
             yield
         finally:
-            self._is_held = was
+            self._is_held = False
+            for unit in asked:
+                unit.take_back()
+                self._whole.units.add(unit)
             self._drop_all_but(())
 
     def keep(self, is_kept: bool) -> None:
@@ -330,6 +344,6 @@ class Gathering:
                 fix="set layout.zero = 2",
             )
         if self.current is None or self.current.kind != BACKWARD:
-            self.open(BACKWARD)  # another model's loss goes through this one
+            self.open(UNREDUCED)
         assert self.current is not None, "opened above"
         self.current.go(self._users[name])

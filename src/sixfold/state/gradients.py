@@ -101,10 +101,6 @@ class Gradients:
         Nothing is zeroed: autograd hands over each first gradient, and it is copied over the old one. That
         moves fewer bytes than zeroing and adding.
         """
-        if self.sent is not None and self.reduces_each:
-            # An error left it on its way: memory that others may still write into is not used again.
-            self._buffers.pop(self.sent.flat.data_ptr())
-            self.sent = None
         if self.local is not None:
             if self.reduces_each:
                 self._replicas.exchangeable.give(self.local.flat)

@@ -168,6 +168,14 @@ def _check_kind(made: object) -> None:
             rule="the optimizer is handed over before its first step",
             fix="call sixfold.initialize before optimizer.step(), and engine.load to bring state back",
         )
+    without = [number for number, group in enumerate(made.param_groups) if group.get("lr") is None]
+    if without:
+        raise ConfigError(
+            f'{type(made).__name__} has no number under "lr" in parameter group(s) '
+            f"{', '.join(map(str, without))}",
+            rule="schedules, records and checkpoints go by the learning rate of each group",
+            fix='give each group one, for example {"lr": 1.0} for an optimizer that does not use it',
+        )
     bounds = [group["clip_norm"] for group in made.param_groups if group.get("clip_norm") is not None]
     if not all(isinstance(bound, int | float) and 0 < bound < math.inf for bound in bounds):
         raise ConfigError(

@@ -89,9 +89,10 @@ class BoundOptimizer:
         self._state = state
         self.average = average
         self._is_stepping = False
-        self._num_bound = {inner: sum(run.optimizer is inner for run in runs) for inner in inners}
+        self._bound = {inner: _ids_in(inner) for inner in inners}
         for inner in inners:
             inner.register_step_pre_hook(self._before_step)
+            inner.register_load_state_dict_pre_hook(_before_loading)
         self.base_lrs = [float(group["lr"]) for group in self._groups()]
 
     @property
@@ -119,17 +120,16 @@ class BoundOptimizer:
             self.average.update()
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        held = 0
-        for group in optimizer.param_groups:
-            held += len(group["params"])
-        bound = self._num_bound[optimizer]
+        held, bound = _ids_in(optimizer), self._bound[optimizer]
         if not self._is_stepping or held != bound:
-            what = f"{held - bound} tensor(s) were added to it" if self._is_stepping else "called alone"
+            new = len(set(held).difference(bound))
+            changed = f"{new} tensor(s) were added to it, {len(bound) - len(held) + new} taken out"
             raise StateError(
-                f"{type(optimizer).__name__}.step(): {what}",
-                rule="the engine steps the optimizer it was given, over the parameters it had then",
+                f"{type(optimizer).__name__}.step(): {changed if self._is_stepping else 'called alone'}",
+                rule="the engine steps the optimizer it was given, over the parameters it had then: slices "
+                "of flat buffers now",
                 fix="call engine.step() after engine.backward(loss), or engine.train_step(batch); add "
-                "parameter groups before sixfold.initialize",
+                'parameter groups before sixfold.initialize, and leave their "params" alone afterwards',
             )
 
     def set_lr(self, factor: float) -> None:
@@ -266,6 +266,21 @@ class BoundOptimizer:
             for key, value in settings.items():
                 if key in group:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
+
+
+def _ids_in(optimizer: Optimizer) -> list[int]:
+    return [id(tensor) for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _before_loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    held = [len(group["params"]) for group in optimizer.param_groups]
+    given = [len(group["params"]) for group in state_dict["param_groups"]]
+    if held != given:
+        raise StateError(
+            f"{type(optimizer).__name__}.load_state_dict() with groups of {given} tensor(s); here are {held}",
+            rule="the optimizer of an engine updates slices of flat buffers, not parameters one by one",
+            fix="save with engine.save(folder), and bring state back with engine.load(folder)",
+        )
 
 
 def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None = None) -> BoundOptimizer:

@@ -15,8 +15,11 @@ import torch
 from sixfold.state.unit import Unit
 
 EVALUATION, FORWARD, BACKWARD = "forward without gradients", "forward", "backward"
-PASSES = (EVALUATION, FORWARD, BACKWARD)
-"""Kinds of passes. Where ranks come to different ones, the first in this order goes first."""
+UNREDUCED = "backward that is not the engine's"
+"""Kinds of passes. The last is what torch runs by itself, for the loss of another model or for a gradient
+that somebody asks for: a backward in which nothing is reduced."""
+PASSES = (EVALUATION, FORWARD, UNREDUCED, BACKWARD)
+"""Where ranks come to different ones, the first in this order goes first."""
 
 Users = Mapping[str, Sequence[Unit]]
 """The units that a block uses, by its name."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from sixfold.base.errors import StateError
 from sixfold.mesh.cut import Cut
-from sixfold.state.absent import absent_class
+from sixfold.state.absent import CLOSED, absent_class
 
 _version = attrgetter("_version")
 
@@ -39,7 +39,7 @@ class Presence:
         self.own = [(parameter, type(parameter)) for parameter in parameters]
         self.absent = [(parameter, absent_class(parameter, by_id)) for parameter in parameters]
         self.is_dropped = False
-        self.is_copy, self.gather = cut.is_copy, cut.gather
+        self.is_copy, self.gather, self._forget = cut.is_copy, cut.gather, cut.forget
         self._parameters = parameters
         self._names = names
         self._storage = cut.whole.untyped_storage()
@@ -55,15 +55,30 @@ class Presence:
         """Give their memory back; whoever touches them from now on gets an error.
 
         Raises:
-            StateError: a parameter was edited since `show`, which would be lost.
+            StateError: a parameter was edited since `show`, which is lost.
         """
+        edited = None
         if list(map(_version, self._parameters)) != self._versions:
-            raise self._edited()
+            edited = self._edited()
         self.is_dropped = True
         for parameter, kind in self.absent:
             parameter.__class__ = kind
         if self.is_copy:
             self._storage.resize_(0)
+        if edited is not None:
+            self._forget()  # told once, and undone
+            self.note_edits()
+            raise edited
+
+    def free(self) -> None:
+        """Give their memory back, while they are views of other memory."""
+        if self.is_copy:
+            self._storage.resize_(0)
+
+    def end(self) -> None:
+        """They do not come any more."""
+        for _, kind in self.absent:
+            kind.why = CLOSED
 
     def note_edits(self) -> None:
         """Edits up to now are known."""

@@ -1,7 +1,7 @@
 """From what an update has written to what forwards read, for several units at once.
 
-Prepared by `ModelState` and `Average` for the units that they publish together, because what is exchanged is
-the same every time. It changes no number of a master.
+Prepared by `ModelState` for the units that it publishes together, because what is exchanged is the same every
+time. It changes no number of a master.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ class Readiness:
 
     Args:
         units: of this rank.
-        others: by `id`, parameters of the module that are in none.
+        known: by `id`, all parameters of the module.
     """
 
-    def __init__(self, module: nn.Module, units: Sequence[Unit], others: Collection[int]) -> None:
+    def __init__(self, module: nn.Module, units: Sequence[Unit], known: Collection[int]) -> None:
         self._module = module
         self._units = units
         self._gradients = [unit.gradients for unit in units if unit.gradients is not None]
-        self._known = {id(parameter) for unit in units for parameter in unit.parameters}.union(others)
+        self._known = known
 
     def restore(self) -> None:
         """Let a new accumulation begin.
@@ -63,13 +63,12 @@ class Readiness:
                 if parameter.requires_grad is not trainable:
                     raise _changed(slot, parameter)
                 if start is not None and slot.numel and parameter.data_ptr() != start + slot.offset * size:
-                    raise _replaced(slot, parameter)
+                    raise replaced(slot, parameter)
                 if trainable:
                     parameter.grad = None
         for gradients in self._gradients:
             gradients.has_sum = False
-            is_held = gradients.local is not None or gradients.sent is not None
-            if is_held or len(gradients.awaited) < len(gradients.plan.slots):
+            if gradients.local is not None or len(gradients.awaited) < len(gradients.plan.slots):
                 gradients.reclaim()
 
 
@@ -89,7 +88,8 @@ def _changed(slot: Slot, parameter: nn.Parameter) -> StateError:
     )
 
 
-def _replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
+def replaced(slot: Slot, parameter: nn.Parameter) -> StateError:
+    """The error for a parameter that is no view of its unit any more."""
     return StateError(
         f"{slot.name} no longer lies in its unit: its data was replaced after initialize "
         f"(now {parameter.dtype} on {parameter.device})",

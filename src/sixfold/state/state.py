@@ -8,8 +8,8 @@ collectives only through the mesh and never looks at a loss.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from sixfold.mesh import Mesh
 from sixfold.parallel import Stage, torch_type
 from sixfold.plan import Plan, Slot
 from sixfold.state.catalog import make_catalog
+from sixfold.state.edits import Edits
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.passes import BACKWARD, forward_kind
@@ -82,7 +83,8 @@ class ModelState:
         self.catalog = make_catalog(names, self.units, mesh)
         places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
         self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
-        self._readiness = Readiness(module, self.units, self.foreign.ids)
+        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
+        self._readiness = Readiness(module, self.units, known)
         self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
@@ -107,6 +109,7 @@ class ModelState:
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
+        self.edits = Edits(module, self.units, self.foreign, known, self._gathering, mesh)
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units).meeting
         self._places = {
@@ -211,74 +214,15 @@ class ModelState:
         """Whether each backward of a written-out loop ends in a reduction; all ranks are in it anyway."""
         return bool(self.residency.parameters and self.residency.reduces_each)
 
-    @contextmanager
-    def edited(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Working parameters of the units of `parameters` whole; edits that rank 0 makes of them and of
-        buffers are everyone's afterwards. Where the block raises, those of parameters are undone. A
-        collective.
-
-        Args:
-            parameters: those asked for, the same on every rank; None for the whole model.
-        """
-        asked = None if parameters is None else {id(parameter) for parameter in parameters}
-        units = [
-            unit
-            for unit in self.units
-            if asked is None or any(id(parameter) in asked for parameter in unit.parameters)
-        ]
-        # Whole parameters are there twice for that time; cut ones still have their part.
-        kept = {} if self.residency.parameters else {unit: unit.part.clone() for unit in units}
-        with torch.no_grad(), ExitStack() as stack:
-            for gathering in self._gathering:
-                stack.enter_context(gathering.held(units))
-            everyones = self._module.named_parameters()
-            names = None if asked is None else {name for name, each in everyones if id(each) in asked}
-            stack.enter_context(self.foreign.lent(names))
-            try:
-                try:
-                    yield
-                except BaseException:
-                    # Without an exchange: the error may not have come to every rank.
-                    for unit, part in kept.items():
-                        unit.part.copy_(part)
-                    raise
-                self._share_edits(units)
-            finally:
-                for unit in units:
-                    unit.forget_edits()
-
-    def _share_edits(self, units: list[Unit]) -> None:
-        self.foreign.share_edits()
-        for pending in [unit.align_edits() for unit in units]:
-            pending.wait()
-        self.mesh.barrier()  # a slower rank may still read what is written now, where memory is common
-        for unit in units:
-            unit.absorb_edits()
-        self.share_buffers(self._module.buffers())
-
-    def share_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Give every rank rank 0's buffers."""
-        # A broadcast writes in place, so buffers that are views of something go through a copy.
-        copies = [(buffer, buffer.detach().contiguous().clone()) for buffer in buffers if buffer.numel()]
-        pending = [self.mesh.broadcast(copy) for _, copy in copies]
-        for each in pending:
-            each.wait()
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
-
     def begin(self) -> None:
         """Start accumulating gradients for the next update; gradients of the last one go. Until `end` a
         further call does nothing: a rank may have served others before its own first backward."""
         if self._is_begun:
             return
         for window in self._windows.values():
-            window.is_open = False  # an error may have left it so
+            window.abandon()
         self._is_reduced = set()
         self._readiness.restore()
-        if not self.residency.parameters:
-            for unit in self.units:
-                unit.take_edits()
         self._is_begun = True
 
     def end(self) -> None:
@@ -309,10 +253,33 @@ class ModelState:
     def publish(self, stage: int | None) -> None:
         """Bring a stage's updated state into its working parameters; None: of all units, of frozen ones too,
         after `Unit.fill_own`."""
-        for gathering in self._gathering:
-            gathering.refresh()
+        self._refresh()
         publication = Publication(self.units) if stage is None else self._publications[stage]
         publication.run()
+
+    @contextmanager
+    def shown(self, numbers: Mapping[Unit, torch.Tensor]) -> Iterator[None]:
+        """`numbers` [own] of all trained units in place of their working parameters; edits of these are
+        forgotten. Collectives at the beginning and, unless an error on this rank has to find its way out, at
+        the end; what was there is kept for that time."""
+        self.edits.absorb()
+        kept = {unit: unit.part.clone() for unit in self.trained}
+        try:
+            self._refresh()
+            for publication in self._publications.values():
+                publication.run(numbers)
+            yield
+            self._refresh()
+            for pending in [unit.settle() for unit in kept]:
+                pending.wait()
+        finally:
+            for unit, part in kept.items():
+                unit.part.copy_(part)
+                unit.forget_edits()
+
+    def _refresh(self) -> None:
+        for gathering in self._gathering:
+            gathering.refresh()
 
     def slots(self) -> Iterator[tuple[Unit, Slot]]:
         """Every parameter's unit and place."""
@@ -352,11 +319,14 @@ class ModelState:
         return parameters, gradients, masters
 
     def remove(self) -> None:
-        """Take the hooks off the module; its parameters stay usable."""
+        """Take the hooks off the module; its parameters stay usable, unless they are cut."""
         for window in self._windows.values():
             window.remove()
         for gathering in self._gathering:
             gathering.remove()
+        for unit in self.units:
+            if self.residency.parameters:
+                unit.presence.end()
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

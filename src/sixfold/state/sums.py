@@ -96,7 +96,9 @@ class GradientSums:
         if found:
             name = found[0]
             ranks = [str(rank) for rank, (_, sick_here) in enumerate(rows) if name in sick_here]
-            whose = f"on rank(s) {', '.join(ranks)} before the sum" if ranks else "in the sum over ranks"
+            whose = "in the sum over ranks"
+            if ranks:
+                whose = f"it or others of its unit before the sum on rank(s) {', '.join(ranks)}"
             first = f"{name} ({whose})"
         scaled = f", the loss scale {loss_scale:g}" if loss_scale != 1.0 else ""
         return ModelError(

@@ -86,8 +86,15 @@ class Unit:
         """None for frozen units."""
         self.working_bytes = self.working.numel() * self.working.element_size()
         """Size of `working` while it is whole."""
+        self.shown = self.working
+        """What parameters are views of while they have numbers: `working`, or memory that `lend` took."""
         self._adopt(is_blank=is_blank)
         self.presence.note_edits()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether working numbers are roundings of the master's."""
+        return self.master is not self.held
 
     def _range_of(self, spread: Spread) -> slice:
         size = self.plan.numel // self.replicas.num_parts(spread)
@@ -98,8 +105,9 @@ class Unit:
         with torch.no_grad():
             if not is_blank:
                 self._take_over()
-            for view, parameter in zip(views_of(self.working, self.plan.slots), self.parameters, strict=True):
-                parameter.data = view
+            self._home = views_of(self.working, self.plan.slots)
+            self.views = self._home
+            self.point()
         if self.gradients is not None:
             self.gradients.adopt()
 
@@ -152,13 +160,41 @@ class Unit:
         """Take over numbers [own] as master; publishing brings them into the working copy."""
         self.master.copy_(mine)
 
-    def take_edits(self) -> None:
-        """Take over edits of whole parameters that torch has counted (`load_state_dict`, `mul_`, ...); those
-        of cut ones are looked for when they are dropped."""
-        if self.presence.has_edits():
-            if self.plan.trainable:
-                self.absorb_edits()
-            self.presence.note_edits()
+    def point(self) -> None:
+        """Have parameters show what they are to."""
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            parameter.data = view
+
+    def lend(self) -> None:
+        """Have cut parameters whole in memory of their own until `take_back`. Whoever keeps a view of it, as
+        in a `state_dict`, keeps the numbers of then. A collective."""
+        self.presence.gather().wait()
+        self._show(self.working.clone())
+        self.presence.free()
+
+    def take_back(self) -> None:
+        """The reverse; what was edited and not absorbed is lost."""
+        self._show(self.working)
+
+    def _show(self, flat: torch.Tensor) -> None:
+        self.shown = flat
+        self.views = self._home if flat is self.working else views_of(flat, self.plan.slots)
+        self.presence.show()
+        self.point()
+
+    def absorb(self, *, compares: bool) -> bool:
+        """Take over edits of working parameters that are whole for good.
+
+        Args:
+            compares: find all, by a pass over master and working copy; else those that torch has counted
+                (`load_state_dict`, `mul_`, ..., but nothing that is done to `.data`).
+
+        Returns:
+            Whether there were some that torch had not counted.
+        """
+        is_counted = self.presence.has_edits()
+        self.presence.note_edits()
+        return (compares or is_counted) and self.absorb_edits() and not is_counted
 
     def settle(self) -> Pending:
         """Start to wait until all ranks have come here and read what was published; `part` may then be
@@ -167,22 +203,30 @@ class Unit:
         return self.replicas.prepare_publish([self.cut], cut, cut).start()
 
     def align_edits(self) -> Pending:
-        """Start to give every replica the first one's `working`."""
-        return self.replicas.align(self.working)
+        """Start to give every replica what the first one shows."""
+        return self.replicas.align(self.shown)
 
-    def absorb_edits(self) -> None:
-        """Take over what a user wrote into working parameters; untouched numbers keep full precision."""
-        if self.master is not self.held:
-            edited = self.working[self.own]
+    def absorb_edits(self) -> bool:
+        """Take over what a user wrote into working parameters; untouched numbers keep full precision.
+
+        Returns:
+            Whether a master was changed.
+        """
+        is_changed = False
+        if self.rounds:
+            edited = self.shown[self.own]
             kept = edited == self.master.to(edited.dtype)
-            self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
-        if self.part is not self.working:
-            self.part.copy_(self.working[self.kept])
+            is_changed = not kept.all()
+            if is_changed:
+                self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
+        if self.part is not self.shown:
+            self.part.copy_(self.shown[self.kept])
             self.settle().wait()
             self.presence.note_edits()
+        return is_changed
 
     def forget_edits(self) -> None:
-        """What was written into `working` is lost, unless it was absorbed."""
+        """What was written into parameters is lost, unless it was absorbed."""
         self.cut.forget()
         self.presence.note_edits()
 

@@ -87,14 +87,18 @@ class ReduceWindow:
         """
         if not self.is_open:
             return
-        if self._left:
-            self.flush()
-        while self._under_way:
-            self._under_way.pop(0).finish_reduce()
-        self.is_open = False
+        self.abandon()
         for each in self._all:
             if len(each.awaited) < len(each.plan.slots):
                 raise self._late(each.first_arrived())
+
+    def abandon(self) -> None:
+        """End a window that may have been left open by an error: ranks that caught it go on from different
+        places perhaps, so all that any of them started is brought to its end."""
+        self.flush()
+        while self._under_way:
+            self._under_way.pop(0).finish_reduce()
+        self.is_open = False
 
     def remove(self) -> None:
         """Take the hooks off."""

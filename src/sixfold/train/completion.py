@@ -48,9 +48,16 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
         checkpoint: one of its checkpoints; None for the newest.
 
     Raises:
-        CheckpointError: there is no run, or no complete checkpoint in it.
+        CheckpointError: there is no run, no complete checkpoint in it, or not the one that was asked for.
     """
     folder = run_at(folder)
+    if checkpoint is not None and not checkpoint.is_dir():
+        saved = latest(folder / CHECKPOINTS)
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} is no folder",
+            rule="a checkpoint of the run is named by its folder; unset, it is the newest",
+            fix=f"give --checkpoint {saved}" if saved is not None else "leave --checkpoint out",
+        )
     newest = checkpoint or latest(folder / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(
