@@ -117,7 +117,9 @@ def axes_memory(axes: AxisChange, model: nn.Module, asked: Config, form: LossFor
             undo()
 
     _run_on_meta(watched, model, asked, form, example)
-    return offered_memory(offers)
+    # Where sequences are cut, the first batch is tried on a part of it, with other sizes, none larger.
+    num_runs = 2 if asked.layout.context > 1 else 1
+    return num_runs * offered_memory(offers)
 
 
 def _run_on_meta(
