@@ -308,17 +308,20 @@ def test_an_edit_that_fails_is_undone(compute: str) -> None:
     model.bias.requires_grad_(False)
     engine = sixfold.initialize(model, config={"precision": {"compute": compute}}, loss_fn=_mean_square)
     before, bias = model.weight.clone(), model.bias.clone()
+    state = engine.full_state_dict()
 
     def edit() -> None:
         with engine.gathered() as whole:
             whole.weight.fill_(7.0)
             whole.bias.fill_(7.0)
+            engine.full_state_dict()
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="middle"):
         edit()
     assert torch.equal(model.weight, before)
     assert torch.equal(model.bias, bias)
+    assert torch.equal(engine.full_state_dict()["weight"], state["weight"])
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -332,7 +335,7 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(zero: int, tmp_path
         lambda: engine.backward(engine(X).mean()),
         engine.step,
         lambda: engine.load(tmp_path / "saved"),
-        engine.full_state_dict,
+        lambda: engine.save(tmp_path / "saved"),
         lambda: engine.gathered().__enter__(),
     )
     with engine.gathered():

@@ -216,7 +216,7 @@ class Engine:
                 divides by the sum of weights over micro-batches and ranks.
             retain_graph: keep the graph for a further backward.
         """
-        self._order.check_trained("backward")
+        self._order.check_open("backward")
         self._order.check_whole("engine.backward")
         self._written_out.backward(loss, weight, retain_graph=retain_graph)
 

@@ -54,7 +54,11 @@ class Order:
             self._lent = None
 
     def check_trained(self, what: str) -> None:
-        """Raise StateError unless the trained weights are in place and nobody edits them."""
+        """Raise StateError unless the trained weights are in place."""
+        if self._lent == "ema":
+            self._check_unlent(what)
+
+    def _check_unlent(self, what: str) -> None:
         if self._lent is not None:
             rule, besides = _LENT[self._lent]
             raise StateError(
@@ -64,8 +68,8 @@ class Order:
             )
 
     def check_open(self, what: str) -> None:
-        """`check_trained`, and raise StateError after `close`."""
-        self.check_trained(what)
+        """Raise StateError while weights are lent, and after `close`."""
+        self._check_unlent(what)
         if self.is_closed:
             raise StateError(
                 f"engine.{what} after engine.close()",

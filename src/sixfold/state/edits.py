@@ -53,6 +53,7 @@ class Edits:
         # Elsewhere an edit of a working parameter is one of its master, or is refused.
         self._apart = [unit for unit in units if unit.plan.trainable and unit.rounds and not _is_cut(unit)]
         self._num_searches = SEARCHED_UPDATES
+        self._is_lent = False
 
     def absorb(self, *, in_update: bool = False) -> None:
         """Take over what was written into whole working parameters beside wider masters.
@@ -61,6 +62,8 @@ class Edits:
             in_update: called in every update, so edits that torch does not count are looked for in the first
                 ones, and in all where some were found; else always.
         """
+        if self._is_lent:  # what is written now may yet be undone
+            return
         compares = not in_update or self._num_searches > 0
         if in_update:
             self._num_searches -= 1
@@ -96,6 +99,7 @@ class Edits:
             everyones = self._module.named_parameters()
             names = None if asked is None else {name for name, each in everyones if id(each) in asked}
             stack.enter_context(self._foreign.lent(names))
+            self._is_lent = True
             try:
                 try:
                     yield
@@ -108,6 +112,7 @@ class Edits:
                     raise
                 self._share(units)
             finally:
+                self._is_lent = False
                 for unit in units:
                     unit.forget_edits()
 
