@@ -40,13 +40,13 @@ from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
 from sixfold.parallel import ModelCut, decide_axes
 from sixfold.pipeline import LossForm
-from sixfold.plan import cut_units, decide_batch, decide_geometry, decide_residency
-from sixfold.state import Unit
+from sixfold.plan import decide_batch, decide_geometry, decide_residency
 from sixfold.train import loop
 from sixfold.train.job import RECIPE, Request
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model
 from tests.one import lab
+from tests.ranks import plain, towers
 
 VOCABULARY = 300
 
@@ -455,27 +455,14 @@ def programs(bench: Lab, changes: dict[str, Any]) -> str:
     return str(programs_for(bench.resolved(changes).config.layout, "training", 4)[0])
 
 
-def noting(verb: str, events: list[tuple[str, str]]) -> Callable[[Unit], Any]:
-    real = getattr(Unit, verb)
-
-    def noted(unit: Unit) -> Any:
-        events.append((verb, unit.plan.slots[0].name))
-        return real(unit)
-
-    return noted
-
-
 def gathered(bench: Lab, changes: dict[str, Any]) -> list[tuple[str, str]]:
     """When units are gathered, used and dropped; the second update knows what comes next."""
-    events: list[tuple[str, str]] = []
-    with bench.monkeypatch.context() as patch:
-        patch.setattr(cut_units, "__defaults__", (1024,))  # a unit for each block
-        for verb in ("gather", "show", "drop"):
-            patch.setattr(Unit, verb, noting(verb, events))
+    with plain.small_units():
         engine = bench.engine(changes)
+    with towers.watched(engine) as seen:
         for _ in range(2):
             engine.train_step({"tokens": tokens()})
-    return events
+    return seen.events
 
 
 def group_size(bench: Lab, changes: dict[str, Any]) -> int:
