@@ -15,6 +15,7 @@ import sixfold
 from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError, StateError
 from sixfold.pipeline import fields_of, num_samples, split, to_device
 from sixfold.state.edits import SEARCHED_UPDATES
+from tests.ranks import plain
 
 
 class Pair(NamedTuple):
@@ -352,16 +353,45 @@ def test_what_is_lent_is_neither_trained_nor_saved_meanwhile(zero: int, tmp_path
     engine.train_step(X)
 
 
-def test_an_edit_that_was_refused_is_undone() -> None:
-    model = nn.Linear(2, 1)
-    engine = sixfold.initialize(model, config={"layout": {"zero": 3}}, loss_fn=_mean_square)
-    before = engine.eval_step(X).loss
-    engine(X)  # leaves parameters whole for its backward
+class _Blocks(nn.Module):
+    """What lies outside of blocks is one unit, each block another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 200), nn.Linear(200, 2)) for _ in range(3))
+        self.out = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        out: torch.Tensor = self.out(x)
+        return out
+
+
+@pytest.mark.parametrize("loop", ["train_step", "step"])
+def test_edits_that_are_refused_are_undone_all_at_once_and_change_no_update(loop: str) -> None:
+    with plain.small_units():
+        model = _Blocks()
+        engine = sixfold.initialize(
+            model, config={"layout": {"zero": 3}, "optimizer": {"name": "sgd"}}, loss_fn=_mean_square
+        )
+    x = torch.ones(3, 2)
+    engine.train_step(x)
+    before = engine.full_state_dict()
+    if loop == "step":
+        engine.backward(_mean_square(engine(x), x))
+    engine(x)  # leaves what lies outside and the last block whole for its backward
     with torch.no_grad():
-        model.weight.fill_(7.0)
-    with pytest.raises(StateError, match="weight changed in place during a forward or backward"):
-        engine.train_step(X)
-    assert engine.train_step(X) == before
+        model.out.weight.fill_(7.0)
+        if loop == "step":  # nothing runs before all are looked at
+            model.blocks[2][1].weight.fill_(7.0)  # type: ignore[index]
+    with pytest.raises(StateError, match="changed in place during a forward or backward"):
+        engine.step() if loop == "step" else engine.train_step(x)
+    after = engine.full_state_dict()
+    assert all(torch.equal(after[name], each) for name, each in before.items())
+    assert engine.num_steps == 1
+    engine.train_step(x)
+    assert engine.num_steps == 2
 
 
 def test_state_of_another_optimizer_is_refused_before_anything_changes(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ class Player:
 
     def _update(self, step: Step, instruction: Instruction) -> None:
         self._state.finish_reduce()
+        self._state.refresh()  # before anything changes, because it may refuse
         self._state.edits.absorb(in_update=True)
         self._state.sums.share()
         own_bounds = self._optimizer.clip_norms

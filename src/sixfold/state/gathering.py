@@ -147,8 +147,7 @@ class Gathering:
         if self._is_explicit:  # as who serves does, and while parameters have their own classes
             self._window.flush()
         self.current = None
-        for unit in self._whole.units - current.kept:
-            self._whole.drop(unit)
+        self._drop_all_but(current.kept)
 
     def refresh(self) -> None:
         """Drop everything: the numbers have changed."""
@@ -250,8 +249,16 @@ class Gathering:
         return settle(found_in.found, self._expected(found_in.kind), idle, holders)
 
     def _drop_all_but(self, kept: Collection[Unit]) -> None:
-        for unit in self._whole.units.difference(kept):
-            self._whole.drop(unit)
+        """Raise StateError where one of them was edited, once all are dropped: ranks go on from one state."""
+        refused: StateError | None = None
+        for unit in self._units:
+            if unit in self._whole.units and unit not in kept:
+                try:
+                    self._whole.drop(unit)
+                except StateError as error:
+                    refused = refused or error
+        if refused is not None:
+            raise refused
 
     # Whole for longer than a pass.
 

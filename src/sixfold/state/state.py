@@ -253,7 +253,8 @@ class ModelState:
     def publish(self, stage: int | None) -> None:
         """Bring a stage's updated state into its working parameters; None: of all units, of frozen ones too,
         after `Unit.fill_own`."""
-        self._refresh()
+        if stage is None:
+            self.refresh()
         publication = Publication(self.units) if stage is None else self._publications[stage]
         publication.run()
 
@@ -265,11 +266,11 @@ class ModelState:
         self.edits.absorb()
         kept = {unit: unit.part.clone() for unit in self.trained}
         try:
-            self._refresh()
+            self.refresh()
             for publication in self._publications.values():
                 publication.run(numbers)
             yield
-            self._refresh()
+            self.refresh()
             for pending in [unit.settle() for unit in kept]:
                 pending.wait()
         finally:
@@ -277,7 +278,12 @@ class ModelState:
                 unit.part.copy_(part)
                 unit.forget_edits()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Drop what is whole for a while: its numbers are about to change.
+
+        Raises:
+            StateError: it was edited, which is lost.
+        """
         for gathering in self._gathering:
             gathering.refresh()
 
