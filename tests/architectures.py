@@ -24,8 +24,8 @@ from sixfold.base.errors import SixfoldError
 from sixfold.config import LayoutConfig
 from sixfold.parallel.tensor.cut import decide_tensor
 from sixfold.parallel.tensor.rules import answer_for
-from sixfold.parallel.tensor.tiny import BATCH, inputs_of
 from sixfold.parallel.tensor.verify import TOLERANCE
+from sixfold.parallel.tiny import BATCH, inputs_of
 from sixfold.testing import Pool
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -17,8 +17,8 @@ from sixfold.parallel.tensor.cut import Layer, Rules, TensorCut, decide_tensor
 from sixfold.parallel.tensor.heads import Head
 from sixfold.parallel.tensor.rules import find_rules
 from sixfold.parallel.tensor.styles import IN, OUT, STYLES, Style
-from sixfold.parallel.tensor.tiny import tiny_of
 from sixfold.parallel.tensor.verify import Meeting, Seat, difference
+from sixfold.parallel.tiny import tiny_of
 from tests.architectures import BY_NAME
 
 

@@ -182,7 +182,7 @@ def generate(
     """Let the model of a run continue texts; each ends with its document."""
     from sixfold.train.folder import run_at
 
-    run_at(run)  # likewise
+    run_at(run)  # before a tensor library is loaded
     from sixfold.cli.generate import generate as continue_texts
     from sixfold.train.completion import Sampling
 

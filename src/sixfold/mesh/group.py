@@ -127,7 +127,8 @@ class Group:
         To pass something round a ring, all but what goes to one neighbour and comes from the other is empty.
 
         Args:
-            sent: by place, of one type, contiguous, each of its own size; left alone until the end.
+            sent: by place, of one type, contiguous, each of its own size; left alone until the end. What lies
+                in `scratch` is given back to it, which knows when the others have read it.
             arriving: by place, as what that member sends here.
         """
         return self.deal(sent, [[each] for each in arriving])

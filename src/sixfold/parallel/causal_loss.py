@@ -27,7 +27,7 @@ from sixfold.models.chunks import IGNORED, Loss, in_chunks, rows_at_once, summed
 from sixfold.models.decoder import Decoder
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import Remove
-from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
+from sixfold.parallel.tiny import CannotTry, tiny_of
 
 _BEHIND = "it changes its scores behind the head"
 

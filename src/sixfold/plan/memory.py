@@ -17,6 +17,9 @@ from sixfold.plan.stages import StagePlan
 from sixfold.plan.units import UnitPlan
 from sixfold.program import Program, peaks
 
+PAGE_BYTES = 4096
+"""What shared memory is taken by."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -117,9 +120,6 @@ def offered_memory(offers: Iterable[tuple[str, int]]) -> int:
         offers: (kind of exchange, bytes), as often as it happens.
     """
     return 2 * sum((num_bytes // PAGE_BYTES + 1) * PAGE_BYTES for _, num_bytes in set(offers))
-
-
-PAGE_BYTES = 4096
 
 
 OTHER_ITEM_BYTES = {

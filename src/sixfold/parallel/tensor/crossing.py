@@ -3,7 +3,7 @@ ends.
 
 The modules that change a model for the tensor axis put them around layers. A crossing is a pair of
 operations over the ranks of the axis, one for each direction, as data; the way back of one is the way there
-of another, so gradients of gradients work too. It decides nothing and holds no state.
+of another, so gradients of gradients cross as well. It decides nothing and holds no state.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from sixfold.parallel.facts import block_names
 from sixfold.parallel.tensor.cut import Rules
 from sixfold.parallel.tensor.structure import pattern_of, rules_from_structure
 from sixfold.parallel.tensor.styles import STACKED, STYLES
-from sixfold.parallel.tensor.tiny import CannotTry, tiny_of
 from sixfold.parallel.tensor.verify import difference
+from sixfold.parallel.tiny import CannotTry, tiny_of
 
 DECLARED = "tensor_rules"
 """Attribute of a model that says how it is cut: pattern -> style."""

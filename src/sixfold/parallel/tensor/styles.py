@@ -1,8 +1,8 @@
 """Styles: the ways in which a layer is cut over the tensor axis, as data.
 
 A rule gives a module one of these by name; the names are those that Hugging Face models use in their own
-plans. `cut.py` decides pieces from them and puts their crossings around forwards. A new kind of layer or
-way to cut it is a row here.
+plans. `cut.py` decides pieces from them, and `forwards.py` puts their crossings around layers. A new kind of
+layer or way to cut it is a row here.
 """
 
 from __future__ import annotations

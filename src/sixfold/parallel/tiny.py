@@ -1,9 +1,9 @@
 """A small copy of a model, and inputs for it: what a cut is tried on before the model itself is cut.
 
-Asked by `rules.py`. Of a Hugging Face model another one is built from its configuration, with few layers
-and, where it is large, narrow ones; any other model is copied as it is, if that is not large. Weights are
-drawn, and moved off any special values, so that no mistake hides behind zeros. The model itself is only
-looked at.
+Asked for rules of the tensor axis and for the loss of causal models. Of a Hugging Face model another one is
+built from its configuration, with few layers and, where it is large, narrow ones; any other model is copied
+as it is, if that is not large. Weights are drawn, and moved off any special values, so that no mistake hides
+behind zeros. The model itself is only looked at.
 """
 
 from __future__ import annotations
