@@ -27,13 +27,15 @@ _PACKAGE = Path(__file__).parents[1]
 _SIZES = {"vocab_size": 4096, "context_length": 128, "width": 384, "num_layers": 5, "num_heads": 6}
 _WARM_UP, _COUNTED = 6, 5
 """Updates before, and those of which the one with the fewest counts: where a unit meets a buffer for the
-first time an exchange is prepared, and whom others let wait looks again."""
+first time an exchange is prepared."""
+_WAITING = ("mesh/host/signals.py wait_beyond", "mesh/host/signals.py _system_call")
+"""Entered while another rank lets this one wait, and as often as it is late, which is not this one's cost."""
 
 
 def entries(call: Callable[[], object]) -> Counter[str]:
     """Run `call` and count the Python functions of the library it entered, by file and qualified name.
 
-    Resumed generators count each time, as the interpreter enters them.
+    Resumed generators count each time, as the interpreter enters them; waiting for other ranks does not.
     """
     counts: Counter[CodeType] = Counter()
 
@@ -51,7 +53,8 @@ def entries(call: Callable[[], object]) -> Counter[str]:
         path = Path(code.co_filename)
         if path.is_relative_to(_PACKAGE) and not path.is_relative_to(_PACKAGE / "models"):
             named[f"{path.relative_to(_PACKAGE)} {code.co_qualname}"] += count
-    del named[f"{Path(__file__).relative_to(_PACKAGE)} {entries.__qualname__}"]
+    for name in (f"{Path(__file__).relative_to(_PACKAGE)} {entries.__qualname__}", *_WAITING):
+        del named[name]
     return named
 
 
