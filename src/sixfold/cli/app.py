@@ -98,11 +98,11 @@ def plan(
     """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
     from sixfold.train.job import Request, resolve
 
-    request = Request(config, tuple(overrides or ()), preset=preset)
-    resolve(request)  # what is mistyped is told before anything heavy is loaded
+    resolved = resolve(Request(config, tuple(overrides or ()), preset=preset))
+    # Slow to load; what is mistyped has been told by then.
     from sixfold.cli.plan import show_plan
 
-    raise typer.Exit(show_plan(request, ranks=ranks, timeline=timeline, as_json=as_json))
+    raise typer.Exit(show_plan(resolved, ranks=ranks, timeline=timeline, as_json=as_json))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

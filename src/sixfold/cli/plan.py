@@ -16,7 +16,7 @@ from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, duration_text, milliseconds_text
 from sixfold.cli.output import print_json, write_timelines
 from sixfold.cli.train import decide_launch
-from sixfold.config import Config
+from sixfold.config import Config, Resolved
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.engine.playing import programs_for
 from sixfold.monitor.hardware import peak_flops
@@ -25,21 +25,20 @@ from sixfold.parallel.expert.axis import experts_of
 from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
-from sixfold.train.job import Request, resolve
 from sixfold.train.subject import build_model
 
 _MOMENTS = {"adamw": 2, "sgd": 0, "adagrad": 1, "muon": 1}
 """Numbers that each optimizer keeps per weight; SGD one more with momentum."""
 
 
-def show_plan(request: Request, *, ranks: int | None, timeline: Path | None, as_json: bool) -> int:
+def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, as_json: bool) -> int:
     """Returns the exit code.
 
     Args:
         ranks: of the run; None: as `sixfold train` would start here.
         timeline: where the predicted update is drawn.
     """
-    resolved = decide_launch(resolve(request), None)
+    resolved = decide_launch(resolved, None)
     config = resolved.config
     world_size = ranks or config.launch.ranks
     assert world_size is not None, "decided above"

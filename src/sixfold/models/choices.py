@@ -6,8 +6,9 @@ are wanted in one pass over memory, and summed in another. It knows neither expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from torch.autograd.function import once_differentiable
 
 Fill = Callable[[slice, Tensor], None]
 """Writes some rows of an order into a tensor [rows, width]."""
+
+
+def slices_of(counts: Sequence[int], start: int = 0) -> list[slice]:
+    """Which rows each has of those that lie one after the other from `start` on."""
+    return [slice(*ends) for ends in pairwise(accumulate(counts, initial=start))]
 
 
 @dataclass(frozen=True)

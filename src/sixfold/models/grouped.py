@@ -6,13 +6,15 @@ other, with the same result. Plain functions of tensors; nothing here knows of r
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sixfold.models.choices import slices_of
 
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPED_BYTES = 16
@@ -66,7 +68,7 @@ class _OneByOne(torch.autograd.Function):
         width, num_inner = down.shape[1:]
         packed, out = rows.new_empty(len(rows), 2 * num_inner), rows.new_empty(len(rows), width)
         sigmoids, inner = rows.new_empty(len(rows), num_inner), rows.new_empty(max(counts), num_inner)
-        for expert, where in enumerate(_slices(counts)):
+        for expert, where in enumerate(slices_of(counts)):
             part, sigmoid = packed[where], sigmoids[where]
             torch.mm(rows[where], gate_up[expert].t(), out=part)
             gate, up = part.chunk(2, -1)
@@ -89,7 +91,7 @@ class _OneByOne(torch.autograd.Function):
         most, num_inner = max(ctx.counts), down.shape[2]
         inner, of_inner = rows.new_empty(2, most, num_inner)
         of_packed, one = rows.new_empty(most, 2 * num_inner + APART)[:, :-APART], rows.new_ones(())
-        for expert, where in enumerate(_slices(ctx.counts)):
+        for expert, where in enumerate(slices_of(ctx.counts)):
             given, count = gradient[where], where.stop - where.start
             (activated, up), sigmoid = packed[where].chunk(2, -1), sigmoids[where]
             if of_down is not None:
@@ -104,11 +106,6 @@ class _OneByOne(torch.autograd.Function):
             if of_rows is not None:
                 torch.mm(of_part, gate_up[expert], out=of_rows[where])
         return of_rows, of_gate_up, of_down, None
-
-
-def _slices(counts: list[int]) -> list[slice]:
-    """Which rows each expert has."""
-    return [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
 
 
 def gated(packed: Tensor) -> Tensor:

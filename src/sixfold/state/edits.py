@@ -1,7 +1,7 @@
 """What users write into working parameters, and how it comes into the state.
 
 Made by `ModelState`. Parameters that are whole may be edited at any time; `lent` makes all of them whole for
-a while, to be read and edited. It never changes a number by itself.
+a while, to be read and edited. It makes no edits of its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from and land where they are computed on, so that nothing is sorted twice. It ch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sixfold.mesh import Group, Pending
-from sixfold.models.choices import Fill, Order, Weighted
+from sixfold.models.choices import Fill, Order, Weighted, slices_of
 
 
 class Journey:
@@ -78,13 +77,13 @@ class Journey:
         """
         came = like.new_empty(sum(self.counts), like.shape[1])
         pieces, here = self._pieces(came), self._group.place
-        ranges = _ranges(self._leaving)
+        ranges = slices_of(self._leaving)
         lent, parts = self._leaving_parts(self._leaving, like)
         for where, part in zip(ranges, parts, strict=True):
             if len(part):
                 fill(where, part)
         self._start(parts, pieces, lent, came)
-        for where, piece in zip(_ranges(self._own, ranges[here].start), pieces[here], strict=True):
+        for where, piece in zip(slices_of(self._own, ranges[here].start), pieces[here], strict=True):
             fill(where, piece)
 
     def go_back(self, rows: Tensor) -> None:
@@ -131,10 +130,6 @@ class Journey:
         by_expert = [count for counts in zip(*self._arriving, strict=True) for count in counts]
         pieces, num = torch.split(rows, by_expert), self._group.num_ranks
         return [list(pieces[place::num]) for place in range(num)]
-
-
-def _ranges(counts: Sequence[int], start: int = 0) -> list[slice]:
-    return [slice(*ends) for ends in pairwise(accumulate(counts, initial=start))]
 
 
 def _leave(journey: Journey, tokens: Tensor) -> Tensor:
