@@ -42,6 +42,9 @@ ANSWER_S = 2.5
 EXPLAIN_S = 8.0
 """How long an error of a broken exchange is held back for a verdict."""
 
+VERDICT_OF = "ended on the verdict of rank"
+"""The last words of a rank that tells a verdict, or has heard of one: who tells it follows."""
+
 _JOIN_S = 2.0
 
 
@@ -181,7 +184,7 @@ class Watcher:
         if alarms != self._alarms:
             self._alarms = alarms
             if self._store.check(["verdict"]):
-                self._end(None)
+                self._end(None, int(self._store.get("verdict")))
                 return
             self._store.set(f"ring/{self._rank}", self._ring.snapshot())
         if not self._is_broken and not self._is_late():
@@ -207,17 +210,38 @@ class Watcher:
         if verdict is None:
             self._is_broken = False
             return
-        teller = self._store.compare_set("verdict", "", str(self._rank)).decode()
-        self._store.add("alarms", 1)
-        self._end(verdict if teller == str(self._rank) else None)
+        self._end(verdict, self._teller())
 
     def _judge_alone(self) -> None:
         if not self._is_broken and not self._is_late():
             return
+        teller = self._heard()
         verdict = self._verdict({rank: self._near(rank) for rank in range(self._world_size)})
         self._is_broken = False
         if verdict is not None:
-            self._end(verdict)
+            self._end(verdict, self._rank if teller is None else teller)
+
+    def _teller(self) -> int:
+        """Which rank tells the verdict, now that this rank has made it.
+
+        The rank that keeps the store may hear of a verdict and end before the others have their answer.
+        """
+        try:
+            teller = int(self._store.compare_set("verdict", "", str(self._rank)))
+        except Exception:
+            heard = self._heard()
+            return self._rank if heard is None else heard
+        with contextlib.suppress(Exception):
+            self._store.add("alarms", 1)
+        return teller
+
+    def _heard(self) -> int | None:
+        """Who tells a verdict, as ranks of this host have left word: their rings stay mapped here."""
+        for block in list(self._watched.neighbours.values()):
+            left, _, teller = read(block).end.rpartition(" ")
+            if left == VERDICT_OF:
+                return int(teller)
+        return None
 
     def _verdict(self, positions: Mapping[int, Position | None]) -> Verdict | None:
         verdict = judge(positions)
@@ -227,13 +251,15 @@ class Watcher:
         is_told = verdict.kind != "network" and (self._tells_deaths or verdict.kind != "died")
         return verdict if is_told else None
 
-    def _end(self, verdict: Verdict | None) -> None:
+    def _end(self, verdict: Verdict | None, teller: int) -> None:
         # An exchange that breaks from now on is held back until the process has ended.
         self._is_over = True
+        self._ring.write("end", f"{VERDICT_OF} {teller}")
         self._remove(self._rank)
-        if verdict is not None:
-            for rank in verdict.guilty:  # it may have died
-                self._remove(rank)
+        if teller != self._rank:
+            verdict = None
+        for rank in verdict.guilty if verdict is not None else ():  # it may have died
+            self._remove(rank)
         self._tell(verdict)
 
     # Rings.
@@ -246,8 +272,9 @@ class Watcher:
             os.unlink(self._path(rank))
 
     def _near(self, rank: int) -> Position | None:
-        """The position of a rank on this host."""
-        block = opened(self._path(rank)) if rank != self._rank else self._ring.snapshot()
+        """The position of a rank on this host, also of one that has ended if its ring was met before."""
+        block = self._ring.snapshot() if rank == self._rank else opened(self._path(rank))
+        block = block or self._watched.neighbours.get(rank)
         if block is None:
             return None
         position = read(block)

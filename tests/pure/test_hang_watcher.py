@@ -1,0 +1,141 @@
+"""Which rank tells a verdict when the store of the run ends while it is being made."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sixfold.base.ring import Block, Ring, Topic
+from sixfold.monitor.verdict import Verdict
+from sixfold.monitor.watcher import VERDICT_OF, Watcher
+
+TOPIC = Topic("all-reduce", 2, "float32", 8, "0-2")
+
+
+class Keeper:
+    """A store that rank 0 keeps, and that ends with it `before` or after it has heard of a verdict."""
+
+    def __init__(self, end: Callable[[], None], *, before: bool) -> None:
+        self.values: dict[str, Any] = {}
+        self._end, self._before = end, before
+        self._has_ended = False
+
+    def set(self, key: str, value: Any, /) -> None:
+        self._answer()
+        self.values[key] = value
+
+    def get(self, key: str, /) -> bytes:
+        self._answer()
+        return bytes(self.values[key])
+
+    def add(self, key: str, amount: int, /) -> int:
+        self._answer()
+        return 0
+
+    def check(self, keys: list[str], /) -> bool:
+        self._answer()
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        self._answer()
+        if key == "verdict":
+            self._end()
+            self._has_ended = True
+            if self._before:
+                self._answer()
+        return str(self.values.setdefault(key, desired)).encode()
+
+    def _answer(self) -> None:
+        if self._has_ended:
+            raise ConnectionError("the store has ended")
+
+
+class Watched:
+    """Rank 2's dispatcher, as far as it is watched."""
+
+    phase_name = "step"
+    on_broken: Callable[[RuntimeError], None] | None = None
+
+    def __init__(self) -> None:
+        self.ring = Ring()
+        self.neighbours: dict[int, Block] = {}
+
+    def settle(self) -> None:
+        pass
+
+
+class Scene:
+    """Ranks 0 and 2 wait for rank 1, which died of an exception; this is rank 2.
+
+    Args:
+        last_words: how rank 0 ends when rank 2 has its verdict.
+        before: whether it ends before it has answered rank 2.
+    """
+
+    def __init__(self, folder: Path, *, last_words: str, before: bool) -> None:
+        self._folder, self._last_words = folder, last_words
+        self._told: list[Verdict | None] = []
+        self._is_told = threading.Event()
+        self._rings = {0: Ring(), 1: Ring()}
+        self._store = Keeper(self._end_of_zero, before=before)
+
+    def told(self) -> list[Verdict | None]:
+        watched = Watched()
+        watcher = Watcher(
+            watched,
+            self._store,
+            rank=2,
+            world_size=3,
+            timeouts={"step": 1.0},
+            tell=self._tell,
+            folder=self._folder,
+        )
+        for rank in self._rings:
+            self._rings[rank].share(self._path(rank))
+        while len(watched.neighbours) < 2:
+            time.sleep(0.01)
+        for ring in (self._rings[0], self._rings[1], watched.ring):
+            ring.post(TOPIC, 3, "train.py:9")
+        self._rings[1].write("end", "ended with ValueError: boom")
+        self._store.set("ring/1", self._rings[1].snapshot())
+        Path(self._path(1)).unlink()
+        assert self._is_told.wait(20)
+        watcher.close()
+        return self._told
+
+    def _tell(self, verdict: Verdict | None) -> None:
+        self._told.append(verdict)
+        self._is_told.set()
+
+    def _path(self, rank: int) -> str:
+        (own,) = (str(path) for path in self._folder.glob("*-2.ring"))
+        return own.replace("-2.ring", f"-{rank}.ring")
+
+    def _end_of_zero(self) -> None:
+        self._rings[0].write("end", self._last_words)
+        for path in self._folder.glob("*-0.ring"):
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("before", "last_words"),
+    [(False, f"{VERDICT_OF} 2"), (True, f"{VERDICT_OF} 2"), (True, "")],
+    ids=["answered", "unanswered", "killed"],
+)
+def test_who_is_to_tell_does_so_though_the_store_ends(before: bool, last_words: str, tmp_path: Path) -> None:
+    """Rank 0 sees in its store that rank 2 has a verdict, and ends."""
+    (verdict,) = Scene(tmp_path, last_words=last_words, before=before).told()
+    assert verdict is not None
+    assert verdict.guilty == (1,)
+    assert "rank 1 died before the end of all-reduce #3" in verdict.headline
+    assert "ended with ValueError: boom" in verdict.headline
+
+
+def test_a_verdict_that_another_tells_is_not_told_again(tmp_path: Path) -> None:
+    """Rank 0 tells and ends before rank 2 can ask whether it shall."""
+    assert Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True).told() == [None]
