@@ -38,7 +38,8 @@ from tests.one import lab
 pytestmark = pytest.mark.fresh
 
 STEPS = 6
-LIMIT_S = 120.0
+LIMIT_S = 600.0
+"""What lasts longer hangs, however slow and busy the machine."""
 FIRST_SIGNAL = "sixfold: asked the ranks to save and stop; Ctrl-C again ends at once\n"
 FOREVER = 10_000_000
 SIXFOLD = [sys.executable, "-m", "sixfold"]
@@ -70,8 +71,8 @@ class Place:
         out, err = process.communicate(timeout=LIMIT_S)
         return process.returncode, out, err
 
-    def train(self, *arguments: str | Path) -> tuple[int, str, str]:
-        return self.run(*SIXFOLD, "train", *arguments)
+    def train(self, *arguments: str | Path, python: str = sys.executable) -> tuple[int, str, str]:
+        return self.run(python, "-m", "sixfold", "train", *arguments)
 
     def records(self, run: str) -> list[dict[str, Any]]:
         file = self.folder / run / "metrics.jsonl"
@@ -253,9 +254,9 @@ def test_the_checkpoint_is_plain_safetensors(finished: Finished) -> None:
 # Other ways to start the same.
 
 
-def test_under_torchrun(finished: Finished, place: Place) -> None:
+def test_under_torchrun(finished: Finished, place: Place, warm_python: str) -> None:
     """Ranks that somebody else started find their place; the numbers are the same to the last bit."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    torchrun = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     code, out, err = place.run(*torchrun, "-m", "sixfold", "train", "--config", "my.toml", "--into", "run")
     assert code == 0, err
     assert out.count("\nrun folder run") == 1
@@ -296,10 +297,12 @@ assert not gloo_threads(), gloo_threads()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="thread names are read from /proc")
-def test_a_users_own_script(place: Place) -> None:
+def test_a_users_own_script(place: Place, warm_python: str) -> None:
     """Which, closed, leaves no threads of gloo behind, or that may abort a rank on its way out."""
     (place.folder / "mine.py").write_text(SCRIPT)
-    code, out, err = place.run(*SIXFOLD, "run", "--ranks", "2", "--into", "logs", "mine.py", "saved")
+    code, out, err = place.run(
+        *(warm_python, "-m", "sixfold", "run", "--ranks", "2", "--into", "logs", "mine.py", "saved")
+    )
     assert (code, err) == (0, "")
     assert out == "2 ranks, 128 samples\n"
     assert open_checkpoint(place.folder / "saved").state["step"] == 16
@@ -315,10 +318,10 @@ def test_a_users_own_script(place: Place) -> None:
 # Stopping and going on.
 
 
-def test_a_stopped_run_goes_on(place: Place) -> None:
+def test_a_stopped_run_goes_on(place: Place, warm_python: str) -> None:
     """SIGTERM somewhere in a long run; then three more steps by fewer ranks."""
-    long = ("--config", "my.toml", "--into", "stopped", "-s", f"train.steps={FOREVER}")
-    process = place.start(*SIXFOLD, "train", *long)
+    long = ("train", "--config", "my.toml", "--into", "stopped", "-s", f"train.steps={FOREVER}")
+    process = place.start(warm_python, "-m", "sixfold", *long)
     wait_until(lambda: len(place.records("stopped")) >= 3, process=process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=LIMIT_S)
@@ -327,20 +330,19 @@ def test_a_stopped_run_goes_on(place: Place) -> None:
     done = place.records("stopped")[-1]["step"]
     assert f"stopped and saved after update {done}; go on with:\n  sixfold train --resume stopped\n" in out
 
-    code, out, err = place.train(
-        "--resume", "stopped", "-s", f"train.steps={done + 3}", "-s", "launch.ranks=1"
-    )
+    further = ("--resume", "stopped", "-s", f"train.steps={done + 3}", "-s", "launch.ranks=1")
+    code, out, err = place.train(*further, python=warm_python)
     assert (code, err) == (0, "")
     assert f"resumed     after update {done} " in out
     assert [one["step"] for one in place.records("stopped")] == list(range(1, done + 4))
 
 
-def test_a_complete_run_is_left_as_it_is(finished: Finished, place: Place) -> None:
+def test_a_complete_run_is_left_as_it_is(finished: Finished, place: Place, warm_python: str) -> None:
     run = finished.copy_into(place.folder)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     told = f"already complete after update {STEPS}; nothing to do (raise train.steps to go on)\n"
-    assert place.train("--resume", "run") == (0, told, "")
-    assert place.train("--resume", "run", "-s", "train.steps=3")[0] == 2
+    assert place.train("--resume", "run", python=warm_python) == (0, told, "")
+    assert place.train("--resume", "run", "-s", "train.steps=3", python=warm_python)[0] == 2
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     place.assert_nothing_left()
 
@@ -384,9 +386,10 @@ def test_ctrl_c_twice_on_a_terminal(place: Place) -> None:
     place.assert_nothing_left()
 
 
-def test_a_killed_worker(place: Place) -> None:
+def test_a_killed_worker(place: Place, warm_python: str) -> None:
     process = place.start(
-        *(*SIXFOLD, "train", "--config", "my.toml", "--into", "run", "-s", f"train.steps={FOREVER}")
+        *(warm_python, "-m", "sixfold", "train", "--config", "my.toml", "--into", "run"),
+        *("-s", f"train.steps={FOREVER}"),
     )
     wait_until(lambda: place.records("run"), process=process)
     os.kill(place.rank(1), signal.SIGKILL)
@@ -411,7 +414,8 @@ def test_a_file_that_may_not_grow_while_saving(finished: Finished, place: Place)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     code, _, err = place.run(
-        *(*SIXFOLD, "train", "--resume", "run", "-s", f"train.steps={STEPS + 2}"), preexec_fn=limited
+        *(*SIXFOLD, "train", "--resume", "run", "-s", "launch.ranks=1", "-s", f"train.steps={STEPS + 2}"),
+        preexec_fn=limited,
     )
     assert_told_and_intact(code, err, run, before)
     place.assert_nothing_left()
@@ -429,12 +433,12 @@ def test_a_disk_without_room_for_a_save_is_told_before_the_first_update(
     used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     script = (
         f"mkdir disk && mount -t tmpfs -o size={used + 200_000} tmpfs disk && cp -r run disk/run || exit 99\n"
-        f'"$@" train --resume disk/run -s train.steps={STEPS + 2}\n'
+        f'"$@" train --resume disk/run -s launch.ranks=1 -s train.steps={STEPS + 2}\n'
         "code=$?; rm -r run; cp -r disk/run run; exit $code"
     )
     code, _, err = place.run("unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *SIXFOLD)
     assert code == 4, err
-    assert re.match(r"sixfold: rank [01] of 2 failed.*\nSaveError: .*one checkpoint takes", err)
+    assert re.match(r"sixfold: rank 0 of 1 failed.*\nSaveError: .*one checkpoint takes", err)
     assert [record["step"] for record in place.records("run") if "loss" in record] == list(
         range(1, STEPS + 1)
     )
@@ -444,11 +448,7 @@ def test_a_disk_without_room_for_a_save_is_told_before_the_first_update(
 
 def assert_told_and_intact(code: int, err: str, run: Path, before: dict[str, Any]) -> None:
     assert code == 4, err
-    # Every rank tells what rank 0 met; which one is heard first is chance.
-    lines = err.splitlines()
-    if "ranks exchange over the network" in lines[0]:  # shared memory is bound by the same limit
-        err = "\n".join(lines[1:])
-    assert re.match(rf"sixfold: rank [01] of 2 failed at step {STEPS + 2}\nSaveError: .*saving ", err)
+    assert re.match(rf"sixfold: rank 0 of 1 failed at step {STEPS + 2}\nSaveError: .*saving ", err)
     assert f"checkpoints/step-{STEPS + 2:08d} failed: " in err.splitlines()[1]
     assert "\n  fix: " in err or "\nfix: " in err
     assert_equal(weights(run), before)

@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +44,8 @@ SHORT = {
     "precision.compute": "fp32",
     "monitor.peak_tflops": 1.0,
 }
+HUNG_S = 600.0
+"""After this long a command hangs, however slow and busy the machine."""
 BUILT = ("data.max_mb", "data.held_out_documents", "data.vocab_size")
 """Of these, what was settled when a corpus was built."""
 
@@ -114,8 +115,9 @@ def test_toml(tmp_path: Path) -> None:
 class Props:
     """A folder with what the pages' commands speak of: my.toml, texts, a script, runs to go on with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str) -> None:
         self.folder = folder
+        self.python = python
         lab.write_corpus(folder / "home" / "texts", num_files=20)
         lab.write_config(folder / "my.toml", {"seed": 1, "data.path": folder / "home" / "texts"})
         script = next(b for b in BLOCKS if b.page == README and b.language == "python")
@@ -126,13 +128,13 @@ class Props:
     def run(self, *arguments: str) -> None:
         environment = {**os.environ, "HOME": str(self.folder / "home")}
         done = subprocess.run(
-            [Path(sys.executable).with_name("sixfold"), *arguments],  # what the installation has put there
+            [self.python, "-m", "sixfold", *arguments],
             cwd=self.folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=HUNG_S,
         )
         assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}{done.stderr}"
 
@@ -172,8 +174,8 @@ class Props:
 
 
 @pytest.mark.parametrize("page", [*pages_with("bash"), *pages_with("console")], ids=name)
-def test_commands(page: Path, tmp_path: Path) -> None:
-    props = Props(tmp_path)
+def test_commands(page: Path, tmp_path: Path, warm_python: str) -> None:
+    props = Props(tmp_path, warm_python)
     for block in BLOCKS:
         if block.page != page or block.language not in ("bash", "console"):
             continue
