@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, islice, product
-from typing import Any
+from typing import Any, overload
 
 Case = dict[str, Any]
 Pair = tuple[tuple[str, Any], ...]
@@ -33,12 +35,37 @@ def with_drawn(
         yield from _drawn(factors, legal, dict(zip(fixed, values, strict=True)), draw, 1)
 
 
-def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
-    """Legal combinations that hold every pair of values which any legal combination holds; greedy.
+def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> Sequence[Case]:
+    """Legal combinations that hold every pair of values which any legal combination holds.
 
-    Each round takes a pair that is still missing and, of some random legal cases around it, the one that
-    brings most missing pairs along; the whole product is scanned only around pairs that look illegal.
+    They are made when they are first looked at, which ranks that import a module of tests never do.
     """
+    return _Covering(factors, legal)
+
+
+@dataclass(frozen=True)
+class _Covering(Sequence[Case]):
+    factors: Mapping[str, Sequence[Any]]
+    legal: Callable[[Case], bool]
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        return _covered(self.factors, self.legal)
+
+    @overload
+    def __getitem__(self, place: int) -> Case: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Case]: ...
+    def __getitem__(self, place: int | slice) -> Case | list[Case]:
+        return self.cases[place]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+
+def _covered(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]) -> list[Case]:
+    """Greedy: each round takes a pair that is still missing and, of some random legal cases around it, the
+    one with most missing pairs; the whole product is scanned only around pairs that look illegal."""
     draw = random.Random(0)
     fixed = [dict(pair) for pair in _all_pairs(factors)]
     missing = {tuple(pair.items()) for pair in fixed if _drawn(factors, legal, pair, draw, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_follows_one_process_in_every_combination(model: str, ranks: int, rank_p
 
 
 def test_cases_cover_every_pair() -> None:
-    def pairs(cases: list[Case]) -> set[Any]:
+    def pairs(cases: Sequence[Case]) -> set[Any]:
         return {
             (one, case[one], other, case[other])
             for case in cases
