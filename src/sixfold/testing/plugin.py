@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "ranks(n, ..., timeout_s=20, fresh=False): run on every rank of n gloo ranks, once per n"
+        "markers", "ranks(n, ..., timeout_s=60, fresh=False): run on every rank of n gloo ranks, once per n"
     )
 
 

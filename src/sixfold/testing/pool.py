@@ -29,13 +29,13 @@ from typing import Any, Self
 from sixfold.base.errors import WorkerError
 from sixfold.testing import report, server, stacks, wire
 
-DEFAULT_TIMEOUT_S = 20.0
+DEFAULT_TIMEOUT_S = 60.0
 PRELOAD = ("torch", "torch.distributed", "numpy", "sixfold.engine")
 _START_LIMIT_S = 60.0
-_CLOSE_LIMIT_S = 5.0
+_CLOSE_LIMIT_S = 30.0
 _GRACE_S = 1.0
 """How long the others may still report an error of their own once a rank has failed."""
-_DUMP_LIMIT_S = 1.0
+_DUMP_LIMIT_S = 10.0
 _MAX_RUNS = 200
 _MAX_GROWTH_BYTES = 300 * 1000 * 1000
 
