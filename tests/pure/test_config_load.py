@@ -597,7 +597,7 @@ REST = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(parts=st.tuples(WIDTHS, BATCHES, OPTIMIZERS, RUNS, LAYOUTS, PRECISIONS, REST))
 def test_toml_round_trip(
     tmp_path_factory: pytest.TempPathFactory, parts: tuple[dict[str, object], ...]
