@@ -22,7 +22,7 @@ from sixfold.testing import Pool
 from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
-LENGTH, SAMPLES, VOCABULARY, STEPS = 21, 6, 24, 5
+LENGTH, SAMPLES, VOCABULARY, STEPS = 21, 6, 24, 3
 
 
 def _decoder() -> Decoder:
@@ -134,7 +134,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "expert": (1, 2),
     "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
-    "micro": (2, None),
+    "micro": (3, None),
     "transport": ("host", "network"),
 }
 
