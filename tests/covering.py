@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, islice, product
 from typing import Any, overload
 
@@ -40,17 +40,21 @@ def covering(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]
 
     They are made when they are first looked at, which ranks that import a module of tests never do.
     """
-    return _Covering(factors, legal)
+    return _Cases(partial(_covered, factors, legal))
+
+
+def every_value(cases: Sequence[Case], among: Callable[[Case], bool]) -> Sequence[Case]:
+    """Few of some of the cases, in which each option has every value that it has in any of those."""
+    return _Cases(lambda: _few([case for case in cases if among(case)]))
 
 
 @dataclass(frozen=True)
-class _Covering(Sequence[Case]):
-    factors: Mapping[str, Sequence[Any]]
-    legal: Callable[[Case], bool]
+class _Cases(Sequence[Case]):
+    make: Callable[[], list[Case]]
 
     @cached_property
     def cases(self) -> list[Case]:
-        return _covered(self.factors, self.legal)
+        return self.make()
 
     @overload
     def __getitem__(self, place: int) -> Case: ...
@@ -76,6 +80,16 @@ def _covered(factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool]
             best = max(candidates, key=lambda case: len(_pairs(case) & missing))
             missing -= _pairs(best)
             chosen.append(best)
+    return chosen
+
+
+def _few(cases: Sequence[Case]) -> list[Case]:
+    """Greedy: always the case that brings most missing values along."""
+    missing = {value for case in cases for value in case.items()}
+    chosen: list[Case] = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(missing & case.items())))
+        missing -= chosen[-1].items()
     return chosen
 
 
