@@ -38,7 +38,7 @@ SHORT = {
     "data.max_mb": 0.5,
     "data.held_out_documents": 2,
     "data.vocab_size": 300,
-    "data.sequence_length": 32,
+    "data.sequence_length": 128,
     "model.width": 32,
     "model.num_layers": 2,
     "precision.compute": "fp32",
