@@ -23,7 +23,7 @@ from sixfold.testing.exchanges import noted_exchanges
 from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
-LENGTH, VOCABULARY = 8, 25
+LENGTH, VOCABULARY, STEPS = 8, 25, 4
 """A vocabulary that no degree divides."""
 
 SIZES = {"width": 16, "num_layers": 2, "ffn_width": 20, "context_length": LENGTH, "vocab_size": VOCABULARY}
@@ -149,7 +149,7 @@ def engine_of(case: Case, dtype: torch.dtype = torch.float64) -> Engine:
             for key in ("tensor", "zero", "pipe", "data", "recompute", "loss_chunk", "transport")
         },
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-        "batch": {"micro": 3},
+        "batch": {"micro": 6},
     }
     config["layout"] |= {"sequence_parallel": case["sequence"], "compile": case.get("compile")}
     if case["clip_norm"] is not None:
@@ -171,7 +171,7 @@ def train(engine: Engine, case: Case, steps: int) -> tuple[list[float], list[flo
 
 def follow(case: Case, expected: Reference) -> None:
     engine = engine_of(case)
-    losses, norms = train(engine, case, 5)
+    losses, norms = train(engine, case, STEPS)
     # Hugging Face models compute norms and losses in fp32 whatever their type.
     is_fp32_inside = TASKS[case["model"]].fp32_inside
     bound = 1e-5 if is_fp32_inside else 1e-10
@@ -184,7 +184,7 @@ def follow(case: Case, expected: Reference) -> None:
 
 
 def expected_of(case: Case) -> Reference:
-    return reference(case["model"], torch.float64, 5, case["clip_norm"])
+    return reference(case["model"], torch.float64, STEPS, case["clip_norm"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -285,7 +285,7 @@ def test_what_is_sent_is_what_the_formula_says(sequence: bool, recompute: str | 
         for topic in topics
         if topic.group.partition(":")[2].startswith("tensor axis")
     )
-    tokens = 4 * 3 * LENGTH  # of four micro-batches
+    tokens = 2 * 6 * LENGTH  # of two micro-batches
     pair = layer_traffic(num_ranks, tokens=tokens, width=16, item_bytes=8)
     whole = scores_traffic(num_ranks, tokens=tokens, item_bytes=8) + (2 * 2 + 1) * pair
     # Where the sequence is cut, it is so behind the embedding's sum and before the head's.
