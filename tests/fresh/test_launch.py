@@ -91,6 +91,7 @@ def launcher_main(
     ranks: int,
     out: str,
     node: NodePlacement | None,
+    python: str,
     limits: dict[str, float],
 ) -> None:
     """In the forked launcher: own output files, less patience, then the real thing."""
@@ -100,7 +101,7 @@ def launcher_main(
         setattr(job, name, seconds)
     for path, number in ((out, 1), (out if out.startswith("/dev") else f"{folder}/err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600), number)
-    command = [sys.executable, "-m", "sixfold.launch.script", *arguments]
+    command = [python, "-m", "sixfold.launch.script", *arguments]
     extra = {"TEST_FOLDER": folder}
     sys.exit(
         launch(command, ranks=ranks, run_folder=Path(folder, "run"), environ=extra, threads=1, node=node)
@@ -125,13 +126,14 @@ def start(server: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
         ranks: int = 2,
         out: str | None = None,
         node: NodePlacement | None = None,
+        python: str = sys.executable,
         **limits: float,
     ) -> Launched:
         folder = tmp_path / f"launch-{len(launches)}"
         folder.mkdir()
         (folder / "script.py").write_text(PREAMBLE + text)
         arguments = (str(folder / "script.py"), *arguments)
-        options = (list(arguments), ranks, out or f"{folder}/out", node, limits)
+        options = (list(arguments), ranks, out or f"{folder}/out", node, python, limits)
         process = server.Process(target=launcher_main, args=(str(folder), *options))
         process.start()
         launches.append(Launched(process, folder))
@@ -225,7 +227,7 @@ def test_the_environment_is_the_callers_plus_the_documented_list(tmp_path: Path)
         assert (theirs["OMP_NUM_THREADS"], theirs["EXTRA"]) == ("3", "x")
 
 
-def test_two_launches_at_once_form_two_worlds(start: Start) -> None:
+def test_two_launches_at_once_form_two_worlds(start: Start, warm_python: str) -> None:
     text = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -233,7 +235,7 @@ tell(f"ready-{rank}"); await_file("go")
 total = torch.tensor([float(sys.argv[1])]); dist.all_reduce(total)
 print(total.item()); dist.destroy_process_group()
 """
-    first, second = start(text, "1"), start(text, "10")
+    first, second = (start(text, number, python=warm_python) for number in ("1", "10"))
     for one in (first, second):
         for rank in range(2):
             one.await_file(f"ready-{rank}")
@@ -277,7 +279,7 @@ def test_an_error_of_rank_0_is_told_once(start: Start) -> None:
     one.assert_nothing_left()
 
 
-def test_a_broken_connection_is_not_the_cause(start: Start) -> None:
+def test_a_broken_connection_is_not_the_cause(start: Start, warm_python: str) -> None:
     """Rank 0 fails first and loudest, but only because rank 1 is gone."""
     text = """
 import torch, torch.distributed as dist
@@ -287,7 +289,7 @@ dist.barrier()
 if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
 dist.all_reduce(torch.ones(1))
 """
-    one = start(text)
+    one = start(text, python=warm_python)
     assert one.wait() == 4
     told = one.err.splitlines()
     assert told[:2] == [
