@@ -22,7 +22,7 @@ from sixfold.testing import Pool
 from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
-LENGTH, SAMPLES, VOCABULARY, STEPS = 21, 6, 24, 3
+LENGTH, SAMPLES, VOCABULARY, STEPS = 21, 6, 24, 5
 
 
 def _decoder() -> Decoder:

@@ -22,7 +22,7 @@ from sixfold.testing import Pool
 from sixfold.testing.exchanges import noted_exchanges
 from tests.covering import Case, covering, label, with_drawn
 
-SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 8, 19, 4
+SAMPLES, LENGTH, VOCABULARY, STEPS = 12, 8, 19, 5
 PLAIN = DecoderConfig.derive(
     vocab_size=VOCABULARY, context_length=LENGTH, width=16, num_layers=2, num_heads=2, ffn_width=8
 )

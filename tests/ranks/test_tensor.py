@@ -23,7 +23,7 @@ from sixfold.testing.exchanges import noted_exchanges
 from tests.covering import Case, covering, label, with_drawn
 from tests.ranks import plain
 
-LENGTH, VOCABULARY, STEPS = 8, 25, 4
+LENGTH, VOCABULARY, STEPS = 8, 25, 5
 """A vocabulary that no degree divides."""
 
 SIZES = {"width": 16, "num_layers": 2, "ffn_width": 20, "context_length": LENGTH, "vocab_size": VOCABULARY}
