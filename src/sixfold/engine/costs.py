@@ -17,12 +17,11 @@ from torch import nn
 
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import Config
-from sixfold.engine.playing import programs_for
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import AxisChange, ModelCut, compute_type, handed_bytes, measured_costs, on_meta
 from sixfold.parallel.change import nothing
-from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
-from sixfold.plan import BlockCosts, offered_memory, transfer_memory
+from sixfold.pipeline import Batch, LossForm, Piece, split, to_device
+from sixfold.plan import BlockCosts, offered_memory, programs_for, transfer_memory
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ def _run_on_meta(
     """Have the first micro-batch run, without numbers; returns whether it came to its end."""
     compute = compute_type(asked.precision.compute)
     part = to_device(split(example, asked.batch.micro)[0], torch.device("meta"), compute)
-    args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
+    args, kwargs = form.arguments(part)
     try:
         watched(partial(on_meta(model, compute), *args, **kwargs))
     except Exception as error:  # of the model's own code: it looks at numbers, and on meta there are none
@@ -153,12 +152,10 @@ def _measured(
     compute = compute_type(asked.precision.compute)
     micro, *_ = split(example, asked.batch.micro)
     part = to_device(micro, device, None)
-    args, kwargs = fields_of(
-        to_device(part, device, compute), model.forward, all_of_them=form.loss_fn is None
-    )
+    args, kwargs = form.arguments(part, cast=compute)
 
     def run(call: Any) -> torch.Tensor:
-        return form.read(call(*args, **kwargs), part, 1.0).value
+        return form.read(call(*args, **kwargs), Piece(part), 1.0).value
 
     with streams.keyed("cost"), torch.enable_grad():
         costs = measured_costs(model, cut.parts, run, device=device, compute=compute)
