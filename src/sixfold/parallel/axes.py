@@ -55,13 +55,13 @@ def decide_axes(
             undo.callback(change.apply(mesh))
         return undo.close
 
-    def watch(note: Note) -> Remove:
+    def trace(note: Note) -> Remove:
         undo = ExitStack()
         for change in changes:
-            undo.callback(change.watch(note))
+            undo.callback(change.trace(note))
         return undo.close
 
     attention = next((change.attention for change in changes if change.attention is not None), None)
     cuts = [f"{name} {place.shape} {place.axes} {place.partial}" for name, place in sorted(places.items())]
     agreed = "\n".join((*(change.agreed for change in changes), *cuts))
-    return AxisChange(places, apply, attention, agreed, watch)
+    return AxisChange(places, apply, attention, agreed, trace)

@@ -36,7 +36,7 @@ class AxisChange:
             engine's.
         attention: what is to be told of the sequences that run; None where ranks have whole ones.
         agreed: what all ranks have to decide alike, as text.
-        watch: has the model, while it is whole, note what its ranks would exchange as it runs; returns what
+        trace: has the model, while it is whole, note what its ranks would exchange as it runs; returns what
             undoes it.
     """
 
@@ -44,7 +44,7 @@ class AxisChange:
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
     attention: ContextAttention | None = None
     agreed: str = ""
-    watch: Callable[[Note], Remove] = nothing
+    trace: Callable[[Note], Remove] = nothing
 
 
 Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]

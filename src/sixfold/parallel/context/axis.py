@@ -57,12 +57,12 @@ def decide_context_axis(
         )
     attention = ContextAttention(is_compiled=layout.compile is not None)
     return AxisChange(
-        apply=partial(_apply, model, attention), attention=attention, watch=partial(_watched, model, geometry)
+        apply=partial(_apply, model, attention), attention=attention, trace=partial(_traced, model, geometry)
     )
 
 
-def _watched(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
-    """See `AxisChange.watch`: what attention exchanges."""
+def _traced(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
+    """See `AxisChange.trace`: what attention exchanges."""
     num_ranks, tensor = geometry.degree("context"), geometry.degree("tensor")
 
     def noting(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

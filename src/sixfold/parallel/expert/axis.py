@@ -25,7 +25,7 @@ from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward, put_forward
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.expert.journey import Journey
-from sixfold.parallel.expert.watch import watched
+from sixfold.parallel.expert.trace import traced
 from sixfold.plan import Geometry, Place
 
 TAKES = ("hidden_states", "top_k_index", "top_k_weights")
@@ -76,8 +76,8 @@ def decide_expert(
         for parameter in part.parameters():
             spans = (span, *((),) * (parameter.dim() - 1))
             made[first_names[parameter]] = Place(tuple(parameter.shape), spans, ("expert",))
-    watch = partial(watched, found.values(), geometry)
-    return AxisChange(made, lambda mesh: _apply(found.values(), mesh), watch=watch)
+    trace = partial(traced, found.values(), geometry)
+    return AxisChange(made, lambda mesh: _apply(found.values(), mesh), trace=trace)
 
 
 def _num_experts(part: nn.Module) -> int | None:

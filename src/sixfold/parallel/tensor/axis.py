@@ -42,19 +42,19 @@ def decide_tensor_axis(
         forwards = TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss, device=mesh.device)
         return forwards.remove
 
-    def watch(note: Note) -> Remove:
+    def trace(note: Note) -> Remove:
         blocks = {name for run in runs for name in run}
-        return _watched(model, cut, blocks, geometry.degree("context"), owns_loss, note)
+        return _traced(model, cut, blocks, geometry.degree("context"), owns_loss, note)
 
     cuts = {name: places[name].and_also(cut.places[name]) for name in cut.places if name in places}
     agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
-    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed, watch=watch)
+    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed, trace=trace)
 
 
-def _watched(
+def _traced(
     model: nn.Module, cut: TensorCut, blocks: set[str], share: int, owns_loss: bool, note: Note
 ) -> Remove:
-    """See `AxisChange.watch`: what crosses the borders of layers.
+    """See `AxisChange.trace`: what crosses the borders of layers.
 
     Args:
         share: ranks that divide the tokens.
