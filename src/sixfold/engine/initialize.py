@@ -47,6 +47,7 @@ from sixfold.parallel import (
     materialize,
     module_facts,
     move_buffers,
+    share_buffers,
 )
 from sixfold.pipeline import (
     Batch,
@@ -67,7 +68,6 @@ from sixfold.state import (
     elementwise_groups,
     make_optimizers,
     refuse_two_definitions,
-    share_buffers,
     take_over,
 )
 from sixfold.state.making import OptimizerLike
