@@ -108,6 +108,29 @@ class SequenceCut:
             return Piece(batch)
         fields, known = self._fields(batch, shift)
         length = _length(fields)
+        self._check_length(length)
+        num_ranks = self._attention.group.num_ranks
+        spans = self._attention.spans_in(length)
+
+        def cut(tensor: Tensor) -> Tensor:
+            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
+            return cut_rows(tensor, spans, 1) if is_sequence else tensor
+
+        part, targets = change_tensors(fields, cut), targets_of(fields)
+        known = {name: each.to(self._device) for name, each in known.items()}
+        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
+        if sequences.seen is not None:
+            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
+        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
+            return Piece(part, sequences, num_rows(spans) / length)
+        parts = (cut_rows(targets, self._attention.spans_in(length, place), 1) for place in range(num_ranks))
+        found = [float((each != IGNORED).sum()) for each in parts]
+        own, valid = found[self._attention.group.place], max(1.0, sum(found))
+        return Piece(part, sequences, own / valid, min(found) / valid, own)
+
+    def _check_length(self, length: int) -> None:
+        """Raise ModelError, on every rank that shares them, where sequences of this length are not cut."""
+        assert self._attention is not None, "asked where something is cut"
         num_ranks = self._attention.group.num_ranks
         if length < 2 * num_ranks:
             raise ModelError(
@@ -135,23 +158,6 @@ class SequenceCut:
                     "long it is",
                     fix=f"give sequences of at most {limit} tokens, or {OFF}",
                 )
-        spans = self._attention.spans_in(length)
-
-        def cut(tensor: Tensor) -> Tensor:
-            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
-            return cut_rows(tensor, spans, 1) if is_sequence else tensor
-
-        part, targets = change_tensors(fields, cut), targets_of(fields)
-        known = {name: each.to(self._device) for name, each in known.items()}
-        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
-        if sequences.seen is not None:
-            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
-        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
-            return Piece(part, sequences, num_rows(spans) / length)
-        parts = (cut_rows(targets, self._attention.spans_in(length, place), 1) for place in range(num_ranks))
-        found = [float((each != IGNORED).sum()) for each in parts]
-        own, valid = found[self._attention.group.place], max(1.0, sum(found))
-        return Piece(part, sequences, own / valid, min(found) / valid, own)
 
     def short(self, batch: Batch) -> Batch:
         """A batch's first sample, or its beginning where that is long, to try the model on, with a target

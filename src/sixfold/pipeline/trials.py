@@ -238,7 +238,7 @@ class Trials:
         if self._state.residency.parameters and not num_trials:
             with torch.no_grad():
                 for _ in range(most):
-                    self._player.pass_through(self._program(0, 1), Work(_nothing))
+                    self._player.pass_through(self._program(0, 1), Work())
         yield lambda: None
 
     def _output_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -280,7 +280,3 @@ def _visible(output: Tensor, keys: Tensor | None) -> Tensor:
     if keys is None:
         return output.double()
     return output.double().masked_fill(~keys.view(*keys.shape, *[1] * (output.dim() - 2)), 0.0)
-
-
-def _nothing(stage: int, micro: int, received: Any) -> Any:
-    raise AssertionError("a rank without micro-batches runs none")

@@ -21,7 +21,7 @@ from sixfold.mesh import Mesh
 from sixfold.parallel.change import AxisChange, Note, Remove
 from sixfold.parallel.context.attention import OFF, ContextAttention
 from sixfold.parallel.context.calls import answer_calls
-from sixfold.parallel.facts import BATCH_NORMS
+from sixfold.parallel.facts import BATCH_NORMS, ROUTER_LOGITS
 from sixfold.plan import Geometry, Place
 
 _CALLS = "sdpa"
@@ -42,11 +42,11 @@ def decide_context_axis(
         ModelError: the model takes batch statistics, or its attention cannot be had by torch's function, or
             its loss is no sum over tokens.
     """
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
+    if getattr(getattr(model, "config", None), ROUTER_LOGITS, False):
         raise ModelError(
-            f"layout.context = {layout.context} with {type(model).__name__} and output_router_logits",
+            f"layout.context = {layout.context} with {type(model).__name__} and {ROUTER_LOGITS}",
             rule="a penalty on how all tokens are routed is no sum over the parts of a sequence",
-            fix=f"set output_router_logits = False in the model's configuration, or {OFF}",
+            fix=f"set {ROUTER_LOGITS} = False in the model's configuration, or {OFF}",
         )
     norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     if norms:
