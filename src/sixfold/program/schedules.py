@@ -286,14 +286,3 @@ def accumulation(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> P
     this rank has no backward for come last.
     """
     return training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces)[0]
-
-
-def forward_only(num_micro: int, num_served: int = 0) -> Program:
-    """Evaluation: the forwards of one stage and nothing else."""
-    return evaluation("1f1b", 1, num_micro, num_served=num_served)[0]
-
-
-def rehearsal(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> Program:
-    """`accumulation` without its update: computes and communicates, and leaves the state as it was."""
-    programs = training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces, updates=False)
-    return programs[0]
