@@ -13,7 +13,7 @@ from torch import nn
 
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Decide, Note, Remove
+from sixfold.parallel.change import AxisChange, Case, Decide, Note, Remove
 from sixfold.parallel.context.axis import decide_context_axis
 from sixfold.parallel.expert.axis import decide_expert
 from sixfold.parallel.tensor.axis import decide_tensor_axis
@@ -43,8 +43,8 @@ def decide_axes(
     changes: list[AxisChange] = []
     for axis, decide in DECIDE.items():
         if geometry.degree(axis) > 1:
-            changes.append(decide(model, layout, geometry, rank, places, owns_loss))
-            places |= changes[-1].places
+            changes.append(decide(Case(model, layout, geometry, rank, places, owns_loss)))
+            places = {**places, **changes[-1].places}
 
     if not changes:
         return AxisChange()

@@ -27,6 +27,25 @@ def nothing(note: Note) -> Remove:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What an axis decides about.
+
+    Args:
+        model: whole, as it was handed over.
+        rank: for which it is decided.
+        places: what axes before this one have decided.
+        owns_loss: whether the model computes its loss by itself.
+    """
+
+    model: nn.Module
+    layout: LayoutConfig
+    geometry: Geometry
+    rank: int
+    places: Mapping[str, Place] = field(default_factory=dict)
+    owns_loss: bool = True
+
+
+@dataclass(frozen=True)
 class AxisChange:
     """What an axis makes of a model on one rank.
 
@@ -47,6 +66,5 @@ class AxisChange:
     trace: Callable[[Note], Remove] = nothing
 
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]
-"""(model, layout, geometry, rank, places so far, whether the model computes its loss by itself) -> change.
-The places it returns replace those so far."""
+Decide: TypeAlias = Callable[[Case], AxisChange]
+"""What an axis makes of a case; the places of the change replace those of the case."""
