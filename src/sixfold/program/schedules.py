@@ -2,7 +2,7 @@
 
 A schedule is data: where stages stand, and per rank the order of forwards and of backwards, how many
 forwards come first, and how long weight parts are put off. One function merges these into passes, the
-lowering passes add the rest. Called by `engine` and by the planner; nothing is played here.
+lowering passes add the rest. Called by the plan for the layout at hand; nothing is played here.
 """
 
 from __future__ import annotations

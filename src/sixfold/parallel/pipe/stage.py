@@ -1,6 +1,6 @@
 """One stage of a model: its parts, run by the model's own forward.
 
-Made by `cut.py`, called by the engine. A stage is a view of the model: the same modules under the same
+Made by `cut.py`, run by the pipeline room. A stage is a view of the model: the same modules under the same
 names, in containers of its own, with stand-ins for the parts that other stages run. Those before it give what
 was received, whatever they are called with; the first one behind it ends the forward with what it is called
 with. So no forward is rewritten, and none is understood. It sends nothing.
