@@ -80,7 +80,6 @@ class Playing:
         self._trials = Trials(
             module=module,
             stages=self._stages,
-            has_loss=self._has_loss,
             cast=self.cast,
             program=partial(self._program, "evaluation"),
             mesh=mesh,

@@ -47,7 +47,6 @@ class Trials:
     Args:
         module: the user's own model.
         stages: its stages on this rank, by number.
-        has_loss: whether the last one is among them.
         cast: type of the module's floating inputs; None: as they are given.
         program: this rank's program of forwards, for its number of micro-batches and of those it serves.
         loss_form: what is found out of the loss goes there.
@@ -59,7 +58,6 @@ class Trials:
         *,
         module: nn.Module,
         stages: Mapping[int, Stage],
-        has_loss: bool,
         cast: torch.dtype | None,
         program: Callable[[int, int], Program],
         mesh: Mesh,
@@ -71,7 +69,7 @@ class Trials:
     ) -> None:
         self._module = module
         self._stages = stages
-        self._has_loss = has_loss
+        self._has_loss = any(stage.is_last for stage in stages.values())
         self._cast = cast
         self._program = program
         self._mesh = mesh
