@@ -157,7 +157,7 @@ class Trials:
                 errors[number] = self._difference_of_cut(each, compares_loss=not number or sums)
             arrive()
         self._module.train(was_training)
-        self._judge_cut(*errors, refused)
+        self._judge_cut(errors[0], errors[1], refused)
 
     def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
         """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
