@@ -21,6 +21,7 @@ from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
 from sixfold.models.layers import FeedForward
 from sixfold.models.moe import ExpertsConfig, MixtureOfExperts
+from sixfold.parallel.change import Case
 from sixfold.parallel.expert.axis import decide_expert
 from sixfold.plan import Geometry, dispatch_traffic
 from sixfold.testing.exchanges import noted_exchanges
@@ -70,7 +71,7 @@ def ours(rank: int, num_ranks: int, transport: str) -> Callable[[Tensor], Tensor
     mesh = Mesh(geometry, rank, torch.device("cpu")).sharing(transport, exchange_bytes=2**28, timeout_s=60)
     torch.manual_seed(0)
     layer = MixtureOfExperts(WIDTH, FFN_WIDTH, ExpertsConfig(NUM_EXPERTS, num_choices=CHOICES))
-    change = decide_expert(layer, LayoutConfig(expert=num_ranks), geometry, rank, {}, True)
+    change = decide_expert(Case(layer, LayoutConfig(expert=num_ranks), geometry, rank))
     for name, place in change.places.items():
         parameter = layer.get_parameter(name)
         ((start, stop),) = place.spans[0]

@@ -262,7 +262,7 @@ def compare_makespan(sizes: Sizes, schedule: str, num_steps: int = 11) -> dict[s
     import torch
     import torch.distributed as dist
 
-    from sixfold.engine.playing import programs_for
+    from sixfold.plan import programs_for
     from sixfold.simulate import measured_costs, simulate
 
     engine = sixfold_engine(sizes, schedule)

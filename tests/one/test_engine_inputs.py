@@ -15,6 +15,7 @@ import sixfold
 from sixfold.base.errors import CheckpointError, ConfigError, ModelError, PlanError, StateError
 from sixfold.pipeline import fields_of, num_samples, split, to_device
 from sixfold.state.edits import SEARCHED_UPDATES
+from sixfold.state.unit import Unit
 from tests.ranks import plain
 
 
@@ -301,6 +302,18 @@ def test_edits_at_any_time_hold_under_a_narrow_compute_type(edit: str, tmp_path:
         write(number)
         engine.train_step(X)
         assert weights() == [number, number]
+
+
+def test_a_weight_that_is_no_number_is_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 1)
+    model.idle = nn.Parameter(torch.full((3,), torch.nan))
+    engine = sixfold.initialize(model, config={"precision": {"compute": "bf16"}}, loss_fn=_mean_square)
+    own, searches = Unit.absorb_edits, list[Unit]()
+    monkeypatch.setattr(Unit, "absorb_edits", lambda unit: searches.append(unit) or own(unit))
+    for _ in range(2 * SEARCHED_UPDATES):
+        engine.train_step(X)
+    assert len(searches) == SEARCHED_UPDATES
+    assert engine.full_state_dict()["idle"].isnan().all()
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])

@@ -33,14 +33,13 @@ from sixfold.config.schema import nested
 from sixfold.data.corpus import prepare
 from sixfold.engine import watch
 from sixfold.engine.costs import cut_by_measure
-from sixfold.engine.playing import programs_for
 from sixfold.launch import current_session
 from sixfold.mesh import Host, Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
 from sixfold.parallel import ModelCut, decide_axes
 from sixfold.pipeline import LossForm
-from sixfold.plan import decide_batch, decide_geometry, decide_residency
+from sixfold.plan import decide_batch, decide_geometry, decide_residency, programs_for
 from sixfold.train import loop
 from sixfold.train.job import RECIPE, Request
 from sixfold.train.samples import samples_of

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sixfold.data.order import indices_at, sample_index, sample_indices
+from sixfold.data.order import indices_at, sample_indices
 from sixfold.plan.batch import share
 
 seeds = st.integers(0, 2**63 - 1)
@@ -18,7 +18,7 @@ def test_an_epoch_is_a_permutation(seed: int, epoch: int, num_samples: int) -> N
 
 @given(seed=seeds, number=st.integers(0, 2**40), num_samples=st.integers(1, 2**40))
 def test_one_number_needs_no_others(seed: int, number: int, num_samples: int) -> None:
-    index = sample_index(seed, number, num_samples)
+    (index,) = sample_indices(seed, number, 1, num_samples)
     assert 0 <= index < num_samples
     around = sample_indices(seed, max(0, number - 3), 7, num_samples)
     assert around[number - max(0, number - 3)] == index
@@ -26,7 +26,7 @@ def test_one_number_needs_no_others(seed: int, number: int, num_samples: int) ->
 
 def test_numbers_of_several_epochs_in_any_sequence() -> None:
     numbers = np.array([25, 0, 9, 10, 3, 25])
-    assert indices_at(4, numbers, 10).tolist() == [sample_index(4, int(n), 10) for n in numbers]
+    assert indices_at(4, numbers, 10).tolist() == [sample_indices(4, int(n), 1, 10)[0] for n in numbers]
 
 
 def test_seed_and_epoch_change_the_order() -> None:
@@ -44,7 +44,7 @@ def test_the_order_is_well_mixed() -> None:
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.05
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
     assert len(np.unique(np.diff(order))) > n / 2
-    firsts = np.bincount([sample_index(seed, 0, 8) for seed in range(4000)], minlength=8)
+    firsts = np.bincount([sample_indices(seed, 0, 1, 8)[0] for seed in range(4000)], minlength=8)
     assert firsts.min() > 400
     assert firsts.max() < 600
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError
-from sixfold.data.order import sample_index
+from sixfold.data.order import sample_indices
 from sixfold.data.stream import (
     TURNS,
     Blend,
@@ -29,8 +29,8 @@ def test_sample_i_is_its_place_in_the_tokens() -> None:
     assert samples.num_samples == 25
     assert batch.dtype == np.int64
     assert type(batch) is np.ndarray
-    for number, row in enumerate(batch):
-        start = sample_index(3, number, 25) * 4
+    for sample, row in zip(sample_indices(3, 0, len(batch), 25), batch, strict=True):
+        start = sample * 4
         assert row.tolist() == list(range(start, start + 5))
     assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 4))
 

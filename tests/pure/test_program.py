@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import ProgramError
-from sixfold.program import Instruction, Op, Program, accumulation, check, forward_only, rehearsal
+from sixfold.program import Instruction, Op, Program, accumulation, check, evaluation, training
 
 OF_A_STAGE = (Op.REDUCE, Op.PUBLISH, Op.GATHER, Op.DROP, Op.SHIFT_IN, Op.SHIFT_OUT)
 NUMBERS = dict.fromkeys(Op, 2) | dict.fromkeys(OF_A_STAGE, 1) | {Op.STEP: 0}
@@ -33,7 +33,7 @@ def test_text_form_is_the_documented_one() -> None:
         "forward 0.0 | backward 0.0 | forward 0.1 | reduce 0 | backward 0.1 | step | publish 0"
     )
     assert str(accumulation(0)) == "reduce 0 | step | publish 0"
-    assert str(forward_only(2)) == "forward 0.0 | forward 0.1"
+    assert str(evaluation("1f1b", 1, 2)[0]) == "forward 0.0 | forward 0.1"
     assert str(accumulation(2, 2)) == (
         "forward 0.0 | reduce 0 | backward 0.0 | forward 0.1 | reduce 0 | backward 0.1 | step | publish 0"
     )
@@ -44,8 +44,8 @@ def test_text_form_is_the_documented_one() -> None:
         "forward 0.0 | reduce 0 | backward 0.0 | serve-forward 0.1 | reduce 0 | serve-backward 0.1 | step | "
         "publish 0"
     )
-    assert str(forward_only(1, num_served=1)) == "forward 0.0 | serve-forward 0.1"
-    assert str(rehearsal(1)) == "forward 0.0 | reduce 0 | backward 0.0"
+    assert str(evaluation("1f1b", 1, 1, num_served=1)[0]) == "forward 0.0 | serve-forward 0.1"
+    assert str(training("1f1b", 1, 1, updates=False)[0]) == "forward 0.0 | reduce 0 | backward 0.0"
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,12 @@ def test_an_instruction_has_exactly_its_numbers(numbers: dict[str, int]) -> None
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 10))
 def test_generated_programs_are_accepted(num_micro: int, num_reduces: int, num_served: int) -> None:
-    numbers = (num_micro, num_reduces, num_served)
-    for program in (accumulation(*numbers), rehearsal(*numbers)):
+    numbers = {"num_reduces": num_reduces, "num_served": num_served}
+    (rehearsal,) = training("1f1b", 1, num_micro, updates=False, **numbers)
+    for program in (accumulation(num_micro, **numbers), rehearsal):
         check(program)
         assert program.instructions.count(Instruction(Op.REDUCE, 0)) == num_reduces
-    check(forward_only(num_micro, num_served))
+    check(*evaluation("1f1b", 1, num_micro, num_served=num_served))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4))

@@ -3,7 +3,6 @@ checkpoints as in one process, in every residency. A hand-made axis stands in fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 
 import sixfold
 from sixfold.base.axes import CARDS
-from sixfold.config import LayoutConfig
 from sixfold.engine import Engine
 from sixfold.mesh import Group, Mesh
 from sixfold.parallel import AxisChange
 from sixfold.parallel.axes import DECIDE
-from sixfold.plan import Geometry, Place
+from sixfold.parallel.change import Case
+from sixfold.plan import Place
 from sixfold.testing import Pool
 
 WIDTH, HIDDEN, SAMPLES = 5, 8, 12
@@ -44,15 +43,8 @@ def spans_of(rank: int) -> tuple[tuple[int, int], ...]:
     return ((2 * rank, 2 * rank + 2), (4 + 2 * rank, 6 + 2 * rank))
 
 
-def decide(
-    model: nn.Module,
-    layout: LayoutConfig,
-    geometry: Geometry,
-    rank: int,
-    places: Mapping[str, Place],
-    owns_loss: bool,
-) -> AxisChange:
-    spans, axes = spans_of(geometry.coordinate(rank, "tensor")), ("tensor",)
+def decide(case: Case) -> AxisChange:
+    spans, axes = spans_of(case.geometry.coordinate(case.rank, "tensor")), ("tensor",)
     return AxisChange(
         {
             "up.weight": Place((HIDDEN, WIDTH), (spans, ()), axes),
@@ -61,7 +53,7 @@ def decide(
             # Whole, and each rank uses a part of it.
             "scale": Place((HIDDEN,), partial=axes),
         },
-        lambda mesh: change(model, mesh),
+        lambda mesh: change(case.model, mesh),
     )
 
 

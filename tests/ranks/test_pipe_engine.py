@@ -19,6 +19,7 @@ from sixfold.base.errors import ModelError, StateError
 from sixfold.base.ring import Topic
 from sixfold.models.decoder import Decoder
 from sixfold.pipeline import Transfers
+from sixfold.pipeline.comparing import compare
 from sixfold.plan import persistent_memory
 from sixfold.simulate import simulated_again
 from sixfold.testing.exchanges import noted_exchanges
@@ -364,4 +365,4 @@ def test_a_shape_that_depends_on_numbers_is_refused() -> None:
         with pytest.raises(ModelError, match="whose like gave"):
             engine.train_step(-torch.ones(2, 2))
     else:  # no more than what comes before transfers: nothing would come
-        engine._playing._compare(-torch.ones(2, 2))
+        compare(-torch.ones(2, 2), engine.mesh)

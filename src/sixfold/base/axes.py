@@ -1,6 +1,6 @@
 """Axis cards: for each axis of the mesh, what it divides and whose collectives it needs.
 
-Geometry, memory, checkpoints and tests walk these cards; an axis exists when it has a card here.
+An axis exists when it has a card here; tests walk them, and ask of each for what it says.
 This module holds facts only; it never computes a layout.
 """
 

@@ -18,11 +18,19 @@ from sixfold.cli.output import print_json, write_timelines
 from sixfold.cli.train import decide_launch
 from sixfold.config import Config, Resolved
 from sixfold.data.tokenizer import DEFAULT_SIZE
-from sixfold.engine.playing import programs_for
 from sixfold.monitor.hardware import peak_flops
 from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
 from sixfold.parallel.expert.axis import experts_of
-from sixfold.plan import Memory, Plan, decide, decide_batch, decide_geometry, persistent_memory, placed
+from sixfold.plan import (
+    Memory,
+    Plan,
+    decide,
+    decide_batch,
+    decide_geometry,
+    persistent_memory,
+    placed,
+    programs_for,
+)
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
 from sixfold.train.subject import build_model

@@ -1,6 +1,6 @@
-"""Rules between options of the layout; see `rules`.
+"""Rules between options of the layout: what is cut over how many ranks, and by which schedule.
 
-The resolver walks `LAYOUT_RULES` behind the others. What needs the number of ranks is the plan's.
+`rules` has them in its table, behind the others. What needs the number of ranks is the plan's.
 """
 
 from __future__ import annotations

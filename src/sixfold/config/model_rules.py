@@ -1,6 +1,6 @@
 """Rules between the options of the model: its sizes, its experts, adapters beside it.
 
-The resolver walks `MODEL_RULES` first. What a size has to do with the machine is decided elsewhere.
+`rules` has them in its table, before the others. What a size has to do with the machine is decided elsewhere.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from pathlib import Path
 import tomli_w
 from pydantic import ValidationError
 
-from sixfold.config.layout_rules import LAYOUT_RULES
-from sixfold.config.model_rules import MODEL_RULES
 from sixfold.config.problems import Problems, Setting, show
 from sixfold.config.rules import RULES, displaced_by
 from sixfold.config.schema import LEAVES, SECTIONS, Leaf, flat, nested
@@ -169,7 +167,7 @@ def resolve(settings: Mapping[str, Setting], problems: Problems) -> Resolved:
     config = Config.model_validate(nested({path: setting.value for path, setting in legal.items()}))
     values = flat(config)
     places = {path: legal[path].place if path in legal else DEFAULT for path in LEAVES}
-    for rule in (*MODEL_RULES, *RULES, *LAYOUT_RULES):
+    for rule in RULES:
         verdict = rule.check(*(values[path] for path in rule.paths))
         if verdict is None or any(problems.doubts(path) for path in rule.paths):
             continue

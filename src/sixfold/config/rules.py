@@ -1,14 +1,15 @@
 """Rules between options: which exclude each other, and which combinations are illegal.
 
-The resolver walks `RULES`; adding a rule is adding one function here, or in `layout_rules` if it is about the
-layout. Rules between an option and the machine belong to the plan, not here.
+The resolver walks `RULES`, at the end, from first to last; adding a rule is adding one function here, in
+`model_rules` or in `layout_rules`. Rules between an option and the machine belong to the plan, not here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sixfold.config.model_rules import DECODER_KEYS
+from sixfold.config.layout_rules import LAYOUT_RULES
+from sixfold.config.model_rules import DECODER_KEYS, MODEL_RULES
 from sixfold.config.ruling import Rules, Verdict
 
 PARTNERS = {
@@ -33,9 +34,8 @@ _OPTIMIZER_KEYS = {
 }
 _BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
-
-RULES = Rules()
-_rule = RULES.rule
+_FURTHER = Rules()
+_rule = _FURTHER.rule
 
 
 def displaced_by(path: str, value: object) -> list[str]:
@@ -201,3 +201,7 @@ for _key in ("loss_scale", "initial_scale", "growth_steps"):
     _belongs_to_fp16(_key)
 for _key in ("initial_scale", "growth_steps"):
     _scale_is_found(_key)
+
+
+RULES = (*MODEL_RULES, *_FURTHER, *LAYOUT_RULES)
+"""All rules, in the order in which broken ones are told."""

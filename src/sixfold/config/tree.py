@@ -292,7 +292,7 @@ class CheckpointConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What is watched while the run goes."""
+    """What is measured while the run goes."""
 
     every: Positive = 1
     """Updates between records of metrics."""

@@ -18,13 +18,8 @@ Indices = npt.NDArray[np.int64]
 _ROUNDS = 8
 
 
-def sample_index(seed: int, number: int, num_samples: int) -> int:
-    """The sample, 0 to `num_samples` - 1, that comes at global sample number `number`."""
-    return int(sample_indices(seed, number, 1, num_samples)[0])
-
-
 def sample_indices(seed: int, first: int, count: int, num_samples: int) -> Indices:
-    """The samples at global numbers `first` to `first + count - 1`, shape [count]."""
+    """The samples, 0 to `num_samples` - 1, at global numbers `first` to `first + count - 1`: [count]."""
     return indices_at(seed, np.arange(first, first + count, dtype=np.int64), num_samples)
 
 

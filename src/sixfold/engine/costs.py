@@ -17,12 +17,11 @@ from torch import nn
 
 from sixfold.base.errors import ConfigError, ModelError
 from sixfold.config import Config
-from sixfold.engine.playing import programs_for
 from sixfold.mesh import Mesh, Streams
 from sixfold.parallel import AxisChange, ModelCut, compute_type, handed_bytes, measured_costs, on_meta
 from sixfold.parallel.change import nothing
-from sixfold.pipeline import Batch, LossForm, fields_of, split, to_device
-from sixfold.plan import BlockCosts, offered_memory, transfer_memory
+from sixfold.pipeline import Batch, LossForm, Piece, split, to_device
+from sixfold.plan import BlockCosts, offered_memory, programs_for, transfer_memory
 
 _log = logging.getLogger(__name__)
 
@@ -86,10 +85,10 @@ def crossing_memory(
         return 0
     sizes: dict[str, int] = {}
 
-    def watched(run: Callable[[], object]) -> None:
+    def traced(run: Callable[[], object]) -> None:
         sizes.update(handed_bytes(model, cut.parts, run))
 
-    if not _run_on_meta(watched, model, asked, form, example):
+    if not _run_on_meta(traced, model, asked, form, example):
         return 0
     handed = [sizes.get(cut.parts.blocks[blocks.stop - 1], 0) if blocks else 0 for blocks in cut.plan.blocks]
     programs = programs_for(asked.layout, "training", len(split(example, asked.batch.micro)))
@@ -104,26 +103,26 @@ def axes_memory(axes: AxisChange, model: nn.Module, asked: Config, form: LossFor
     Args:
         model: whole, as it was handed over.
     """
-    if example is None or axes.watch is nothing:
+    if example is None or axes.trace is nothing:
         return 0
     offers: list[tuple[str, int]] = []
 
-    def watched(run: Callable[[], object]) -> None:
-        undo = axes.watch(lambda kind, num_bytes: offers.append((kind, num_bytes)))
+    def traced(run: Callable[[], object]) -> None:
+        undo = axes.trace(lambda kind, num_bytes: offers.append((kind, num_bytes)))
         try:
             with torch.no_grad():
                 run()
         finally:
             undo()
 
-    _run_on_meta(watched, model, asked, form, example)
+    _run_on_meta(traced, model, asked, form, example)
     # Where sequences are cut, the first batch is tried on a part of it, with other sizes, none larger.
     num_runs = 2 if asked.layout.context > 1 else 1
     return num_runs * offered_memory(offers)
 
 
 def _run_on_meta(
-    watched: Callable[[Callable[[], object]], None],
+    traced: Callable[[Callable[[], object]], None],
     model: nn.Module,
     asked: Config,
     form: LossForm,
@@ -132,9 +131,9 @@ def _run_on_meta(
     """Have the first micro-batch run, without numbers; returns whether it came to its end."""
     compute = compute_type(asked.precision.compute)
     part = to_device(split(example, asked.batch.micro)[0], torch.device("meta"), compute)
-    args, kwargs = fields_of(part, model.forward, all_of_them=form.loss_fn is None)
+    args, kwargs = form.arguments(part)
     try:
-        watched(partial(on_meta(model, compute), *args, **kwargs))
+        traced(partial(on_meta(model, compute), *args, **kwargs))
     except Exception as error:  # of the model's own code: it looks at numbers, and on meta there are none
         _log.info("not all is priced: %s does not run on meta (%s)", type(model).__name__, error)
         return False
@@ -153,12 +152,10 @@ def _measured(
     compute = compute_type(asked.precision.compute)
     micro, *_ = split(example, asked.batch.micro)
     part = to_device(micro, device, None)
-    args, kwargs = fields_of(
-        to_device(part, device, compute), model.forward, all_of_them=form.loss_fn is None
-    )
+    args, kwargs = form.arguments(part, cast=compute)
 
     def run(call: Any) -> torch.Tensor:
-        return form.read(call(*args, **kwargs), part, 1.0).value
+        return form.read(call(*args, **kwargs), Piece(part), 1.0).value
 
     with streams.keyed("cost"), torch.enable_grad():
         costs = measured_costs(model, cut.parts, run, device=device, compute=compute)

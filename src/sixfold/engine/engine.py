@@ -21,11 +21,10 @@ from sixfold.config import Resolved
 from sixfold.data.loader import Loader
 from sixfold.engine.order import Order
 from sixfold.engine.persistence import Persistence
-from sixfold.engine.playing import Playing
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
 from sixfold.models.moe import RoutingStatistics
-from sixfold.pipeline import Batch, StepResult, WrittenOut, to_device
+from sixfold.pipeline import Batch, Playing, StepResult, WrittenOut, compare_written_out, to_device
 from sixfold.plan import LearningRate, Memory, Plan
 from sixfold.simulate import Timeline
 from sixfold.state import BoundOptimizer, ModelState
@@ -198,7 +197,7 @@ class Engine:
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()
         batch: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        self._playing.compare_written_out(batch)
+        compare_written_out(batch, self.mesh)
         with (
             self._written_out.forward(batch) as place,
             self._playing.stream(self.num_steps, *place),

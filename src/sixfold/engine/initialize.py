@@ -30,7 +30,6 @@ from sixfold.engine.admission import (
 from sixfold.engine.costs import axes_memory, check_example, crossing_memory, cut_by_measure
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
-from sixfold.engine.playing import Playing
 from sixfold.engine.watch import meet, patience_of, watch
 from sixfold.engine.weights import find_weights, given_names, read_weights
 from sixfold.launch import Placement, discover
@@ -48,8 +47,18 @@ from sixfold.parallel import (
     materialize,
     module_facts,
     move_buffers,
+    share_buffers,
 )
-from sixfold.pipeline import Batch, LossForm, LossScaler, Passes, Player, SequenceCut, Transfers
+from sixfold.pipeline import (
+    Batch,
+    LossForm,
+    LossScaler,
+    Passes,
+    Player,
+    Playing,
+    SequenceCut,
+    Transfers,
+)
 from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
 from sixfold.program import splits_backward
 from sixfold.state import (
@@ -59,7 +68,6 @@ from sixfold.state import (
     elementwise_groups,
     make_optimizers,
     refuse_two_definitions,
-    share_buffers,
     take_over,
 )
 from sixfold.state.making import OptimizerLike

@@ -1,4 +1,4 @@
-"""The launch room: starts ranks, watches over them, and tells how they ended.
+"""The launch room: starts ranks, supervises them, and tells how they ended.
 
 `discover` says whether this process is a rank already, `launch` starts ranks under torch elastic, and a
 rank uses `worker_session`. It knows nothing of models or training; importing it loads no torch.

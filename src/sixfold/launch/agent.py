@@ -60,7 +60,7 @@ def run_agent(job: Job, *, ranks: int, node: NodePlacement | None, log: Path) ->
 
 
 class _Agent(SimpleElasticAgent):
-    """Starts, watches and ends its workers through a Job."""
+    """Starts, polls and ends its workers through a Job."""
 
     def __init__(self, spec: WorkerSpec, job: Job) -> None:
         super().__init__(spec)

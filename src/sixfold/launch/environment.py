@@ -1,6 +1,6 @@
 """Where is this process: is it already a rank, or one node of several, and which?
 
-Read by the command line before it launches anything, and by the mesh inside every rank. It only
+Read by the command line before it launches anything, and by `initialize` inside every rank. It only
 reads the mapping it is given: it starts nothing, opens no connection and imports no tensor library.
 
 The sources, in the order they are asked: torch elastic (torchrun, and this library's own launcher),

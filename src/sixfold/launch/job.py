@@ -1,4 +1,4 @@
-"""The ranks of one launch on this machine: how they are started, watched, stopped and judged.
+"""The ranks of one launch on this machine: how they are started, polled, stopped and judged.
 
 The supervisor makes a `Job` and hands it to the elastic agent, which asks it to start ranks and to say
 how they are doing. What a rank's environment and streams are, what a signal means, how long to wait,
@@ -209,7 +209,7 @@ class Job:
     def _log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
-    # Watching.
+    # Polling.
 
     def _has_failure(self) -> bool:
         return any(

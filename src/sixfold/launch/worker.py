@@ -36,7 +36,7 @@ UNANSWERED_S = 5.0
 HANG_LINGER_S = 2.0
 """How long the rank that tells a hang outlives its message, so that no other says something before it."""
 
-_WATCH_S = 0.25
+_POLL_S = 0.25
 _PROGRESS_BYTES = 40
 
 
@@ -123,7 +123,7 @@ class Session:
             with contextlib.suppress(OSError):  # a full scratch disk is no reason to stop training
                 os.pwrite(self._progress, text.ljust(_PROGRESS_BYTES).encode(), 0)
 
-    # Signals and the watch thread.
+    # Signals, and the thread that looks after them.
 
     def _listen(self) -> None:
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -134,7 +134,7 @@ class Session:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
-        threading.Thread(target=self._watch, name="sixfold-session", daemon=True).start()
+        threading.Thread(target=self._poll, name="sixfold-session", daemon=True).start()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -148,11 +148,11 @@ class Session:
         elif number == signal.SIGINT:
             self._leave(EXIT_INTERRUPTED)
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         parent = os.getppid()
         # The library's own launcher has a guardian; a foreign elastic agent leaves orphans behind.
         may_be_orphaned = not self.supervised and "TORCHELASTIC_RUN_ID" in os.environ
-        while not self._over.wait(_WATCH_S):
+        while not self._over.wait(_POLL_S):
             if may_be_orphaned and os.getppid() != parent:
                 _end_own_group()
             asked = self._stop_at

@@ -6,6 +6,7 @@ activations, tokens and keys through the groups of the mesh.
 
 from sixfold.parallel.axes import decide_axes
 from sixfold.parallel.blocks import change_forwards, check_backend, check_blocks
+from sixfold.parallel.buffers import move_buffers, share_buffers
 from sixfold.parallel.causal_loss import chunk_loss
 from sixfold.parallel.change import AxisChange
 from sixfold.parallel.context import (
@@ -31,7 +32,7 @@ from sixfold.parallel.facts import (
     torch_name,
     torch_type,
 )
-from sixfold.parallel.materialize import materialize, move_buffers
+from sixfold.parallel.materialize import materialize
 from sixfold.parallel.pipe.costs import handed_bytes, measured_costs, on_meta
 from sixfold.parallel.pipe.cut import ModelCut
 from sixfold.parallel.pipe.deferral import Deferral, Product
@@ -70,6 +71,7 @@ __all__ = [
     "on_meta",
     "persistent_buffers",
     "seen_by",
+    "share_buffers",
     "torch_name",
     "torch_type",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Decide, Note, Remove
+from sixfold.parallel.change import AxisChange, Case, Decide, Note, Remove
 from sixfold.parallel.context.axis import decide_context_axis
 from sixfold.parallel.expert.axis import decide_expert
 from sixfold.parallel.tensor.axis import decide_tensor_axis
@@ -43,8 +43,8 @@ def decide_axes(
     changes: list[AxisChange] = []
     for axis, decide in DECIDE.items():
         if geometry.degree(axis) > 1:
-            changes.append(decide(model, layout, geometry, rank, places, owns_loss))
-            places |= changes[-1].places
+            changes.append(decide(Case(model, layout, geometry, rank, places, owns_loss)))
+            places = {**places, **changes[-1].places}
 
     if not changes:
         return AxisChange()
@@ -55,13 +55,13 @@ def decide_axes(
             undo.callback(change.apply(mesh))
         return undo.close
 
-    def watch(note: Note) -> Remove:
+    def trace(note: Note) -> Remove:
         undo = ExitStack()
         for change in changes:
-            undo.callback(change.watch(note))
+            undo.callback(change.trace(note))
         return undo.close
 
     attention = next((change.attention for change in changes if change.attention is not None), None)
     cuts = [f"{name} {place.shape} {place.axes} {place.partial}" for name, place in sorted(places.items())]
     agreed = "\n".join((*(change.agreed for change in changes), *cuts))
-    return AxisChange(places, apply, attention, agreed, watch)
+    return AxisChange(places, apply, attention, agreed, trace)

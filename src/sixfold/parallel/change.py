@@ -27,6 +27,25 @@ def nothing(note: Note) -> Remove:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What an axis decides about.
+
+    Args:
+        model: whole, as it was handed over.
+        rank: for which it is decided.
+        places: what axes before this one have decided.
+        owns_loss: whether the model computes its loss by itself.
+    """
+
+    model: nn.Module
+    layout: LayoutConfig
+    geometry: Geometry
+    rank: int
+    places: Mapping[str, Place] = field(default_factory=dict)
+    owns_loss: bool = True
+
+
+@dataclass(frozen=True)
 class AxisChange:
     """What an axis makes of a model on one rank.
 
@@ -36,7 +55,7 @@ class AxisChange:
             engine's.
         attention: what is to be told of the sequences that run; None where ranks have whole ones.
         agreed: what all ranks have to decide alike, as text.
-        watch: has the model, while it is whole, note what its ranks would exchange as it runs; returns what
+        trace: has the model, while it is whole, note what its ranks would exchange as it runs; returns what
             undoes it.
     """
 
@@ -44,9 +63,8 @@ class AxisChange:
     apply: Callable[[Mesh], Remove] = lambda mesh: lambda: None
     attention: ContextAttention | None = None
     agreed: str = ""
-    watch: Callable[[Note], Remove] = nothing
+    trace: Callable[[Note], Remove] = nothing
 
 
-Decide: TypeAlias = Callable[[nn.Module, LayoutConfig, Geometry, int, Mapping[str, Place], bool], AxisChange]
-"""(model, layout, geometry, rank, places so far, whether the model computes its loss by itself) -> change.
-The places it returns replace those so far."""
+Decide: TypeAlias = Callable[[Case], AxisChange]
+"""What an axis makes of a case; the places of the change replace those of the case."""

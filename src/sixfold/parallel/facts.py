@@ -24,6 +24,8 @@ DTYPE_NAMES = {
 }
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+ROUTER_LOGITS = "output_router_logits"
+"""Setting by which a Hugging Face model with experts adds their balance to its loss."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

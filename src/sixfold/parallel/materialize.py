@@ -107,14 +107,6 @@ def _put_back(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
             current[name].copy_(numbers)
 
 
-def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move the buffers of `module` to `device`; parameters go there unit by unit."""
-    moved: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
-            setattr(part, name, moved.setdefault(id(buffer), buffer.to(device)))
-
-
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 

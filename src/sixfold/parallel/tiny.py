@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sixfold.parallel.expert.balance import SETTING
+from sixfold.parallel.facts import ROUTER_LOGITS
 
 LARGE = 2_000_000
 """Parameters up to which a model is tried as it is."""
@@ -70,8 +70,8 @@ def _built(model: nn.Module, config: Any) -> nn.Module:
         small = copy.deepcopy(config)
         for each in _parts(small):
             shrink(each)
-            if hasattr(each, SETTING):
-                setattr(each, SETTING, False)  # `expert/balance.py` puts another in place of such a loss
+            if hasattr(each, ROUTER_LOGITS):  # of whose loss `expert/balance.py` makes another one
+                setattr(each, ROUTER_LOGITS, False)
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 size = _numel(kind(small))

@@ -1,7 +1,7 @@
 """Batches: count their samples, cut them into micro-batches, hand them to a module.
 
 A batch is a tensor, or a mapping, tuple or list of fields, nested at will; samples lie along dim 0.
-Used by the engine and the player; nothing is copied, micro-batches are views.
+Used by all of this room; nothing is copied, micro-batches are views.
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ def to_device(batch: Batch, device: torch.device, floating: torch.dtype | None) 
         return field.to(device=device, dtype=cast or field.dtype, non_blocking=True)
 
     return _map(batch, move)
+
+
+def cast_floating(batch: Batch, dtype: torch.dtype) -> Batch:
+    """A batch with its floating tensors in another type."""
+    return change_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def fields_of(

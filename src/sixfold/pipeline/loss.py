@@ -2,13 +2,12 @@
 
 A micro-batch's loss is read as a share: a sum over a common scale P, and its weight. P is a guess at the
 update's global weight that all ranks share before the first forward; at `step` gradients are multiplied
-once by P / (global weight), which is exactly 1 where the guess was right. Used by the player and the
-engine; it never calls backward.
+once by P / (global weight), which is exactly 1 where the guess was right. Used by all who run the model;
+it never calls backward.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
@@ -18,9 +17,10 @@ import torch
 from torch import nn
 
 from sixfold.base.errors import ModelError
-from sixfold.mesh import Mesh, Streams
+from sixfold.mesh import Mesh
 from sixfold.models.chunks import IGNORED
-from sixfold.pipeline.batch import Batch, lengths_of, num_samples, targets_of, with_targets
+from sixfold.pipeline.batch import Batch, cast_floating, fields_of, lengths_of, num_samples, targets_of
+from sixfold.pipeline.sequence import Piece
 
 WAYS = (
     "return (sum, weight) from the model or from loss_fn, or call engine.backward(loss, weight=...) "
@@ -104,15 +104,16 @@ class Counts:
 
 
 class LossForm:
-    """How a model's loss is read; settled on the first batch and kept.
+    """How a model is asked for its loss and how that is read; settled once, by `Trials` on the first batch.
 
     Args:
-        module: the model; asked for `num_items_in_batch` where its forward takes it.
+        module: the model.
         loss_fn: `loss_fn(output, batch)`, in place of the model's own loss.
 
     Attributes:
         shift: labels that the model leaves out at the beginning of each sequence, where it divides its summed
             loss by `num_items_in_batch`; None where it does not, or it is not known.
+        is_settled: whether it is known.
     """
 
     def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Batch], Any] | None) -> None:
@@ -121,42 +122,21 @@ class LossForm:
         self.shift: int | None = None
         self.is_settled = False
 
-    def num_trials(self, batch: Batch) -> int:
-        """How often `settle` will run the model on `batch`."""
-        asks = self.loss_fn is None and num_samples(batch) and _takes_num_items(self._module, batch)
-        return 2 if asks else 0
-
-    def settle(
-        self,
-        batch: Batch,
-        run: Callable[[Mapping[str, Any]], Any],
-        streams: Streams,
-        mesh: Mesh,
-        meet: Callable[[], object],
-        *,
-        has_loss: bool = True,
-    ) -> None:
-        """Find out on a real batch whether the model divides by `num_items_in_batch`.
-
-        Called on every rank until some rank had samples; ranks with empty shares follow the others.
+    def arguments(
+        self, batch: Batch, scale: float = 1.0, *, cast: torch.dtype | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module is called with for a micro-batch.
 
         Args:
-            run: gives the model's output for its arguments; None where another rank has it.
-            meet: returns when all ranks have run the model as often as they need.
-            has_loss: whether this rank has the model's output.
+            scale: P, handed to a model that divides by it.
+            cast: type of the module's floating inputs; None: as they are given. The loss function sees
+                targets and weights as they were given.
         """
-        found = -1
-        if self.num_trials(batch):
-            with streams.keyed("settle"), torch.no_grad():
-                found = _honoured_shift(self._module, run, batch)
-        meet()
-        # Votes: -1 from ranks without samples or without the ability; a real shift otherwise.
-        has_vote = has_loss and num_samples(batch) > 0
-        votes = mesh.total(float(found == 0), float(found == 1), float(has_vote))
-        for shift in (0, 1):
-            if votes[shift] and votes[shift] == votes[2]:
-                self.shift = shift
-        self.is_settled = votes[2] > 0
+        inputs = batch if cast is None else cast_floating(batch, cast)
+        args, kwargs = fields_of(inputs, self._module.forward, all_of_them=self.loss_fn is None)
+        if self.shift is not None:
+            kwargs["num_items_in_batch"] = scale
+        return args, kwargs
 
     def scale(self, counts: Counts, last_weight: float | None, mesh: Mesh) -> float:
         """P of an update: its targets where the model divides by them, else the last update's weight.
@@ -170,30 +150,19 @@ class LossForm:
         update = Counts(*mesh.total(*counts.numbers()))
         return self._items(update) if self.shift is not None else update.samples
 
-    def read(
-        self,
-        output: Any,
-        batch: Batch,
-        scale: float,
-        *,
-        part: float = 1.0,
-        least: float = 1.0,
-        items: float | None = None,
-    ) -> Share:
+    def read(self, output: Any, piece: Piece, scale: float) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`.
 
         Args:
-            batch: what the output came from.
-            part: how much of its samples' targets it holds, where sequences are cut.
-            least: and how much the rank does that has least of them.
-            items: how many labels it holds; None: they are counted.
+            piece: what the output came from.
         """
+        batch = piece.batch
         result = self.loss_fn(output, batch) if self.loss_fn is not None else loss_of(output)
         if isinstance(result, tuple | list) and len(result) == 2:
             return Share(number_of(result[0], "the first of a tuple of 2") / scale, weight_of(result[1]))
         value = number_of(result, "the loss")
         if self.shift is not None:
-            return Share(value, self._items(Counts.of(batch)) if items is None else items)
+            return Share(value, self._items(Counts.of(batch)) if piece.targets is None else piece.targets)
         lengths = lengths_of(batch)
         if len(lengths) > 1:
             raise ModelError(
@@ -202,11 +171,11 @@ class LossForm:
                 rule="a bare scalar counts as the mean over samples, so their number must be plain",
                 fix="return (sum, weight) from the model or from loss_fn",
             )
-        samples = lengths[0] * part
-        if not lengths[0] * least:  # judged alike on all ranks that share them
+        samples = lengths[0] * piece.share
+        if not lengths[0] * piece.least:  # judged alike on all ranks that share them
             raise ModelError(
-                f"a mean loss over {lengths[0]} samples, of whose targets a rank has {least:.0%}, run where "
-                "other ranks have more",
+                f"a mean loss over {lengths[0]} samples, of whose targets a rank has {piece.least:.0%}, run "
+                "where other ranks have more",
                 rule="a mean over nothing is no number",
                 fix="return (sum, weight) from the model or from loss_fn, or give every rank as many samples "
                 "as there are micro-batches, with targets in every part of a sequence",
@@ -274,41 +243,3 @@ def _describe(result: Any) -> str:
     if isinstance(result, tuple | list):
         return f"a {type(result).__name__} of {len(result)}"
     return f"{type(result).__name__} {result!r}"[:120]
-
-
-def _takes_num_items(module: nn.Module, batch: Batch) -> bool:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        return False
-    parameters = inspect.signature(module.forward).parameters
-    return "num_items_in_batch" in parameters or any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
-
-
-def _honoured_shift(module: nn.Module, run: Callable[[Mapping[str, Any]], Any], batch: Batch) -> int:
-    """How many leading labels the model leaves out of the sum it divides; -1 if it does not divide.
-
-    The same sample is put in with `num_items_in_batch` = 1 and without: sum / mean is the number of
-    targets the model itself counts. Accepting the argument proves nothing; some models ignore it.
-    """
-    one = {
-        key: value[:1] if isinstance(value, torch.Tensor) and value.dim() else value
-        for key, value in batch.items()
-    }
-    labels, one = one["labels"], with_targets(one)
-    was_training = module.training
-    module.eval()
-    try:
-        mean = loss_of(run(one))
-        total = loss_of(run({**one, "num_items_in_batch": 1}))
-    except TypeError:
-        return -1
-    finally:
-        module.train(was_training)
-    if not isinstance(mean, torch.Tensor) or not isinstance(total, torch.Tensor) or labels.dim() < 2:
-        return -1
-    counted = float(total.double() / mean.double())
-    for shift in (1, 0):
-        if abs(counted - (labels[:, shift:]).numel()) < 0.01 * labels.numel() / labels.shape[-1]:
-            return shift
-    return -1

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
 
 from sixfold.base.errors import ModelError, ProgramError
 from sixfold.launch import current_session
@@ -122,7 +121,7 @@ class Player:
 
     def _begun(self) -> Step:
         if self._step is None:
-            self._step = Step(Work(run=_unasked), Counts())
+            self._step = Step(Work(), Counts())
         return self._step
 
     def backward(self, micro: int, share: Share, *, retain_graph: bool) -> None:
@@ -212,7 +211,3 @@ class Player:
             counts.refuse_ragged()
         mean = loss * step.work.scale / weight if weight else math.nan
         return StepResult(mean, weight, round(counts.samples)), numbers[len(counted) :]
-
-
-def _unasked(stage: int, micro: int, received: Any) -> Any:
-    raise AssertionError("forwards of a written-out step are the caller's")

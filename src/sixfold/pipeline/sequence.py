@@ -1,6 +1,6 @@
 """Batches cut along their sequences: what each rank of the context axis runs of a micro-batch.
 
-Used by the engine between a batch and the module. Labels are shifted and positions counted before anything is
+Used between a batch and the module. Labels are shifted and positions counted before anything is
 cut, so a token knows its place and its target wherever it lies. Where ranks have whole sequences the same
 lines run and nothing is cut.
 """
@@ -8,7 +8,7 @@ lines run and nothing is cut.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +35,6 @@ PER_TOKEN = "per_token"
 _TRIED = 4096
 """Tokens, or as many as a rank has where that is more, on which it is tried whether a model can be cut: what
 mixes tokens farther apart is not seen. A forward of so many takes no more memory than an update does."""
-_BOUND, _NARROW_BOUND = 1e-4, 3e-2
-"""How far numbers may be off by rounding, in fp32 and in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,12 @@ class SequenceCut:
         self._attention = attention
         self._device = device
         self._multiple = multiple
-        self._counts_positions = False
         self._limits = {} if attention is None else length_limits(module)
         self.is_cut = attention is not None
         """Whether ranks have parts of sequences."""
+        self.counts_positions = False
+        """Whether the model counts positions over the tokens that are not hidden: then none may be hidden in
+        front of others."""
 
     def enter(self, piece: Piece | None) -> None:
         """From now on modules run on this piece; None: on whole sequences."""
@@ -108,6 +108,29 @@ class SequenceCut:
             return Piece(batch)
         fields, known = self._fields(batch, shift)
         length = _length(fields)
+        self._check_length(length)
+        num_ranks = self._attention.group.num_ranks
+        spans = self._attention.spans_in(length)
+
+        def cut(tensor: Tensor) -> Tensor:
+            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
+            return cut_rows(tensor, spans, 1) if is_sequence else tensor
+
+        part, targets = change_tensors(fields, cut), targets_of(fields)
+        known = {name: each.to(self._device) for name, each in known.items()}
+        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
+        if sequences.seen is not None:
+            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
+        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
+            return Piece(part, sequences, num_rows(spans) / length)
+        parts = (cut_rows(targets, self._attention.spans_in(length, place), 1) for place in range(num_ranks))
+        found = [float((each != IGNORED).sum()) for each in parts]
+        own, valid = found[self._attention.group.place], max(1.0, sum(found))
+        return Piece(part, sequences, own / valid, min(found) / valid, own)
+
+    def _check_length(self, length: int) -> None:
+        """Raise ModelError, on every rank that shares them, where sequences of this length are not cut."""
+        assert self._attention is not None, "asked where something is cut"
         num_ranks = self._attention.group.num_ranks
         if length < 2 * num_ranks:
             raise ModelError(
@@ -135,23 +158,6 @@ class SequenceCut:
                     "long it is",
                     fix=f"give sequences of at most {limit} tokens, or {OFF}",
                 )
-        spans = self._attention.spans_in(length)
-
-        def cut(tensor: Tensor) -> Tensor:
-            is_sequence = tensor.dim() > 1 and tensor.shape[1] == length
-            return cut_rows(tensor, spans, 1) if is_sequence else tensor
-
-        part, targets = change_tensors(fields, cut), targets_of(fields)
-        known = {name: each.to(self._device) for name, each in known.items()}
-        sequences = Sequences(length, known.get("documents"), known.get("keys"), known.get("seen"))
-        if sequences.seen is not None:
-            part["attention_mask"] = cut_rows(cut_rows(fields["attention_mask"], spans, 2), spans, 3)
-        if targets is None or targets.dim() < 2 or targets.shape[1] != length:
-            return Piece(part, sequences, num_rows(spans) / length)
-        parts = (cut_rows(targets, self._attention.spans_in(length, place), 1) for place in range(num_ranks))
-        found = [float((each != IGNORED).sum()) for each in parts]
-        own, valid = found[self._attention.group.place], max(1.0, sum(found))
-        return Piece(part, sequences, own / valid, min(found) / valid, own)
 
     def short(self, batch: Batch) -> Batch:
         """A batch's first sample, or its beginning where that is long, to try the model on, with a target
@@ -201,71 +207,10 @@ class SequenceCut:
         finally:
             self._attention.refused = None
 
-    def difference(self, expected: Any, output: Any, piece: Piece, loss: float, total: float) -> float:
-        """How far this rank's output and the sum of all parts' losses are from those of whole sequences,
-        relative to these.
-
-        Args:
-            expected: the output for whole sequences, of which tensors with one entry a token are compared.
-            output: for this rank's piece.
-            loss, total: of the whole, and of all parts together.
-        """
+    def rows(self, tensor: Tensor) -> Tensor:
+        """This rank's part of [batch, length, ...]."""
         assert self._attention is not None, "asked where something is cut"
-        assert piece.sequences is not None, "as above"
-        length, keys = piece.sequences.length, piece.sequences.keys
-        errors, spans = [abs(total - loss) / max(abs(loss), 1e-30)], self._attention.spans_in(length)
-        wholes, parts = list(tensors_of(expected)), list(tensors_of(output))
-        # Scores may be missing in one of them: there are fewer in a part, and only many are left out.
-        for whole, part in zip(wholes, parts, strict=True) if len(wholes) == len(parts) else ():
-            if whole.dim() > 1 and whole.shape[1] == length and whole.is_floating_point():
-                visible = _visible(whole, keys)
-                rows, far = cut_rows(visible, spans, 1), float("inf")
-                if rows.shape == part.shape:
-                    own = None if keys is None else cut_rows(keys, spans, 1)
-                    far = float((rows - _visible(part, own)).abs().max())
-                errors.append(far / max(float(visible.abs().max()), 1e-30))
-        return float(torch.tensor(errors).max())  # of which one that is no number is the largest
-
-    def judge(
-        self,
-        error: float,
-        padded_error: float,
-        refused: Sequence[ModelError],
-        *,
-        is_narrow: bool,
-        is_bad: Callable[[bool], bool],
-    ) -> None:
-        """Raise ModelError where some rank had to refuse a mask, or its `difference` is more than rounding.
-        Where only that with hidden tokens is, batches that have such are refused from now on.
-
-        Args:
-            refused: what `noting` has noted.
-            padded_error: the difference for what `padded` gave.
-            is_narrow: whether the model computes in a type of 16 bits.
-            is_bad: whether any rank says so.
-        """
-        assert self._attention is not None, "asked where something is cut"
-        bound = _NARROW_BOUND if is_narrow else _BOUND
-        cut = f"{type(self._module).__name__} over layout.context = {self._attention.group.num_ranks}"
-        if is_bad(bool(refused)):
-            elsewhere = ModelError(
-                f"{cut}: another rank refuses the attention mask of its rows",
-                rule="attention across ranks knows of masks what the batch says: documents, padding, order",
-                fix=f"do what the error of that rank says, or {OFF}",
-            )
-            raise refused[0] if refused else elsewhere
-        if is_bad(not error <= bound):
-            raise ModelError(
-                f"{cut}: its outputs for a sequence that is cut differ by {error:.1e} from those for the "
-                "whole one",
-                rule="attention by scaled_dot_product_attention alone may mix tokens, positions are told by "
-                f"position_ids or by the model's {PER_TOKEN}, and the loss is a sum or mean over tokens, "
-                "whose labels are not shifted by a loss_fn",
-                fix=f"shift labels in the batch, give the model {PER_TOKEN}(...) -> fields [batch, length], "
-                f"or {OFF}",
-            )
-
-        self._counts_positions = is_bad(not padded_error <= bound)
+        return cut_rows(tensor, self._attention.spans_in(tensor.shape[1]), 1)
 
     def _fields(self, batch: Batch, shift: int | None) -> tuple[Batch, dict[str, Tensor]]:
         """Fields with one entry a token, and what is known of the sequences, see `Sequences`."""
@@ -296,7 +241,7 @@ class SequenceCut:
                     fix=f"give attention_mask as [batch, length] or [batch, 1, length, length], or {OFF}",
                 )
             keys = None if bool((mask != 0).all()) else mask != 0
-            if keys is not None and positions is None and self._counts_positions:
+            if keys is not None and positions is None and self.counts_positions:
                 self._refuse_hidden_before(keys)
         elif isinstance(positions, Tensor) and not _keeps_cache(self._module, fields):
             documents = _documents(positions.expand(len(like), -1))
@@ -327,13 +272,6 @@ class SequenceCut:
 
 def _given(**known: Tensor | None) -> dict[str, Tensor]:
     return {name: each for name, each in known.items() if each is not None}
-
-
-def _visible(output: Tensor, keys: Tensor | None) -> Tensor:
-    """An output [batch, length, ...] with zeros for padding: what that comes to is nobody's business."""
-    if keys is None:
-        return output.double()
-    return output.double().masked_fill(~keys.view(*keys.shape, *[1] * (output.dim() - 2)), 0.0)
 
 
 def _keeps_cache(module: nn.Module, fields: Mapping[str, Any]) -> bool:

@@ -47,20 +47,25 @@ Place = tuple[int, int]
 """Stage and micro-batch."""
 
 
+def _runs_nothing(stage: int, micro: int, received: Any) -> Any:
+    raise AssertionError(f"a program without forwards of its own runs stage {stage}, micro-batch {micro}")
+
+
 @dataclass(frozen=True)
 class Work:
     """What a program is played on.
 
     Args:
         run: runs a stage on a micro-batch, with what it has received: (stage, micro-batch, received) to the
-            share of the loss at the last stage, else to what is sent on.
+            share of the loss at the last stage, else to what is sent on. By default there is nothing to run:
+            the caller does, or others' passes are served.
         scale: P, by which the shares are divided already.
         counts: samples and targets that this rank answers for.
         kinds: of each micro-batch, what the shapes in it depend on.
         enter: what is called before a pass of a micro-batch, forward or backward.
     """
 
-    run: Callable[[int, int, Any], Any]
+    run: Callable[[int, int, Any], Any] = _runs_nothing
     scale: float = 1.0
     counts: Counts = field(default_factory=Counts)
     kinds: Sequence[Kind] = ()

@@ -13,13 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Link, Mesh, Pending, is_duplex
 from sixfold.parallel import torch_name, torch_type
+from sixfold.pipeline.batch import Batch, tensors_of
 
 Kind = tuple[Any, ...]
 """What the shapes of a stage's output depend on: those of its micro-batch, and whether it learns."""
+
+
+def kind_of(batch: Batch, module: nn.Module) -> Kind:
+    """That of a micro-batch of `module`."""
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
+    return (*shapes, torch.is_grad_enabled(), module.training)
 
 
 Way = tuple[int, int, int]

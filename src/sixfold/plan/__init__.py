@@ -17,6 +17,7 @@ from sixfold.plan.memory import (
 from sixfold.plan.places import Place
 from sixfold.plan.plan import REPLICAS, Plan, decide
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
+from sixfold.plan.programs import Purpose, programs_for
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
 from sixfold.plan.stages import BlockCosts, StagePlan, decide_stages
 from sixfold.plan.traffic import (
@@ -44,6 +45,7 @@ __all__ = [
     "Place",
     "Plan",
     "PrecisionPlan",
+    "Purpose",
     "Residency",
     "Slot",
     "Spread",
@@ -66,6 +68,7 @@ __all__ = [
     "offered_memory",
     "persistent_memory",
     "placed",
+    "programs_for",
     "scores_traffic",
     "transfer_memory",
     "update_traffic",

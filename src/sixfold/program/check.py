@@ -1,6 +1,6 @@
 """Check programs without any device: balance, order, and that all ranks reach their end.
 
-Called by the engine before a program is played and by tests over every schedule. It reads instructions
+Called by the plan before a program is played and by tests over every schedule. It reads instructions
 only; whether the numbers come out right is for the parity tests.
 """
 

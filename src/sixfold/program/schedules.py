@@ -2,7 +2,7 @@
 
 A schedule is data: where stages stand, and per rank the order of forwards and of backwards, how many
 forwards come first, and how long weight parts are put off. One function merges these into passes, the
-lowering passes add the rest. Called by `engine` and by the planner; nothing is played here.
+lowering passes add the rest. Called by the plan for the layout at hand; nothing is played here.
 """
 
 from __future__ import annotations
@@ -286,14 +286,3 @@ def accumulation(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> P
     this rank has no backward for come last.
     """
     return training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces)[0]
-
-
-def forward_only(num_micro: int, num_served: int = 0) -> Program:
-    """Evaluation: the forwards of one stage and nothing else."""
-    return evaluation("1f1b", 1, num_micro, num_served=num_served)[0]
-
-
-def rehearsal(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> Program:
-    """`accumulation` without its update: computes and communicates, and leaves the state as it was."""
-    programs = training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces, updates=False)
-    return programs[0]

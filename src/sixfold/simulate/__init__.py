@@ -1,6 +1,6 @@
 """Programs on a clock: what a schedule costs before anything runs, and how time looks as a picture.
 
-Called by the planner, commands and reports; plays instructions on numbers alone and sends nothing.
+Called by commands, reports and benchmarks; plays instructions on numbers alone and sends nothing.
 """
 
 from sixfold.simulate.clock import simulate

@@ -1,8 +1,8 @@
 """The simulator: programs and costs in, a timeline out.
 
 Each rank has lanes that run beside each other. An instruction is issued once the passes before it in its
-program are over; it starts when its lane is free and what it needs is there. Called by the planner and
-by whoever wants to see a schedule; it sends nothing and takes no measured time itself.
+program are over; it starts when its lane is free and what it needs is there. Called by `sixfold plan`
+and by whoever wants to see a schedule; it sends nothing and takes no measured time itself.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from sixfold.parallel.pieces import runs_of
 from sixfold.state.absent import Absent
 from sixfold.state.average import Average
 from sixfold.state.catalog import Catalog, Entry, storage_type
-from sixfold.state.edits import share_buffers
 from sixfold.state.elementwise import elementwise_groups
 from sixfold.state.flat import range_in, zero_between
 from sixfold.state.forecast import state_bytes_per_weight
@@ -33,7 +32,6 @@ __all__ = [
     "range_in",
     "refuse_two_definitions",
     "runs_of",
-    "share_buffers",
     "state_bytes_per_weight",
     "storage_type",
     "take_over",

@@ -15,6 +15,7 @@ from torch import nn
 
 from sixfold.base.errors import StateError
 from sixfold.mesh import Mesh
+from sixfold.parallel import share_buffers
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
 from sixfold.state.readiness import replaced
@@ -140,19 +141,6 @@ class Edits:
         for unit in units:
             unit.absorb_edits()
         share_buffers(self._module, self._mesh)
-
-
-def share_buffers(module: nn.Module, mesh: Mesh) -> None:
-    """Give every rank rank 0's buffers."""
-    # A broadcast writes in place, so buffers that are views of something go through a copy.
-    buffers = [buffer for buffer in module.buffers() if buffer.numel()]
-    copies = [buffer.detach().contiguous().clone() for buffer in buffers]
-    pending = [mesh.broadcast(copy) for copy in copies]
-    for each in pending:
-        each.wait()
-    with torch.no_grad():
-        for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
 
 
 def _is_cut(unit: Unit) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sixfold.mesh import Mesh
-from sixfold.parallel import Stage, torch_type
+from sixfold.parallel import Stage, share_buffers, torch_type
 from sixfold.parallel.pieces import piece_of, put_piece
 from sixfold.plan import Place
 from sixfold.state.absent import ELSEWHERE, absent_class
@@ -203,13 +203,7 @@ class Foreign:
 
     def collect_buffers(self) -> None:
         """Give every rank the buffers of those whose stages use them. A collective in a pipeline."""
-        for name, source in self._buffer_sources.items():
-            buffer = self._module.get_buffer(name)
-            if buffer.numel():
-                numbers = buffer.detach().contiguous().clone()
-                _share(self._mesh, numbers, source)
-                with torch.no_grad():
-                    buffer.copy_(numbers)
+        share_buffers(self._module, self._mesh, self._buffer_sources)
 
     def _numbers(self, name: str) -> torch.Tensor:
         return self._absent[name].data if name in self._absent else self._own[name][0].data

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
 
@@ -250,15 +250,10 @@ class Gathering:
 
     def _drop_all_but(self, kept: Collection[Unit]) -> None:
         """Raise StateError where one of them was edited, once all are dropped: ranks go on from one state."""
-        refused: StateError | None = None
-        for unit in self._units:
-            if unit in self._whole.units and unit not in kept:
-                try:
-                    self._whole.drop(unit)
-                except StateError as error:
-                    refused = refused or error
-        if refused is not None:
-            raise refused
+        with ExitStack() as drops:
+            for unit in reversed(self._units):
+                if unit in self._whole.units and unit not in kept:
+                    drops.callback(self._whole.drop, unit)
 
     # Whole for longer than a pass.
 

@@ -215,8 +215,12 @@ class Unit:
         is_changed = False
         if self.rounds:
             edited = self.shown[self.own]
-            kept = edited == self.master.to(edited.dtype)
+            rounded = self.master.to(edited.dtype)
+            kept = edited == rounded
             is_changed = not kept.all()
+            if is_changed:  # seldom, so only then: what is no number equals nothing, and is no edit
+                kept |= edited.isnan() & rounded.isnan()
+                is_changed = not kept.all()
             if is_changed:
                 self.master.copy_(torch.where(kept, self.master, edited.to(self.master.dtype)))
         if self.part is not self.shown:

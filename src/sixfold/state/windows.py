@@ -1,6 +1,6 @@
 """The reduction window: sums gradients over ranks in one order on every rank, while backward runs.
 
-Opened and closed by `ModelState`. Where parameters are whole it watches gradients arrive and reduces
+Opened and closed by `ModelState`. Where parameters are whole it counts gradients as they arrive and reduces
 complete units, last unit first; where they are cut, it is told when backward leaves a unit, at the same place
 among the gathers on every rank. It never looks at numbers.
 """

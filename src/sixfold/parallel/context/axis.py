@@ -2,12 +2,12 @@
 
 Parameters stay as they are. While the engine lives, calls of attention inside the model go to
 `ContextAttention`, and Hugging Face models take the implementation that makes such calls. Whether nothing
-else in the model mixes tokens is seen on the first batch (`pipeline/sequence.py`).
+else in the model mixes tokens is tried on the first batch (`pipeline/trials.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from math import gcd
@@ -16,37 +16,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
-from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Note, Remove
+from sixfold.parallel.change import AxisChange, Case, Note, Remove
 from sixfold.parallel.context.attention import OFF, ContextAttention
 from sixfold.parallel.context.calls import answer_calls
-from sixfold.parallel.facts import BATCH_NORMS
-from sixfold.plan import Geometry, Place
+from sixfold.parallel.facts import BATCH_NORMS, ROUTER_LOGITS
+from sixfold.plan import Geometry
 
 _CALLS = "sdpa"
 """What Hugging Face calls attention by torch's own function."""
 
 
-def decide_context_axis(
-    model: nn.Module,
-    layout: LayoutConfig,
-    geometry: Geometry,
-    rank: int,
-    places: Mapping[str, Place],
-    owns_loss: bool,
-) -> AxisChange:
+def decide_context_axis(case: Case) -> AxisChange:
     """See `parallel.axes`.
 
     Raises:
         ModelError: the model takes batch statistics, or its attention cannot be had by torch's function, or
             its loss is no sum over tokens.
     """
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
+    model, layout = case.model, case.layout
+    if getattr(getattr(model, "config", None), ROUTER_LOGITS, False):
         raise ModelError(
-            f"layout.context = {layout.context} with {type(model).__name__} and output_router_logits",
+            f"layout.context = {layout.context} with {type(model).__name__} and {ROUTER_LOGITS}",
             rule="a penalty on how all tokens are routed is no sum over the parts of a sequence",
-            fix=f"set output_router_logits = False in the model's configuration, or {OFF}",
+            fix=f"set {ROUTER_LOGITS} = False in the model's configuration, or {OFF}",
         )
     norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     if norms:
@@ -57,12 +50,14 @@ def decide_context_axis(
         )
     attention = ContextAttention(is_compiled=layout.compile is not None)
     return AxisChange(
-        apply=partial(_apply, model, attention), attention=attention, watch=partial(_watched, model, geometry)
+        apply=partial(_apply, model, attention),
+        attention=attention,
+        trace=partial(_traced, model, case.geometry),
     )
 
 
-def _watched(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
-    """See `AxisChange.watch`: what attention exchanges."""
+def _traced(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
+    """See `AxisChange.trace`: what attention exchanges."""
     num_ranks, tensor = geometry.degree("context"), geometry.degree("tensor")
 
     def noting(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Weights moved off zero while a model is tried, so that no mixing of tokens hides behind a zero.
 
-Used by the engine around the trial of a cut. A convolution of zeros, or a branch scaled by 1e-6, shows only
+Used around the trial of a cut. A convolution of zeros, or a branch scaled by 1e-6, shows only
 once it has learned. Each module moves its own weights as its forward begins and puts them back as it ends: so
 they may come and go with any residency, and ranks with the same weights move them alike.
 """

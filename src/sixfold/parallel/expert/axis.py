@@ -8,7 +8,7 @@ module's own forward on those that came, and brings the results back. Routers st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError, PlanError
-from sixfold.config import LayoutConfig
 from sixfold.mesh import Group, Mesh
 from sixfold.models.choices import Order
 from sixfold.models.moe import Experts
 from sixfold.parallel.blocks import own_forward, put_forward
-from sixfold.parallel.change import AxisChange
+from sixfold.parallel.change import AxisChange, Case
 from sixfold.parallel.expert.journey import Journey
-from sixfold.parallel.expert.watch import watched
-from sixfold.plan import Geometry, Place
+from sixfold.parallel.expert.trace import traced
+from sixfold.plan import Place
 
 TAKES = ("hidden_states", "top_k_index", "top_k_weights")
 """Arguments by which the forward of experts is known; any others are optional."""
@@ -37,30 +36,23 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_modules() if _num_experts(part) is not None}
 
 
-def decide_expert(
-    model: nn.Module,
-    layout: LayoutConfig,
-    geometry: Geometry,
-    rank: int,
-    places: Mapping[str, Place],
-    owns_loss: bool,
-) -> AxisChange:
+def decide_expert(case: Case) -> AxisChange:
     """Deal the experts of every layer out to `layout.expert` groups of ranks.
 
     Raises:
         ModelError: the model has no experts, or some that cannot be dealt out.
         PlanError: their number cannot be divided so.
     """
-    found = experts_of(model)
+    layout, geometry, found = case.layout, case.geometry, experts_of(case.model)
     if not found:
         raise ModelError(
-            f"layout.expert = {layout.expert} with a {type(model).__name__} without stacked experts",
+            f"layout.expert = {layout.expert} with a {type(case.model).__name__} without stacked experts",
             rule=f"experts are modules whose forward takes {', '.join(TAKES)} and whose parameters are all "
             "[experts, ...]",
             fix="set layout.expert = 1, or stack the experts' weights as sixfold.models.moe.Experts does",
         )
-    degree, first_names = geometry.expert, {p: name for name, p in reversed([*model.named_parameters()])}
-    here = geometry.coordinate(rank, "expert")
+    degree, first_names = geometry.expert, {p: name for name, p in reversed([*case.model.named_parameters()])}
+    here = geometry.coordinate(case.rank, "expert")
     made: dict[str, Place] = {}
     for name, part in found.items():
         num_experts = _num_experts(part) or 0
@@ -76,8 +68,8 @@ def decide_expert(
         for parameter in part.parameters():
             spans = (span, *((),) * (parameter.dim() - 1))
             made[first_names[parameter]] = Place(tuple(parameter.shape), spans, ("expert",))
-    watch = partial(watched, found.values(), geometry)
-    return AxisChange(made, lambda mesh: _apply(found.values(), mesh), watch=watch)
+    trace = partial(traced, found.values(), geometry)
+    return AxisChange(made, lambda mesh: _apply(found.values(), mesh), trace=trace)
 
 
 def _num_experts(part: nn.Module) -> int | None:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from sixfold.base.errors import ModelError
 from sixfold.models.moe import NUM_FIGURES, RoutingStatistics, statistics_of, tally_of, with_penalty
 from sixfold.parallel.blocks import put_forward
+from sixfold.parallel.facts import ROUTER_LOGITS
 from sixfold.parallel.tensor.crossing import Axis, bounds
-
-SETTING = "output_router_logits"
 
 
 class ModelBalance:
@@ -62,7 +61,7 @@ class ModelBalance:
         """
         config = getattr(model, "config", None)
         weight = getattr(config, "router_aux_loss_coef", None)
-        if not getattr(config, SETTING, False) or not weight:
+        if not getattr(config, ROUTER_LOGITS, False) or not weight:
             return None
         kinds = [getattr(part, "_can_record_outputs", None) or {} for part in model.modules()]
         found = next((kind["router_logits"] for kind in kinds if "router_logits" in kind), None)
@@ -70,19 +69,19 @@ class ModelBalance:
         gates = {name: part for name, part in model.named_modules() if kind and isinstance(part, kind)}
         if not gates or not all(hasattr(gate, "num_experts") for gate in gates.values()):
             raise ModelError(
-                f"{type(model).__name__} with config.{SETTING} = True and routers of an unknown kind",
+                f"{type(model).__name__} with config.{ROUTER_LOGITS} = True and routers of an unknown kind",
                 rule="a loss on the load of a micro-batch depends on how batches are cut, so it is replaced",
-                fix=f"set config.{SETTING} = False",
+                fix=f"set config.{ROUTER_LOGITS} = False",
             )
         return cls(model, gates, float(weight), axis)
 
     def refuse_written_out(self) -> None:
         """Raise ModelError: how many tokens an update has is known when it is handed over as a whole."""
         raise ModelError(
-            f"engine(...) with gradients, of a model with config.{SETTING} = True",
+            f"engine(...) with gradients, of a model with config.{ROUTER_LOGITS} = True",
             rule="its balancing loss is a mean over the tokens of the whole update, which a written-out loop "
             "does not know before its first forward",
-            fix=f"call engine.train_step(batch), or set config.{SETTING} = False",
+            fix=f"call engine.train_step(batch), or set config.{ROUTER_LOGITS} = False",
         )
 
     def begin(self, scale: float, num_tokens: float) -> None:
@@ -110,7 +109,7 @@ class ModelBalance:
         def forward(*args: Any, **kwargs: Any) -> Any:
             mask = kwargs.get("attention_mask")
             self._mask = mask > 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            return own(*args, **{SETTING: False} | kwargs)
+            return own(*args, **{ROUTER_LOGITS: False} | kwargs)
 
         return forward
 

@@ -68,13 +68,13 @@ def measured_costs(
     }
     best: dict[str, float] = {}
     for _ in range(NUM_RUNS):
-        watch = _Watch(device)
-        with _watched(model, parts, watch.timed):
-            began = watch.now()
+        stopwatch = _Stopwatch(device)
+        with _wrapped(model, parts, stopwatch.timed):
+            began = stopwatch.now()
             loss = run(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs))
-            _backward(loss, [*tensors.values(), *watch.leaves])
-            rest = watch.now() - began - sum(watch.seconds.values())
-        for name, seconds in {**watch.seconds, _REST: rest}.items():
+            _backward(loss, [*tensors.values(), *stopwatch.leaves])
+            rest = stopwatch.now() - began - sum(stopwatch.seconds.values())
+        for name, seconds in {**stopwatch.seconds, _REST: rest}.items():
             best[name] = min(seconds, best.get(name, seconds))
     blocks = [best.get(name, 0.0) for name in parts.blocks]
     before = {name: best.get(name, 0.0) for name in parts.before}
@@ -118,7 +118,7 @@ def handed_bytes(model: nn.Module, parts: Parts, run: Callable[[], object]) -> d
 
         return run_part
 
-    with _watched(model, parts, noting), torch.no_grad(), suppress(_Enough):
+    with _wrapped(model, parts, noting), torch.no_grad(), suppress(_Enough):
         run()
     return found
 
@@ -128,7 +128,7 @@ class _Enough(Exception):
 
 
 @contextmanager
-def _watched(
+def _wrapped(
     model: nn.Module,
     parts: Parts,
     wrap: Callable[[list[str], nn.Module, Callable[..., Any]], Callable[..., Any]],
@@ -164,7 +164,7 @@ def _backward(outputs: Any, wanted: list[Tensor]) -> None:
 
 
 @dataclass
-class _Watch:
+class _Stopwatch:
     """Times parts as a model's forward comes to them.
 
     Args:

@@ -15,7 +15,7 @@ from torch import nn
 from sixfold.config import LayoutConfig
 from sixfold.parallel.pipe.costs import estimated_costs
 from sixfold.parallel.pipe.parts import Parts, find_parts
-from sixfold.parallel.pipe.stage import Border, Stage, Watch, view_of
+from sixfold.parallel.pipe.stage import BlockOrder, Border, Stage, view_of
 from sixfold.plan import BlockCosts, Geometry, ParameterFacts, StagePlan, decide_stages
 
 
@@ -127,7 +127,7 @@ class ModelCut:
         # The order of an nn.Sequential is certain, and what its children return is the next one's affair.
         is_certain = isinstance(self.model, nn.Sequential)
         own_blocks = () if is_certain else [self.model.get_submodule(parts.blocks[place]) for place in blocks]
-        return Stage(number, module, own, border, mirrors, is_last, Watch(own_blocks))
+        return Stage(number, module, own, border, mirrors, is_last, BlockOrder(own_blocks))
 
 
 def _holders(model: nn.Module, parts: Parts, plan: StagePlan) -> dict[str, tuple[int, ...]]:

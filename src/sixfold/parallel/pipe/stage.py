@@ -1,6 +1,6 @@
 """One stage of a model: its parts, run by the model's own forward.
 
-Made by `cut.py`, called by the engine. A stage is a view of the model: the same modules under the same
+Made by `cut.py`, run by the pipeline room. A stage is a view of the model: the same modules under the same
 names, in containers of its own, with stand-ins for the parts that other stages run. Those before it give what
 was received, whatever they are called with; the first one behind it ends the forward with what it is called
 with. So no forward is rewritten, and none is understood. It sends nothing.
@@ -46,7 +46,7 @@ class Stage:
         border: where it takes up what the stage before sent; None at the first one.
         mirrors: containers of the view, each with the one of the model that it stands for.
         is_last: whether its output is the model's.
-        watch: sees that its blocks run as they are expected to.
+        order: sees that its blocks run as they are expected to.
     """
 
     number: int
@@ -55,7 +55,7 @@ class Stage:
     border: Border | None = None
     mirrors: Sequence[tuple[nn.Module, nn.Module]] = ()
     is_last: bool = True
-    watch: Watch | None = None
+    order: BlockOrder | None = None
 
     @classmethod
     def whole(cls, model: nn.Module) -> Stage:
@@ -74,21 +74,21 @@ class Stage:
         """
         for mirror, original in self.mirrors:
             mirror.training = original.training
-        if self.watch is None:
+        if self.order is None:
             return self.module(*args, **kwargs)
-        self.watch.ran.clear()
+        self.order.ran.clear()
         if self.border is not None:
             self.border.give(received)
         output = self.module(*args, **kwargs)
         if self.border is not None:
             self.border.check_taken(self.number)
-        self.watch.check(self.number)
+        self.order.check(self.number)
         return output
 
     def remove(self) -> None:
         """Take the hooks off its blocks."""
-        if self.watch is not None:
-            self.watch.remove()
+        if self.order is not None:
+            self.order.remove()
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Border:
             )
 
 
-class Watch:
+class BlockOrder:
     """Sees that each block of a stage runs once, in order, and returns a tensor.
 
     Args:

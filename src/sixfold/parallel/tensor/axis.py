@@ -5,7 +5,7 @@ Called through `axes.py`. It joins its rooms in order: rules, pieces, forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,47 +14,42 @@ from torch import Tensor, nn
 from sixfold.base.errors import ModelError
 from sixfold.config import LayoutConfig
 from sixfold.mesh import Mesh
-from sixfold.parallel.change import AxisChange, Note, Remove
+from sixfold.parallel.change import AxisChange, Case, Note, Remove
 from sixfold.parallel.facts import block_names
 from sixfold.parallel.pipe.cut import ModelCut
 from sixfold.parallel.tensor.crossing import COPIED, IN_SEQUENCE, SUMMED, Crossing, offered
 from sixfold.parallel.tensor.cut import AXIS, Layer, TensorCut, decide_tensor, in_lists, in_sequence
 from sixfold.parallel.tensor.forwards import TensorForwards
 from sixfold.parallel.tensor.rules import find_rules
-from sixfold.plan import Geometry, Place
 
 
-def decide_tensor_axis(
-    model: nn.Module,
-    layout: LayoutConfig,
-    geometry: Geometry,
-    rank: int,
-    places: Mapping[str, Place],
-    owns_loss: bool,
-) -> AxisChange:
+def decide_tensor_axis(case: Case) -> AxisChange:
     """See `Decide`."""
+    model, layout, geometry, owns_loss = case.model, case.layout, case.geometry, case.owns_loss
     runs = _runs(model, layout) if layout.sequence_parallel else []
     rules = find_rules(model, layout)
-    cut = decide_tensor(model, rules, geometry.degree(AXIS), geometry.coordinate(rank, AXIS))
+    cut = decide_tensor(model, rules, geometry.degree(AXIS), geometry.coordinate(case.rank, AXIS))
     cut = in_sequence(cut, model, [name for run in runs for name in run])
 
     def apply(mesh: Mesh) -> Remove:
         forwards = TensorForwards(model, cut, mesh.along(AXIS), runs, owns_loss=owns_loss, device=mesh.device)
         return forwards.remove
 
-    def watch(note: Note) -> Remove:
+    def trace(note: Note) -> Remove:
         blocks = {name for run in runs for name in run}
-        return _watched(model, cut, blocks, geometry.degree("context"), owns_loss, note)
+        return _traced(model, cut, blocks, geometry.degree("context"), owns_loss, note)
 
-    cuts = {name: places[name].and_also(cut.places[name]) for name in cut.places if name in places}
+    cuts = {
+        name: case.places[name].and_also(place) for name, place in cut.places.items() if name in case.places
+    }
     agreed = "\n".join(f"{pattern} = {style}" for pattern, style in sorted(rules.styles.items()))
-    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed, watch=watch)
+    return AxisChange({**cut.places, **cuts}, apply, agreed=agreed, trace=trace)
 
 
-def _watched(
+def _traced(
     model: nn.Module, cut: TensorCut, blocks: set[str], share: int, owns_loss: bool, note: Note
 ) -> Remove:
-    """See `AxisChange.watch`: what crosses the borders of layers.
+    """See `AxisChange.trace`: what crosses the borders of layers.
 
     Args:
         share: ranks that divide the tokens.

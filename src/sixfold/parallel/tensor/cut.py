@@ -1,6 +1,6 @@
 """The tensor axis, decided: which piece of each parameter a rank has, and which layers cross the axis how.
 
-Called by `initialize` between facts and plan, on a model with or without weights, and by `verify.py` for a
+Called by `axis.py` between facts and plan, on a model with or without weights, and by `verify.py` for a
 tiny copy. It reads shapes and attributes only and changes nothing; forwards are changed by
 `forwards.py`.
 """

@@ -1,6 +1,6 @@
 """The tensor axis, applied: forwards of layers that are cut, with their crossings around them.
 
-Called by `initialize` after `cut.py` has decided, and by `verify.py` on a tiny copy. Instances get another
+Called by `axis.py` after `cut.py` has decided, and by `verify.py` on a tiny copy. Instances get another
 `forward`; parameters stay the objects they are, and hold this rank's pieces by the time a forward runs.
 `remove` leaves the module as it was handed over.
 """

@@ -1,4 +1,4 @@
-"""What the ranks of the expert axis send each other as a model runs: see `AxisChange.watch`.
+"""What the ranks of the expert axis send each other as a model runs: see `AxisChange.trace`.
 
 Used by `axis.py`. It runs no expert, because where tokens go is not known where there are no numbers; what is
 noted is what even load takes.
@@ -18,7 +18,7 @@ from sixfold.parallel.change import Note, Remove
 from sixfold.plan import Geometry
 
 
-def watched(parts: Iterable[nn.Module], geometry: Geometry, note: Note) -> Remove:
+def traced(parts: Iterable[nn.Module], geometry: Geometry, note: Note) -> Remove:
     """Have modules of experts note what goes out and what comes back, and return something of that size."""
     num_ranks, share = geometry.degree("expert"), geometry.degree("context")
 
