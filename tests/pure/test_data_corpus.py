@@ -267,6 +267,27 @@ def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyP
     assert folders_in(source.parent / "cache") == {"known"}
 
 
+@pytest.mark.parametrize("stops", ["fsync", "the key of the pieces"])
+def test_a_full_disk_leaves_nothing_beside_the_folder_of_a_corpus(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stops: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((os, "fsync") if stops == "fsync" else (Path, "write_text")), full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare_at(tmp_path / "corpus", asked(source), on_progress=Phases(), workers=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+
+
+def test_a_place_that_is_taken_is_told_before_any_text_is_read(source: Path, tmp_path: Path) -> None:
+    taken, phases = tmp_path / "taken", Phases()
+    taken.write_text("notes")
+    with pytest.raises(DataError, match="taken exists and is no corpus"):
+        prepare_at(taken, asked(source), on_progress=phases, workers=1)
+    assert not phases
+
+
 @pytest.mark.parametrize("name", ["train-0.bin", "held_out-0.bin", "tokenizer.json", "corpus.json"])
 def test_a_truncated_file_is_refused_by_name(source: Path, name: str) -> None:
     corpus = prepare(asked(source))
