@@ -5,12 +5,13 @@ Made by rank 0 or by the launcher; read again by `--resume`. It knows names of f
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from pathlib import Path
 
-from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.base.errors import CheckpointError, ConfigError, SaveError
 from sixfold.config import Resolved
 
 CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
@@ -99,10 +100,28 @@ def run_at(folder: Path) -> Path:
 
 
 def write_config(folder: Path, resolved: Resolved) -> None:
-    """Write the resolved configuration with the origin of every value."""
-    temporary = folder / f".{CONFIG}.{os.getpid()}"
-    temporary.write_text(resolved.to_toml())
-    temporary.replace(folder / CONFIG)
+    """Write the resolved configuration with the origin of every value; see `write_file`."""
+    write_file(folder / CONFIG, resolved.to_toml().encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run folder. A kill or a full disk leaves what was there before.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(
+            f"{path} cannot be written: {error.strerror}",
+            rule="a run keeps its configuration, vocabulary and checkpoints in its folder",
+            fix="free some space there, or give --into or train.folder a place that has some",
+        ) from error
 
 
 def _refuse_second_run(folder: Path) -> None:
