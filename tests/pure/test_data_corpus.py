@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import shutil
+import signal
 from itertools import pairwise
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sixfold.base.errors import DataError
+from sixfold.base.errors import DataError, WorkerError
 from sixfold.config.tree import DataConfig
 from sixfold.data import build
 from sixfold.data.corpus import Corpus, prepare, prepare_at
@@ -265,6 +266,25 @@ def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="No space left"):
         prepare(asked(source))
     assert folders_in(source.parent / "cache") == {"known"}
+
+
+def test_processes_that_die_are_told_and_ctrl_c_ends_them_at_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pieces = [build._Piece(tmp_path / name, source, ()) for name in ("one", "two")]
+    monkeypatch.setattr(build, "POOL_BYTES", -1)
+    monkeypatch.setattr(build._Piece, "num_bytes", 1)
+    with pytest.raises(WorkerError, match="one of 2 processes that tokenize was ended") as caught:
+        build._tokenize(pieces, (tmp_path / "absent", 0, "text"), Phases(), workers=2)
+    assert "--workers 1" in caught.value.fix
+    monkeypatch.setattr(build, "_worker", None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        build._start_worker(prepare(asked(source)).folder / "tokenizer.json", 0, "text")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("stops", ["fsync", "the key of the pieces"])
