@@ -67,6 +67,7 @@ def loaded_by(code: str) -> set[str]:
         ("train", "--set", "optimizer.lrr=1"),
         ("train", "--resume", "nowhere"),
         ("plan", "--set", "optimizer.lrr=1"),
+        ("plan", "--timeline", "update.pdf"),
         ("generate", "nowhere", "-p", "x"),
         ("ckpt", "ls", "nowhere"),
         ("ckpt", "verify", "nowhere"),

@@ -96,8 +96,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
+    from sixfold.cli.output import check_drawing
     from sixfold.train.job import Request, resolve
 
+    check_drawing(timeline)
     resolved = resolve(Request(config, tuple(overrides or ()), preset=preset))
     # Slow to load; what is mistyped has been told by then.
     from sixfold.cli.plan import show_plan
