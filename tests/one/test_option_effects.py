@@ -553,7 +553,7 @@ def minutes(bench: Lab) -> None:
     measured = bench.run({"train.steps": None, "train.minutes": 1e-4})
     assert measured.column("step") == [1, 2, 3, 4, 5]
     assert "decided: 0.0001 minutes at " in measured.config
-    assert "an update, as measured after update 4" in measured.config
+    assert "an update, as measured by update 4" in measured.config
 
 
 def path(bench: Lab) -> None:

@@ -146,7 +146,7 @@ def test_a_length_that_updates_correct_is_one_on_all_ranks_and_stays_at_a_resume
     rank_pool.run(rehearsed_in, 1e-6, Request(config=config, overrides=changes, into=run), ranks=2)
     out = rank_pool.printed[0]
     assert "length      6000 updates in 0.0001 minutes at 0.000 s each, as rehearsed" in out
-    assert "length      5 updates, not 6000: 0.0001 minutes at " in out
+    assert "length      5 updates, not 6000, fill 0.0001 minutes: " in out
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
     assert [one["length"] for one in read_records(run / "metrics.jsonl") if "length" in one] == [5]
     assert records(run)[3]["lr"] > 10 * records(run)[4]["lr"], "the schedule ends with the run"

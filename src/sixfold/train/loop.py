@@ -214,12 +214,14 @@ def _correct_length(run: Run, budget: TimeBudget, meter: Meter) -> None:
     length = budget.correct(step, spent_s=spent_s, pace_s=pace_s)
     if length == before:
         return
-    time_text = _time_text(budget.seconds / 60, pace_s)
-    run.end_after(length, f"{time_text} an update, as measured after update {step}")
+    minutes = budget.seconds / 60
+    run.end_after(length, f"{_time_text(minutes, pace_s)} an update, as measured by update {step}")
     meter.total_steps = length
     run.record({"step": step, "length": length, "seconds_per_update": pace_s})
     if abs(length - before) > TELLING * before:
-        run.say(f"length      {length} updates, not {before}: {time_text} each, measured after update {step}")
+        run.say(
+            f"length      {length} updates, not {before}, fill {minutes:g} minutes: {pace_s:.3f} s each now"
+        )
 
 
 def _time_text(minutes: float, pace_s: float) -> str:
