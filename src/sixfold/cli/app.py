@@ -182,9 +182,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model of a run continue texts; each ends with its document."""
-    from sixfold.train.folder import run_at
+    from sixfold.train.folder import checkpoint_of
 
-    run_at(run)  # before a tensor library is loaded
+    checkpoint_of(run, checkpoint)  # before a tensor library is loaded
     from sixfold.cli.generate import generate as continue_texts
     from sixfold.train.completion import Sampling
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from sixfold.base.errors import CheckpointError, ConfigError, SaveError
+from sixfold.checkpoint import latest
 from sixfold.config import Resolved
 
 CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
@@ -97,6 +98,31 @@ def run_at(folder: Path) -> Path:
             else "look where train.folder or --into put it; unset: under runs/",
         )
     return folder
+
+
+def checkpoint_of(folder: Path, asked: Path | None) -> Path:
+    """The checkpoint of a run that was `asked` for; None for the newest.
+
+    Raises:
+        CheckpointError: there is no run, no complete checkpoint in it, or not the one that was asked for.
+    """
+    run_at(folder)
+    if asked is not None and asked.is_dir():
+        return asked
+    newest = latest(folder / CHECKPOINTS)
+    if asked is not None:
+        raise CheckpointError(
+            f"--checkpoint {asked} is no folder",
+            rule="a checkpoint of the run is named by its folder; unset, it is the newest",
+            fix=f"give --checkpoint {newest}" if newest is not None else "leave --checkpoint out",
+        )
+    if newest is None:
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS} holds no complete checkpoint",
+            rule="texts are continued by the model of a checkpoint",
+            fix="let the run come to its first save, or set checkpoint.every",
+        )
+    return newest
 
 
 def write_config(folder: Path, resolved: Resolved) -> None:
