@@ -168,12 +168,13 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
         DataError: the folder holds something else, or cannot be written.
     """
     if folder.exists() and not (folder / RECORD).exists():
-        raise _occupied(folder, "is no corpus")
+        raise _occupied(folder, "is no corpus", "")  # perhaps all that somebody has written
     selections = select(find_sources(config), config, on_progress)
     settings = {**_settings(config), "key": _content_key(selections, config)}
     if folder.exists():
         if Corpus(folder).record.settings != settings:
-            raise _occupied(folder, "holds something else than these texts under these settings")
+            why = "holds something else than these texts under these settings"
+            raise _occupied(folder, why, ", or remove this one")
         return Corpus(folder)
     unfinished = folder.with_name(f"{folder.name}.building")
     lock = folder.with_name(f"{folder.name}.lock")
@@ -201,11 +202,11 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
     return Corpus(folder)
 
 
-def _occupied(folder: Path, why: str) -> DataError:
+def _occupied(folder: Path, why: str, besides: str) -> DataError:
     return DataError(
         f"{folder} exists and {why}",
         rule="a corpus is built into a folder of its own and never changed afterwards",
-        fix="build into another folder, or remove this one",
+        fix=f"build into another folder{besides}",
     )
 
 
