@@ -17,9 +17,10 @@ from safetensors import safe_open
 import sixfold
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint import MODEL, Content, Piece, open_checkpoint, ranges, save, untie, whole
+from sixfold.checkpoint.cells import CELL_BYTES, Cells
 from sixfold.checkpoint.files import CHUNK_BYTES, Buffer, Files
-from sixfold.checkpoint.manifest import MANIFEST, SUMS
-from sixfold.checkpoint.sums import CELL_BYTES, Cells, Tally, join_crc32, joined
+from sixfold.checkpoint.manifest import ITEM_BYTES, MANIFEST, SUMS
+from sixfold.checkpoint.sums import Tally, join_crc32, joined
 from sixfold.checkpoint.tensorfile import DTYPES
 
 
@@ -52,6 +53,10 @@ def _every_kind() -> dict[str, torch.Tensor]:
 def _content(model: dict[str, torch.Tensor] | None = None, step: int = 3) -> Content:
     model = model if model is not None else {"w": torch.randn(4, 3), "b": torch.randn(4)}
     return whole(model=model, state={"step": step})
+
+
+def test_a_manifest_knows_the_size_of_every_type_without_torch() -> None:
+    assert {tag: dtype.itemsize for tag, dtype in DTYPES.items()} == ITEM_BYTES
 
 
 def test_every_type_and_shape_round_trips_and_safetensors_reads_the_same(tmp_path: Path) -> None:

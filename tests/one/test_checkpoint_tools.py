@@ -55,7 +55,7 @@ def test_ls(sixfold: Terminal, run: Path) -> None:
     assert row["step"] == 4
     assert row["problem"] is None
     assert sixfold("ckpt", "ls", run / "checkpoints" / "step-00000004" / "nowhere") == EXIT_USAGE
-    assert "holds no checkpoints" in sixfold.err
+    assert "nowhere is not there" in sixfold.err
 
 
 def test_verify_reads_every_byte(sixfold: Terminal, run: Path) -> None:

@@ -210,6 +210,18 @@ def test_version_and_help(sixfold: Terminal) -> None:
         assert "Usage" in sixfold.out
 
 
+def test_a_plan_counts_the_entries_of_a_corpus_that_is_there(sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text")
+    config = sixfold.config(monitor__peak_tflops=0.1)
+    assert sixfold("plan", "--config", config, "--ranks", "1", "--json") == EXIT_DONE
+    asked = json.loads(sixfold.out)["memory_bytes"]
+    corpus = sixfold.folder / "corpus"
+    assert sixfold("data", "build", "--config", config, "--into", corpus) == EXIT_DONE
+    config = sixfold.config(monitor__peak_tflops=0.1, data__path=corpus, data__vocab_size=None)
+    assert sixfold("plan", "--config", config, "--ranks", "1", "--json") == EXIT_DONE
+    assert json.loads(sixfold.out)["memory_bytes"] == asked
+
+
 def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Terminal) -> None:
     page = sixfold.folder / "update.html"
     layout = {"layout__pipe": 2, "layout__zero": 2, "model__num_layers": 3, "monitor__peak_tflops": 0.1}

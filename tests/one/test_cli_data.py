@@ -71,7 +71,8 @@ def test_wrong_input(sixfold: Terminal) -> None:
     assert sixfold("data", "inspect", "text") == EXIT_USAGE
     assert "neither config.toml nor corpus.json" in sixfold.err
     assert sixfold("data", "build", "text", "--into", "text", *SMALL) == EXIT_USAGE
-    assert "holds something else" in sixfold.err
+    assert "text exists and is no corpus" in sixfold.err
+    assert "remove" not in sixfold.err, "they are the texts"
     assert sixfold("data", "inspect", "--config", sixfold.config(), "--step", "0") == EXIT_USAGE
     assert "counted from 1" in sixfold.err
 

@@ -542,14 +542,17 @@ def eval_every(bench: Lab) -> None:
 
 
 def minutes(bench: Lab) -> None:
-    """The budget becomes a number of steps, once; it is written down with its reason."""
-    measured = bench.run({"train.steps": None, "train.minutes": 1e-4})
-    assert measured.column("step")[0] == 1
-    assert "decided: 0.0001 minutes at " in measured.config
-    bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 0.1)
-    counted = bench.run({"train.steps": None, "train.minutes": 0.01})
-    assert counted.column("step") == [1, 2, 3, 4, 5, 6]
+    """The time becomes a number of updates, which is written down with its reason."""
+    bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 60.0)
+    counted = bench.run({"train.steps": None, "train.minutes": 3})
+    assert counted.column("step") == [1, 2, 3]
+    assert "decided: 3 minutes at 60.000 s an update, as rehearsed" in counted.config
     assert "displaced by train.steps" in counted.config
+    bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 1e-6)
+    measured = bench.run({"train.steps": None, "train.minutes": 1e-4})
+    assert measured.column("step") == [1, 2, 3, 4, 5]
+    assert "decided: 0.0001 minutes at " in measured.config
+    assert "an update, as measured by update 4" in measured.config
 
 
 def path(bench: Lab) -> None:

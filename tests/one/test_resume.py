@@ -101,5 +101,6 @@ def test_a_run_without_a_checkpoint(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     write_config(bare, asked(run))
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint") as caught:
         stand(bare, asked(bare))
+    assert f"or remove {bare}" in caught.value.fix, "a second run is not let into its folder"

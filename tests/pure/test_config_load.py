@@ -189,6 +189,12 @@ def test_missing_file_names_near_ones(tmp_path: Path) -> None:
     assert str(tmp_path / "none" / "x.toml") in refusal(file=tmp_path / "none" / "x.toml").given
 
 
+def test_a_missing_file_is_not_mended_by_the_settings_of_a_python_project(tmp_path: Path) -> None:
+    write(tmp_path, "pyproject.toml", "")
+    missing = tmp_path / "project.toml"
+    assert refusal(file=missing).fix == f"make {missing}, or leave it out for the defaults"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert ".ini" in refusal(file=write(tmp_path, "a.ini", "seed = 1")).given
     (tmp_path / "folder.toml").mkdir()

@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import shutil
+import signal
 from itertools import pairwise
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sixfold.base.errors import DataError
+from sixfold.base.errors import DataError, WorkerError
 from sixfold.config.tree import DataConfig
 from sixfold.data import build
 from sixfold.data.corpus import Corpus, prepare, prepare_at
@@ -265,6 +266,46 @@ def test_a_full_disk_is_said_and_freed(source: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="No space left"):
         prepare(asked(source))
     assert folders_in(source.parent / "cache") == {"known"}
+
+
+def test_processes_that_die_are_told_and_ctrl_c_ends_them_at_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pieces = [build._Piece(tmp_path / name, source, ()) for name in ("one", "two")]
+    monkeypatch.setattr(build, "POOL_BYTES", -1)
+    monkeypatch.setattr(build._Piece, "num_bytes", 1)
+    with pytest.raises(WorkerError, match="one of 2 processes that tokenize was ended") as caught:
+        build._tokenize(pieces, (tmp_path / "absent", 0, "text"), Phases(), workers=2)
+    assert "--workers 1" in caught.value.fix
+    monkeypatch.setattr(build, "_worker", None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        build._start_worker(prepare(asked(source)).folder / "tokenizer.json", 0, "text")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("stops", ["fsync", "the key of the pieces"])
+def test_a_full_disk_leaves_nothing_beside_the_folder_of_a_corpus(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stops: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((os, "fsync") if stops == "fsync" else (Path, "write_text")), full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare_at(tmp_path / "corpus", asked(source), on_progress=Phases(), workers=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+
+
+def test_a_place_that_is_taken_is_told_before_any_text_is_read(source: Path, tmp_path: Path) -> None:
+    taken, phases = tmp_path / "taken", Phases()
+    taken.write_text("notes")
+    with pytest.raises(DataError, match="taken exists and is no corpus"):
+        prepare_at(taken, asked(source), on_progress=phases, workers=1)
+    assert not phases
 
 
 @pytest.mark.parametrize("name", ["train-0.bin", "held_out-0.bin", "tokenizer.json", "corpus.json"])

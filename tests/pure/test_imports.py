@@ -67,7 +67,13 @@ def loaded_by(code: str) -> set[str]:
         ("train", "--set", "optimizer.lrr=1"),
         ("train", "--resume", "nowhere"),
         ("plan", "--set", "optimizer.lrr=1"),
+        ("plan", "--timeline", "update.pdf"),
         ("generate", "nowhere", "-p", "x"),
+        ("ckpt", "ls", "nowhere"),
+        ("ckpt", "verify", "nowhere"),
+        ("ckpt", "diff", "nowhere", "."),
+        ("ckpt", "gc", "nowhere", "--keep-last", "1"),
+        ("export", "nowhere", "model"),
     ],
 )
 def test_help_configurations_and_mistakes_load_little_and_nothing_heavy(arguments: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sixfold.base.errors import CheckpointError, ConfigError, LinkError, MeshError, PlanError
+from sixfold.config import load
 from sixfold.launch import failure as failures
 from sixfold.launch.failure import Failure, causal, from_exception, from_exit, is_victim, render
 from sixfold.launch.job import Job, StopRequests, _Rank
@@ -163,6 +164,27 @@ def test_errors_for_users_keep_their_three_sentences_and_their_code(
     assert told.exit_code == code
     assert f"{kind.__name__}: 7 heads\nrule: heads divide width\nfix: set 8\n" in text
     assert "before its first step" in text.splitlines()[0]
+
+
+def test_an_error_for_users_that_no_line_of_theirs_led_to_is_told_without_lines() -> None:
+    """The log has them; what to change is not in them."""
+    try:
+        load(values={"train.steps": 0})
+    except ConfigError as error:
+        trace = error.__traceback__
+        assert trace is not None
+        told = from_exception(error.with_traceback(trace.tb_next), rank=0, step=3)
+    assert "load.py" in told.details
+    assert render(told, world_size=2, log=Path("rank-0.log")) == (
+        f"sixfold: rank 0 of 2 failed at step 3\nConfigError: {told.message}\n"
+        f"rule: {told.rule}\nfix: {told.fix}\nlog: rank-0.log\n"
+    )
+
+
+def test_an_error_for_users_names_their_line(tmp_path: Path) -> None:
+    told = users_code(tmp_path, "from sixfold.config import load\nload(values={'train.steps': 0})\n")
+    assert told.where == f"{tmp_path}/mine.py:2, in <module>"
+    assert "Traceback (most recent call last):" in render(told, world_size=2)
 
 
 def test_the_exit_code_of_an_argument_parser_stays() -> None:

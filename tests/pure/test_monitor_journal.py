@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sixfold.base.errors import DataError
 from sixfold.monitor.journal import FILE_NAME, Journal, read_records
 
 
@@ -80,6 +81,17 @@ def test_a_folder_that_cannot_be_made_is_reported_once_and_survived(tmp_path: Pa
     (warning,) = warnings
     assert FILE_NAME in warning
     assert "Not a directory" in warning
+
+
+def test_metrics_that_cannot_be_read_are_an_error_with_a_way_out_and_stop_no_run(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(DataError, match=r"metrics\.jsonl cannot be read: Is a directory"):
+        read_records(tmp_path / FILE_NAME)
+    warnings: list[str] = []
+    Journal(tmp_path, warn=warnings.append).write({"step": 1})
+    (warning,) = warnings
+    assert "Is a directory; training goes on" in warning
+    assert read_records(tmp_path / "absent" / FILE_NAME) == []
 
 
 class NearlyFull:

@@ -5,6 +5,7 @@ What the command adds, the launcher and its messages, is tested in tests/fresh.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sixfold.data.corpus import prepare
 from sixfold.launch import Session, current_session
 from sixfold.monitor.journal import read_records
 from sixfold.testing import Pool
+from sixfold.train import loop
 from sixfold.train.job import Request, resolve
 from sixfold.train.loop import train
 from tests.one import lab
@@ -133,3 +135,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(config: Path, tmp_path: Path, rank_po
     assert weights(stopped) == weights(straight)
     for name in ("step", "loss", "lr", "grad_norm", "samples"):
         assert [one[name] for one in records(stopped)] == [one[name] for one in records(straight)], name
+
+
+def test_a_length_that_updates_correct_is_one_on_all_ranks_and_stays_at_a_resume(
+    config: Path, tmp_path: Path, rank_pool: Pool
+) -> None:
+    """The rehearsal promised six thousand updates; there is time for hardly any."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    changes = ("train.minutes=1e-4", "lr_schedule.name=linear", "train.sample_tokens=0", "checkpoint.every=4")
+    rank_pool.run(rehearsed_in, 1e-6, Request(config=config, overrides=changes, into=run), ranks=2)
+    out = rank_pool.printed[0]
+    assert "length      6000 updates in 0.0001 minutes at 0.000 s each, as rehearsed" in out
+    assert "length      5 updates, not 6000, fill 0.0001 minutes: " in out
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
+    assert [one["length"] for one in read_records(run / "metrics.jsonl") if "length" in one] == [5]
+    assert records(run)[3]["lr"] > 10 * records(run)[4]["lr"], "the schedule ends with the run"
+    # As if killed after the fifth update: the fourth was saved, before the length was corrected.
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000005")
+    on_ranks(rank_pool, 2, Request(resume=again))
+    assert weights(again) == weights(run)
+
+
+def rehearsed_in(pace_s: float, request: Request) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_seconds_per_update", lambda run: pace_s)
+        one_rank(request, stops=False)

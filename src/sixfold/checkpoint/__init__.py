@@ -1,15 +1,22 @@
 """Checkpoints: the logical state of a run as safetensors files that every tool reads as they lie.
 
-The engine and the training loop save and open; `sixfold ckpt` will list and verify. A checkpoint holds
+The engine and the training loop save and open; `sixfold ckpt` lists and verifies. A checkpoint holds
 whole tensors by their global names, never anything about ranks or layout, and nothing in it is pickled.
-This room never decides when to save, and never touches a module or an optimizer.
+This room never decides when to save, and never touches a module or an optimizer. Its faces are loaded on
+first use: finding and removing checkpoints takes no tensor library.
 """
 
-from sixfold.checkpoint.content import MODEL, OPTIMIZER, Content, Piece, state_name, untie, whole
-from sixfold.checkpoint.reading import Saved, open_checkpoint
-from sixfold.checkpoint.retention import Keep, latest, prune, step_folder
-from sixfold.checkpoint.tensorfile import Spec
-from sixfold.checkpoint.writing import save
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sixfold.checkpoint.content import MODEL, OPTIMIZER, Content, Piece, state_name, untie, whole
+    from sixfold.checkpoint.reading import Saved, open_checkpoint
+    from sixfold.checkpoint.retention import Keep, latest, prune, step_folder
+    from sixfold.checkpoint.tensorfile import Spec
+    from sixfold.checkpoint.writing import save
 
 __all__ = [
     "MODEL",
@@ -28,3 +35,17 @@ __all__ = [
     "untie",
     "whole",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("MODEL", "OPTIMIZER", "Content", "Piece", "state_name", "untie", "whole"), "content"),
+    **dict.fromkeys(("Saved", "open_checkpoint"), "reading"),
+    **dict.fromkeys(("Keep", "latest", "prune", "step_folder"), "retention"),
+    "Spec": "tensorfile",
+    "save": "writing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"sixfold.checkpoint.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -5,11 +5,11 @@ Called before anything is read. It compares names, shapes and types, and touches
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
 
 from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint.finding import nearest
 from sixfold.checkpoint.tensorfile import Spec
 
 _NUM_NEAR_NAMES = 20
@@ -51,11 +51,6 @@ def refuse_misfits(
             fix="build the model that was saved, or read tensors with `read_model` and convert them"
             + ("; strict=False accepts missing and extra names" if strict else ""),
         )
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of some names."""
-    return next(iter(get_close_matches(name, list(names), n=1)), None)
 
 
 def _unaccounted(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> list[str]:

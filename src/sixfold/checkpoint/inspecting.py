@@ -1,64 +1,16 @@
-"""Looking at checkpoints from outside: what a folder holds, and in what two checkpoints differ.
+"""In what two checkpoints differ.
 
-Called by `sixfold ckpt`. It reads, a tensor at a time, and changes nothing.
+Called by `sixfold ckpt diff`. It reads, a tensor at a time, and changes nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint.manifest import MANIFEST, Manifest
-from sixfold.checkpoint.reading import Saved, open_checkpoint
-from sixfold.checkpoint.retention import scan
-
-RUN_FOLDER = "checkpoints"
-"""Where a run folder keeps them."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One folder that is a checkpoint or was to become one.
-
-    Args:
-        step: updates done; None where it is not complete.
-        num_bytes: what a complete one takes.
-        only: what it is limited to, where it holds a part of a model.
-        problem: why it cannot be opened; None for a complete one.
-    """
-
-    path: Path
-    step: int | None
-    num_bytes: int | None
-    only: str | None
-    problem: str | None
-
-
-def survey(folder: Path) -> list[Found]:
-    """What lies in a folder of checkpoints or a run folder, or is the folder itself; oldest save first."""
-    if (folder / MANIFEST).exists():
-        return [_found(folder, open_checkpoint(folder).manifest)]
-    inside = folder / RUN_FOLDER
-    found = scan(inside if inside.is_dir() else folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoints",
-            rule="a checkpoint, a folder of checkpoints or a run folder is looked at",
-            fix="name the folder that `save` was given, or its parent",
-        )
-    complete = [pair for pair in found if isinstance(pair[1], Manifest)]
-    ordered = sorted(complete, key=lambda pair: getattr(pair[1], "serial", 0))
-    return [_found(*pair) for pair in [*(pair for pair in found if pair not in complete), *ordered]]
-
-
-def _found(path: Path, manifest: Manifest | CheckpointError) -> Found:
-    if isinstance(manifest, CheckpointError):
-        return Found(path, None, None, None, manifest.given)
-    return Found(path, manifest.step, sum(file.size for file in manifest.files), manifest.only, None)
+from sixfold.checkpoint.reading import Saved
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 `writing` makes it; `reading` and `retention` trust nothing that it does not list. It holds files with
 sizes and every tensor's place, so that a reader finds any range of bytes without opening another
-header. It never holds tensor data, and nothing about the ranks that wrote it.
+header. It never holds tensor data, and nothing about the ranks that wrote it. No tensor library is loaded
+to read it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +18,21 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint.cells import Cells
 from sixfold.checkpoint.files import MANIFEST as MANIFEST
-from sixfold.checkpoint.sums import Cells
-from sixfold.checkpoint.tensorfile import DTYPES, Spec
 
 STATE = "state.json"
 SUMS = "checksums.crc32"
 FORMAT: Final = "sixfold-checkpoint"
 VERSION: Final = 2
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+"""Bytes of a number of each type, by the format's tags; what torch calls them is in `tensorfile`."""
 
 Count = Annotated[int, Field(ge=0)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -57,8 +66,8 @@ class TensorEntry(_Entry):
     stop: Count
 
     @property
-    def spec(self) -> Spec:
-        return Spec(self.shape, DTYPES[self.dtype])
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class Manifest(_Entry):
@@ -84,9 +93,9 @@ class Manifest(_Entry):
     def _places_exist(self) -> Manifest:
         sizes = {file.name: file.size for file in self.files}
         for tensor in self.tensors:
-            known = tensor.dtype in DTYPES
+            known = tensor.dtype in ITEM_BYTES
             size = tensor.stop - tensor.start
-            if not known or size != tensor.spec.num_bytes or tensor.stop > sizes[tensor.file]:
+            if not known or size != tensor.num_bytes or tensor.stop > sizes[tensor.file]:
                 raise ValueError(
                     f"the place of {tensor.part} {tensor.name!r} does not fit its shape and file"
                 )

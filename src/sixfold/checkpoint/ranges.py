@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sixfold.base.errors import CheckpointError
+from sixfold.checkpoint.cells import CELL_BYTES
 from sixfold.checkpoint.files import CHUNK_BYTES
 from sixfold.checkpoint.manifest import SUMS, Manifest, damaged
 from sixfold.checkpoint.remote import open_bytes
-from sixfold.checkpoint.sums import CELL_BYTES, crc32
+from sixfold.checkpoint.sums import crc32
 
 
 @dataclass(frozen=True)

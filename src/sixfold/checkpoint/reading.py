@@ -19,13 +19,12 @@ from torch import Tensor
 
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint.content import MODEL, OPTIMIZER, Piece
-from sixfold.checkpoint.fitting import nearest, refuse_misfits
-from sixfold.checkpoint.manifest import MANIFEST, STATE, Manifest, TensorEntry, read_manifest
+from sixfold.checkpoint.finding import find, nearest
+from sixfold.checkpoint.fitting import refuse_misfits
+from sixfold.checkpoint.manifest import STATE, Manifest, TensorEntry
 from sixfold.checkpoint.placing import Place, fill_pieces
 from sixfold.checkpoint.ranges import Ranges
-from sixfold.checkpoint.remote import folder_at
-from sixfold.checkpoint.retention import latest, old_name
-from sixfold.checkpoint.tensorfile import Spec
+from sixfold.checkpoint.tensorfile import DTYPES, Spec
 
 
 def open_checkpoint(folder: Path | str) -> Saved:
@@ -34,32 +33,7 @@ def open_checkpoint(folder: Path | str) -> Saved:
     Raises:
         CheckpointError: not a checkpoint, not complete, damaged, or of another format version.
     """
-    folder = folder_at(folder)
-    if not (folder / MANIFEST).exists() and (old_name(folder) / MANIFEST).exists():
-        folder = old_name(folder)  # a save that replaced it was killed before its own had the name
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is {'a file' if folder.exists() else 'not there'}",
-            rule="a checkpoint is a folder",
-            fix=_other_folder(folder),
-        )
-    try:
-        return Saved(folder, read_manifest(folder))
-    except CheckpointError as error:
-        inside = latest(folder)
-        if inside is None:
-            raise
-        raise CheckpointError(
-            error.given, rule=error.rule, fix=f"open the newest inside it: {inside}"
-        ) from error
-
-
-def _other_folder(folder: Path) -> str:
-    near = nearest(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))
-    if near:
-        return f"did you mean {folder.with_name(near)}?"
-    newest = latest(folder.parent)
-    return f"open {newest}" if newest else "give the folder that `save` was given"
+    return Saved(*find(folder))
 
 
 @dataclass(frozen=True)
@@ -101,7 +75,7 @@ class Saved:
     def optimizer_specs(self) -> dict[str, dict[str, Spec]]:
         """Parameter name -> state key -> global shape and type."""
         return {
-            name: {key: entry.spec for key, entry in entries.items()}
+            name: {key: _spec_of(entry) for key, entry in entries.items()}
             for name, entries in self._optimizer.items()
         }
 
@@ -163,7 +137,7 @@ class Saved:
     ) -> None:
         """The check of `load_model` alone."""
         wanted = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in expected.items()}
-        found = {name: entry.spec for name, entry in self._entries[MODEL].items()}
+        found = {name: _spec_of(entry) for name, entry in self._entries[MODEL].items()}
         for alias, name in self.aliases.items():
             if alias in wanted:
                 found[alias] = found[name]
@@ -173,9 +147,7 @@ class Saved:
 
     def places(self, part: str) -> dict[str, Place]:
         """Where each tensor of a part lies."""
-        return {
-            name: Place(entry.file, entry.start, entry.spec) for name, entry in self._entries[part].items()
-        }
+        return {name: _place(entry) for name, entry in self._entries[part].items()}
 
     def read_ranges(self, file: str, wanted: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each memory with the bytes of a file from its number on, verified."""
@@ -194,7 +166,7 @@ class Saved:
         entry = self._entries[piece.part].get(piece.name)
         if entry is None:
             raise self._unknown(piece.name, tuple(self._entries[piece.part]))
-        return Place(entry.file, entry.start, entry.spec)
+        return _place(entry)
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare files with their checksums, all of them where none are named; raises one
@@ -232,6 +204,14 @@ class Saved:
         )
 
     def _read(self, entry: TensorEntry) -> Tensor:
-        tensor = torch.empty(entry.shape, dtype=entry.spec.dtype)
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         self.fill([Piece(entry.part, entry.name, 0, tensor)])
         return tensor
+
+
+def _place(entry: TensorEntry) -> Place:
+    return Place(entry.file, entry.start, _spec_of(entry))
+
+
+def _spec_of(entry: TensorEntry) -> Spec:
+    return Spec(entry.shape, DTYPES[entry.dtype])

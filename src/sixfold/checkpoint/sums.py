@@ -1,52 +1,27 @@
 """Checksums: one crc32 for every cell of 64 KiB of every file, so that any range can be verified alone.
 
 A rank sums what it writes; cells that several ranks wrote are joined from their pieces, without the
-bytes. All sums of a checkpoint lie in one file, cells of the first file first. `writing` makes it and
-`reading` compares. This module opens no file.
+bytes. All sums of a checkpoint lie in one file, in the order of `cells`. `writing` makes it and `ranges`
+compares. This module opens no file.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sixfold.checkpoint.cells import CELL_BYTES, Cells, num_cells
 
 try:  # the same sums, four times as fast
     from isal.isal_zlib import crc32 as crc32
 except ImportError:
     from zlib import crc32 as crc32
 
-CELL_BYTES = 64 * 2**10
-"""At most this much is read beyond each end of a wanted range, to verify it."""
-
 _PIECE = np.dtype([("start", "<u8"), ("stop", "<u8"), ("crc32", "<u4")])
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Which cells belong to which file.
-
-    Args:
-        sizes: bytes of each file, in the manifest's order.
-    """
-
-    sizes: tuple[int, ...]
-
-    def first(self, file: int) -> int:
-        """Number of a file's first cell."""
-        return sum(_num_cells(size) for size in self.sizes[:file])
-
-    @property
-    def num_cells(self) -> int:
-        return self.first(len(self.sizes))
-
-
-def _num_cells(size: int) -> int:
-    return -(-size // CELL_BYTES)
 
 
 class Tally:
@@ -106,7 +81,7 @@ def _stops(cells: Cells) -> NDArray[np.uint64]:
     stops = (np.arange(cells.num_cells, dtype=np.uint64) + np.uint64(1)) * np.uint64(CELL_BYTES)
     for file, size in enumerate(cells.sizes):
         if size:
-            stops[cells.first(file) + _num_cells(size) - 1] = cells.first(file) * CELL_BYTES + size
+            stops[cells.first(file) + num_cells(size) - 1] = cells.first(file) * CELL_BYTES + size
     return stops
 
 

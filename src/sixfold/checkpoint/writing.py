@@ -19,12 +19,13 @@ from pathlib import Path
 
 from sixfold.base.errors import CheckpointError, SaveError
 from sixfold.base.units import bytes_text
+from sixfold.checkpoint.cells import Cells
 from sixfold.checkpoint.content import Content, Piece, check_content
 from sixfold.checkpoint.files import Buffer, Files
 from sixfold.checkpoint.manifest import MANIFEST, STATE, SUMS, FileEntry, Manifest, TensorEntry, read_manifest
 from sixfold.checkpoint.remote import copy_folder, folder_at, is_remote, staging_folder
 from sixfold.checkpoint.retention import Keep, next_serial, old_name, prune, temporary_name
-from sixfold.checkpoint.sums import Cells, Tally, crc32, joined
+from sixfold.checkpoint.sums import Tally, crc32, joined
 from sixfold.checkpoint.tensorfile import TAGS, Slot, TensorFile, chunks_of, index_json, plan_files
 
 MAX_FILE_BYTES = 5 * 10**9

@@ -96,8 +96,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a training run would be: its layout, what ranks would hold, how an update would go."""
+    from sixfold.cli.output import check_drawing
     from sixfold.train.job import Request, resolve
 
+    check_drawing(timeline)
     resolved = resolve(Request(config, tuple(overrides or ()), preset=preset))
     # Slow to load; what is mistyped has been told by then.
     from sixfold.cli.plan import show_plan
@@ -180,9 +182,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let the model of a run continue texts; each ends with its document."""
-    from sixfold.train.folder import run_at
+    from sixfold.train.folder import checkpoint_of
 
-    run_at(run)  # before a tensor library is loaded
+    checkpoint_of(run, checkpoint)  # before a tensor library is loaded
     from sixfold.cli.generate import generate as continue_texts
     from sixfold.train.completion import Sampling
 

@@ -1,7 +1,8 @@
 """`sixfold ckpt` and `sixfold export`: looking at checkpoints and handing them on.
 
 Called by `app`. Everything is done by the checkpoint room; here it is put into words, or into one JSON
-document where --json was given.
+document where --json was given. A tensor library is loaded once there are tensors to look at: what is
+mistyped is told before, and manifests alone are enough to list and to remove.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ import typer
 
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.base.units import bytes_text
-from sixfold.checkpoint import Keep, open_checkpoint, prune
-from sixfold.checkpoint.exporting import export, export_files
-from sixfold.checkpoint.importing import import_folder, kind_of
-from sixfold.checkpoint.inspecting import RUN_FOLDER, differences, survey
-from sixfold.checkpoint.retention import removable
+from sixfold.checkpoint.finding import RUN_FOLDER, find, survey
+from sixfold.checkpoint.retention import Keep, prune, removable
 from sixfold.cli.output import print_json
 
 _DIFFER = 1
@@ -41,12 +39,15 @@ def list_checkpoints(folder: Path, *, as_json: bool) -> int:
 
 def verify(folder: Path, *, as_json: bool) -> int:
     """Read every byte of one checkpoint, or of all in a folder."""
+    found = survey(folder)
+    from sixfold.checkpoint.ranges import Ranges
+
     rows: list[dict[str, Any]] = []
-    for each in survey(folder):
+    for each in found:
         problem = each.problem
         if problem is None:
             try:
-                open_checkpoint(each.path).verify()
+                Ranges(*find(each.path)).verify()
             except CheckpointError as error:
                 problem = error.given
         rows.append({"path": str(each.path), "problem": problem})
@@ -60,7 +61,11 @@ def verify(folder: Path, *, as_json: bool) -> int:
 
 def diff(first: Path, second: Path, *, as_json: bool) -> int:
     """In what two checkpoints differ, whatever layouts wrote them."""
-    found = differences(open_checkpoint(first), open_checkpoint(second))
+    pair = find(first), find(second)
+    from sixfold.checkpoint.inspecting import differences
+    from sixfold.checkpoint.reading import Saved
+
+    found = differences(*(Saved(*each) for each in pair))
     if as_json:
         print_json([vars(each) for each in found])
     else:
@@ -92,7 +97,11 @@ def collect(folder: Path, *, keep: Keep, dry_run: bool, as_json: bool) -> int:
 
 def export_model(checkpoint: Path, target: Path, *, copy: bool, dry_run: bool, as_json: bool) -> int:
     """The model alone, as a Hugging Face folder."""
-    saved = open_checkpoint(checkpoint)
+    found = find(checkpoint)
+    from sixfold.checkpoint.exporting import export, export_files
+    from sixfold.checkpoint.reading import Saved
+
+    saved = Saved(*found)
     names = export_files(saved) if dry_run else export(saved, target, link=not copy)
     if as_json:
         print_json({"folder": str(target), "files": list(names)})
@@ -103,6 +112,8 @@ def export_model(checkpoint: Path, target: Path, *, copy: bool, dry_run: bool, a
 
 def import_checkpoint(source: Path, target: Path, *, dry_run: bool, as_json: bool) -> int:
     """A foreign checkpoint in native form."""
+    from sixfold.checkpoint.importing import import_folder, kind_of
+
     kind = kind_of(source)
     num_tensors = None if dry_run else import_folder(source, target)
     if as_json:

@@ -61,6 +61,9 @@ def build(
             asked = asked.model_copy(update={"sources": named})
         with progress_bar(shown=not as_json) as progress:
             corpus = prepare_at(into, asked, on_progress=progress, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on from what is done", err=True)
+        raise
     finally:
         shutil.rmtree(spooled, ignore_errors=True)
     _show_corpus(corpus, as_json=as_json)

@@ -139,7 +139,7 @@ def ckpt_gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove older checkpoints and what broken saves left. Not while a run saves into the folder."""
-    from sixfold.checkpoint import Keep
+    from sixfold.checkpoint.retention import Keep
     from sixfold.cli.ckpt import collect
 
     raise typer.Exit(collect(folder, keep=Keep(keep_last, keep_every), dry_run=dry_run, as_json=as_json))

@@ -57,24 +57,33 @@ def _as_lines() -> Callable[[str, float], None]:
     return show
 
 
-def write_timelines(file: Path, timelines: Mapping[str, Timeline], title: str) -> None:
-    """Draw timelines into the file that `--timeline` names: by its suffix a page, or a trace.
+_DRAWINGS: dict[str, Callable[[Mapping[str, Timeline], str], str]] = {
+    ".html": html_page,
+    ".json": lambda timelines, title: chrome_trace(timelines),
+}
+
+
+def check_drawing(file: Path | None) -> None:
+    """Refuse a file for `--timeline` that ends in something else than what can be drawn.
 
     Raises:
-        DataError: it has another suffix, or cannot be written.
+        DataError: it does.
     """
-    match file.suffix.lower():
-        case ".html":
-            text = html_page(timelines, title)
-        case ".json":
-            text = chrome_trace(timelines)
-        case _:
-            raise DataError(
-                f"--timeline {file} ends in {file.suffix!r}",
-                rule="a timeline is a page (.html), or a trace for Chrome's viewer and Perfetto (.json)",
-                fix=f"name it {file.with_suffix('.html').name}" if file.name else "name it timeline.html",
-            )
-    write_page(file, text, what="a timeline", option="--timeline")
+    if file is not None and file.suffix.lower() not in _DRAWINGS:
+        raise DataError(
+            f"--timeline {file} ends in {file.suffix!r}",
+            rule="a timeline is a page (.html), or a trace for Chrome's viewer and Perfetto (.json)",
+            fix=f"name it {file.with_suffix('.html').name}" if file.name else "name it timeline.html",
+        )
+
+
+def write_timelines(file: Path, timelines: Mapping[str, Timeline], title: str) -> None:
+    """Draw timelines into the file that `--timeline` names, which `check_drawing` has passed.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    write_page(file, _DRAWINGS[file.suffix.lower()](timelines, title), what="a timeline", option="--timeline")
 
 
 def write_page(file: Path, text: str, *, what: str, option: str) -> None:

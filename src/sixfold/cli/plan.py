@@ -17,6 +17,7 @@ from sixfold.base.units import bytes_text, duration_text, milliseconds_text
 from sixfold.cli.output import print_json, write_timelines
 from sixfold.cli.train import decide_launch
 from sixfold.config import Config, Resolved
+from sixfold.data.corpus import built_corpus
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.monitor.hardware import peak_flops
 from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
@@ -50,8 +51,10 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
     config = resolved.config
     world_size = ranks or config.launch.ranks
     assert world_size is not None, "decided above"
-    # The corpus is not there yet, and may offer fewer entries.
-    model = build_model(config, config.data.vocab_size or DEFAULT_SIZE)
+    corpus = built_corpus(config.data)
+    # One that is not there yet may offer fewer entries.
+    entries = corpus.vocab_size if corpus is not None else config.data.vocab_size or DEFAULT_SIZE
+    model = build_model(config, entries)
     config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
     facts = module_facts(model, blocks=block_names(model, config.layout.blocks))

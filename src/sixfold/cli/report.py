@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from sixfold.base.errors import EXIT_DONE, DataError
-from sixfold.cli.output import print_json, write_page, write_timelines
+from sixfold.cli.output import check_drawing, print_json, write_page, write_timelines
 from sixfold.monitor.report.page import page
 from sixfold.monitor.report.story import Story, read_story
 from sixfold.simulate import Timeline
@@ -28,6 +28,7 @@ def report(
     Args:
         timeline: where the recorded updates are drawn besides.
     """
+    check_drawing(timeline)
     stories = [read_story(folder) for folder in runs]
     file = into or (runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME))
     text = page(stories)

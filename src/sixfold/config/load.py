@@ -127,7 +127,9 @@ def _near_files(path: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = sorted(
-        each.name for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file()
+        each.name
+        for each in folder.iterdir()
+        if each.suffix.lower() in SUFFIXES and each.is_file() and each.name != "pyproject.toml"
     )
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
     return [str(folder / name) for name in near if name != path.name]

@@ -259,8 +259,8 @@ class TrainConfig(Section):
     steps: Positive | None = None
     """Updates in the run."""
     minutes: Annotated[float, Field(gt=0.0)] | None = None
-    """Time for the updates, in place of `steps`: converted once, after a timed rehearsal, into a
-    number of steps that is written down."""
+    """Time for the updates, in place of `steps`; given at a resume, for those to come. A rehearsal makes it a
+    number of steps, which timed updates correct as they come. A resumed run keeps the last number."""
     eval_every: Positive | None = None
     """Updates between evaluations on the held-out part. Unset: only at the end."""
     prompt: str = "def "

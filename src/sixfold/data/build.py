@@ -12,15 +12,18 @@ import lzma
 import multiprocessing
 import os
 import shutil
+import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sixfold.base.errors import DataError
+from sixfold.base.errors import DataError, WorkerError
+from sixfold.base.units import bytes_text
 from sixfold.config.tree import DataConfig
 from sixfold.data.documents import Document, fetch
 from sixfold.data.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, CorpusRecord, FileRecord, PartRecord
@@ -68,6 +71,7 @@ def build(
 
     Raises:
         DataError: a document or tokenizer cannot be read.
+        WorkerError: a process was ended from outside; what is done stays.
         OSError: the disk is full, or the like; nothing is left then.
     """
     folder = entry.with_name(f"{entry.name}.building")
@@ -191,8 +195,14 @@ def _tokenize(pieces: Sequence[_Piece], how: tuple[Path, int, str], progress: Pr
                 each.result()
                 done += running[each].num_bytes
                 progress("tokenize", done / total)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise WorkerError(
+                    f"one of {min(workers, len(missing))} processes that tokenize was ended from outside",
+                    rule=f"each needs memory for some hundred times {bytes_text(PIECE_BYTES)} of text",
+                    fix="go on by the same command with fewer of them, for example --workers 1",
+                ) from error
             raise
 
 
@@ -202,6 +212,8 @@ _worker: tuple[Vocabulary, str] | None = None
 def _start_worker(tokenizer: Path, mark: int, field: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process on each core is parallel enough
+    # Ctrl-C comes to every process, and whoever waits for these would wait until their pieces are done.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _worker = load_vocabulary(tokenizer, mark), field
 
 

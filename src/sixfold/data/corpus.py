@@ -167,27 +167,32 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
     Raises:
         DataError: the folder holds something else, or cannot be written.
     """
+    if folder.exists() and not (folder / RECORD).exists():
+        raise _occupied(folder, "is no corpus", "")  # perhaps all that somebody has written
     selections = select(find_sources(config), config, on_progress)
     settings = {**_settings(config), "key": _content_key(selections, config)}
     if folder.exists():
-        if not (folder / RECORD).exists() or Corpus(folder).record.settings != settings:
-            raise DataError(
-                f"{folder} exists and holds something else than these texts under these settings",
-                rule="a corpus is built into a folder of its own and never changed afterwards",
-                fix="build into another folder, or remove this one",
-            )
+        if Corpus(folder).record.settings != settings:
+            why = "holds something else than these texts under these settings"
+            raise _occupied(folder, why, ", or remove this one")
         return Corpus(folder)
+    unfinished = folder.with_name(f"{folder.name}.building")
+    lock = folder.with_name(f"{folder.name}.lock")
     try:
-        unfinished = folder.with_name(f"{folder.name}.building")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            key = unfinished / "key"  # tells whose the pieces are
-            if not key.exists() or key.read_text() != settings["key"]:
-                shutil.rmtree(unfinished)
-                unfinished.mkdir()
-                key.write_text(str(settings["key"]))
-            build(folder, selections, config, settings, on_progress, workers)
-            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            try:
+                key = unfinished / "key"  # tells whose the pieces are
+                if not key.exists() or key.read_text() != settings["key"]:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    unfinished.mkdir()
+                    key.write_text(str(settings["key"]))
+                build(folder, selections, config, settings, on_progress, workers)
+            except OSError:
+                shutil.rmtree(unfinished, ignore_errors=True)  # it may be what filled the disk
+                raise
+            finally:
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"the corpus cannot be written to {folder}: {error}",
@@ -195,6 +200,14 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
             fix="free some space there, or name a folder that can be written",
         ) from error
     return Corpus(folder)
+
+
+def _occupied(folder: Path, why: str, besides: str) -> DataError:
+    return DataError(
+        f"{folder} exists and {why}",
+        rule="a corpus is built into a folder of its own and never changed afterwards",
+        fix=f"build into another folder{besides}",
+    )
 
 
 def built_corpus(config: DataConfig) -> Corpus | None:

@@ -48,7 +48,8 @@ class Failure:
         time: seconds since the epoch.
         kind: name of the exception's class, or "" when there was no exception.
         message: what the exception said, or how the process ended.
-        where: `file:line, in function` of the user's line; "" when unknown.
+        where: `file:line, in function` of the user's line; "" when unknown, or when none led to an error that
+            has a rule and a remedy.
         source: the text of that line.
         details: the traceback, or the end of the log where there is none.
         rule: the rule of a SixfoldError; else "".
@@ -211,7 +212,10 @@ def causal(failures: Sequence[Failure]) -> Failure:
 def render(
     cause: Failure, *, world_size: int, others: Sequence[Failure] = (), log: Path | None = None
 ) -> str:
-    """The message: within five lines rank, step, exception, problems and the user's line; then the rest."""
+    """The message: within five lines rank, step, exception, problems and the user's line; then the rest.
+
+    Of an error for users that no line of theirs led to, the rest is in the log alone.
+    """
     at = "before its first step" if cause.step is None else f"at step {cause.step}"
     if cause.kind == HANG:
         lines = [f"sixfold: {cause.headline}"]
@@ -227,6 +231,8 @@ def render(
         )
     if log is not None:
         lines.append(f"log: {log}")
+        if cause.rule and not cause.where and cause.kind != HANG:
+            return "\n".join([*lines, ""])
     return "\n".join([*lines, "", cause.details.rstrip(), ""])
 
 
@@ -262,13 +268,16 @@ def _without_launcher(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _users_line(error: BaseException, trace: TracebackType | None) -> tuple[str, str]:
-    """Place and text of the deepest frame outside libraries, else of the deepest."""
+    """Place and text of the deepest frame outside libraries, else of the deepest; none else of an error that
+    says itself what to change."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}", (error.text or "").strip()
     frames = list(traceback.walk_tb(trace))
     if not frames:
         return "", ""
     theirs = [(frame, line) for frame, line in frames if not is_library(frame.f_code.co_filename)]
+    if isinstance(error, SixfoldError) and not theirs:
+        return "", ""
     frame, line = (theirs or frames)[-1]
     code = frame.f_code
     text = linecache.getline(code.co_filename, line, frame.f_globals).strip()

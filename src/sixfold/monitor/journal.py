@@ -15,15 +15,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sixfold.base.errors import DataError
+
 FILE_NAME = "metrics.jsonl"
 
 _log = logging.getLogger(__name__)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order; lines cut short by a kill are left out."""
+    """The records of a metrics file in order, of no file none; lines cut short by a kill are left out.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}",
+            rule="the metrics of a run are a file of JSON lines in its folder",
+            fix=f"make it readable, or move {path} away",
+        ) from error
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         # A line torn by a kill may end inside a character or inside a number.
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -66,7 +82,7 @@ class Journal:
             # later, when the file is closed.
             self._file = self.path.open("ab", buffering=0)
             self._end = self._file.tell()
-        except OSError as error:
+        except (OSError, DataError) as error:
             self._failed(error)
 
     def _keep_until(self, step: int) -> None:
@@ -100,7 +116,8 @@ class Journal:
                 self._file.close()
             self._file = None
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: OSError | DataError) -> None:
         if not self._warned:
             self._warned = True
-            self._warn(f"metrics are not written to {self.path}: {error}; training goes on")
+            reason = error.given if isinstance(error, DataError) else error
+            self._warn(f"metrics are not written to {self.path}: {reason}; training goes on")

@@ -67,7 +67,7 @@ class Meter:
     """Turns updates into records with smoothed rates.
 
     Args:
-        total_steps: updates in the whole run.
+        total_steps: updates in the whole run; may be set later.
         flops_per_token: operations per target, forward and backward; None when unknown.
         peak_flops: operations per second that all ranks together can do; None when unknown.
         window: how many of the last updates a rate is the median of. A median, because the first
@@ -95,8 +95,15 @@ class Meter:
         self._memory_due = -math.inf
         self._clock = clock
         self._started: float | None = None
+        self.spent_s = 0.0
+        """What all updates took that were started here."""
         self._seconds: deque[float] = deque(maxlen=window)
         self._rates: deque[float] = deque(maxlen=window)
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds an update, the median of the last ones."""
+        return median(self._seconds)
 
     def start(self) -> None:
         """An update begins now."""
@@ -125,6 +132,7 @@ class Meter:
         # A clock may stand still between two readings; a rate must not divide by that zero.
         seconds = max(self._clock() - self._started, 1e-9)
         self._started = None
+        self.spent_s += seconds
         self._seconds.append(seconds)
         self._rates.append(tokens / seconds)
         tokens_per_s = median(self._rates)
@@ -140,7 +148,7 @@ class Meter:
             tokens_per_s=tokens_per_s,
             mfu=self._utilisation(tokens_per_s),
             memory_bytes=self._read_memory(),
-            eta_s=median(self._seconds) * max(self.total_steps - step, 0),
+            eta_s=self.pace_s * max(self.total_steps - step, 0),
             loss_scale=loss_scale,
             skipped=skipped,
             data_s=data_s,

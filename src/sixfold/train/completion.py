@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.base.errors import CheckpointError
-from sixfold.checkpoint import MODEL, Piece, latest, open_checkpoint
+from sixfold.checkpoint import MODEL, Piece, open_checkpoint
 from sixfold.checkpoint.weights import open_weights
 from sixfold.config import load
 from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
 from sixfold.models.generate import CachedDecoder, Reader, continue_with
 from sixfold.parallel import DTYPES
-from sixfold.train.folder import CHECKPOINTS, CONFIG, run_at
+from sixfold.train.folder import CONFIG, checkpoint_of
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
 
@@ -50,21 +50,7 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[nn.Module, V
     Raises:
         CheckpointError: there is no run, no complete checkpoint in it, or not the one that was asked for.
     """
-    folder = run_at(folder)
-    if checkpoint is not None and not checkpoint.is_dir():
-        saved = latest(folder / CHECKPOINTS)
-        raise CheckpointError(
-            f"--checkpoint {checkpoint} is no folder",
-            rule="a checkpoint of the run is named by its folder; unset, it is the newest",
-            fix=f"give --checkpoint {saved}" if saved is not None else "leave --checkpoint out",
-        )
-    newest = checkpoint or latest(folder / CHECKPOINTS)
-    if newest is None:
-        raise CheckpointError(
-            f"{folder / CHECKPOINTS} holds no complete checkpoint",
-            rule="texts are continued by the model of a checkpoint",
-            fix="let the run come to its first save, or set checkpoint.every",
-        )
+    newest = checkpoint_of(folder, checkpoint)
     vocabulary = vocabulary_of(folder)
     config = load(folder / CONFIG).config
     module = build_model(config, vocabulary.size, device="cpu")

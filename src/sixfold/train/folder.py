@@ -5,12 +5,14 @@ Made by rank 0 or by the launcher; read again by `--resume`. It knows names of f
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from pathlib import Path
 
-from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.base.errors import CheckpointError, ConfigError, SaveError
+from sixfold.checkpoint import latest
 from sixfold.config import Resolved
 
 CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
@@ -98,11 +100,54 @@ def run_at(folder: Path) -> Path:
     return folder
 
 
+def checkpoint_of(folder: Path, asked: Path | None) -> Path:
+    """The checkpoint of a run that was `asked` for; None for the newest.
+
+    Raises:
+        CheckpointError: there is no run, no complete checkpoint in it, or not the one that was asked for.
+    """
+    run_at(folder)
+    if asked is not None and asked.is_dir():
+        return asked
+    newest = latest(folder / CHECKPOINTS)
+    if asked is not None:
+        raise CheckpointError(
+            f"--checkpoint {asked} is no folder",
+            rule="a checkpoint of the run is named by its folder; unset, it is the newest",
+            fix=f"give --checkpoint {newest}" if newest is not None else "leave --checkpoint out",
+        )
+    if newest is None:
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS} holds no complete checkpoint",
+            rule="texts are continued by the model of a checkpoint",
+            fix="let the run come to its first save, or set checkpoint.every",
+        )
+    return newest
+
+
 def write_config(folder: Path, resolved: Resolved) -> None:
-    """Write the resolved configuration with the origin of every value."""
-    temporary = folder / f".{CONFIG}.{os.getpid()}"
-    temporary.write_text(resolved.to_toml())
-    temporary.replace(folder / CONFIG)
+    """Write the resolved configuration with the origin of every value; see `write_file`."""
+    write_file(folder / CONFIG, resolved.to_toml().encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run folder. A kill or a full disk leaves what was there before.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(
+            f"{path} cannot be written: {error.strerror}",
+            rule="a run keeps its configuration, vocabulary and checkpoints in its folder",
+            fix="free some space there, or give --into or train.folder a place that has some",
+        ) from error
 
 
 def _refuse_second_run(folder: Path) -> None:

@@ -36,6 +36,7 @@ from sixfold.train.completion import Sampling, continuations
 from sixfold.train.compute import unmeasured_compute
 from sixfold.train.facts import facts_of
 from sixfold.train.folder import make_folder, write_config
+from sixfold.train.length import TimeBudget
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
 from sixfold.train.samples import samples_of
@@ -44,6 +45,8 @@ from sixfold.train.vocabulary import keep_vocabulary
 
 RECORDED = 10
 """The update of this process that is recorded, or its last: memory and code paths are warm by then."""
+TELLING = 0.1
+"""Part by which the length of a run changes for it to be told; metrics.jsonl has every change."""
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
 
@@ -68,14 +71,14 @@ def train(request: job.Request, session: Session) -> None:
             own.append(Adapters())
         callbacks: Sequence[Callback] = (Metrics(run), *own, Checkpoints(run), Evaluations(run))
         _tell_compiled(run)
-        _settle_steps(run)
+        budget = _settle_length(run)
         if run.is_first:
             write_config(run.folder, run.resolved)
             keep_vocabulary(run.folder, run.corpus)
             names, settings = run.resolved.config.monitor.sinks, flat(run.resolved.config)
             run.sinks = Sinks(names, run.folder, settings, warn=console.say)
             run.record({"facts": facts_of(run)})
-        finished = _updates(run, session, callbacks)
+        finished = _updates(run, session, callbacks, budget)
         for callback in callbacks:
             callback.at_end(run, finished)
         if finished:
@@ -179,8 +182,8 @@ def _tell_compiled(run: Run) -> None:
     )
 
 
-def _settle_steps(run: Run) -> None:
-    """Turn a time budget into a number of updates, once, by a timed rehearsal."""
+def _settle_length(run: Run) -> TimeBudget | None:
+    """Settle how many updates the run has: as asked, or as many as fill the time by a rehearsal."""
     asked = run.resolved.config.train
     if asked.steps is None and asked.minutes is None:
         raise ConfigError(
@@ -188,18 +191,41 @@ def _settle_steps(run: Run) -> None:
             rule="a run ends after a number of updates or after a time",
             fix="set train.steps = 300 or train.minutes = 3",
         )
-    if asked.steps is None:
-        assert asked.minutes is not None, "checked above"
-        seconds = _seconds_per_update(run)
-        steps = max(run.engine.num_steps + 1, round(asked.minutes * 60 / seconds))
-        run.resolved = run.resolved.decide(
-            {"train.steps": steps},
-            f"{asked.minutes:g} minutes at {seconds:.3f} s an update, as rehearsed",
+    if asked.steps is not None:
+        run.end_after(asked.steps)
+        return None
+    assert asked.minutes is not None, "checked above"
+    budget = TimeBudget(asked.minutes * 60, run.engine.num_steps)
+    pace_s = _seconds_per_update(run)
+    run.end_after(budget.guess(pace_s), f"{_time_text(asked.minutes, pace_s)} an update, as rehearsed")
+    run.say(
+        f"length      {run.total_steps} updates in {_time_text(asked.minutes, pace_s)} each, as rehearsed"
+    )
+    return budget
+
+
+def _correct_length(run: Run, budget: TimeBudget, meter: Meter) -> None:
+    """Settle it anew by the updates so far, to the same number on every rank; what is complete stays so."""
+    step, before = run.engine.num_steps, run.total_steps
+    if step == before:
+        return
+    sums = run.engine.mesh.total(meter.spent_s, meter.pace_s)
+    spent_s, pace_s = (each / run.engine.mesh.world_size for each in sums)
+    length = budget.correct(step, spent_s=spent_s, pace_s=pace_s)
+    if length == before:
+        return
+    minutes = budget.seconds / 60
+    run.end_after(length, f"{_time_text(minutes, pace_s)} an update, as measured by update {step}")
+    meter.total_steps = length
+    run.record({"step": step, "length": length, "seconds_per_update": pace_s})
+    if abs(length - before) > TELLING * before:
+        run.say(
+            f"length      {length} updates, not {before}, fill {minutes:g} minutes: {pace_s:.3f} s each now"
         )
-        run.say(f"length      {steps} updates in {asked.minutes:g} minutes at {seconds:.3f} s each")
-    run.total_steps = run.resolved.config.train.steps or 0
-    run.console.total_steps = run.total_steps
-    run.engine.learning_rate = run.engine.learning_rate.ending_at(run.total_steps)
+
+
+def _time_text(minutes: float, pace_s: float) -> str:
+    return f"{minutes:g} minutes at {pace_s:.3f} s"
 
 
 def _seconds_per_update(run: Run) -> float:
@@ -217,17 +243,17 @@ def _seconds_per_update(run: Run) -> float:
     return run.engine.mesh.total(best)[0] / run.engine.mesh.world_size
 
 
-def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
+def _updates(run: Run, session: Session, callbacks: Sequence[Callback], budget: TimeBudget | None) -> bool:
     """Update until the end; False when asked to stop before it."""
     meter, dispatcher = _meter(run), run.engine.mesh.dispatcher
     targets = run.batch.size * run.resolved.config.data.sequence_length
-    recorded = min(run.engine.num_steps + RECORDED, run.total_steps)
+    recorded = run.engine.num_steps + RECORDED
     while run.engine.num_steps < run.total_steps:
         meter.start()
         began, blocked = time.perf_counter(), dispatcher.blocked_s
         batch = run.next_batch()
         data_s = time.perf_counter() - began
-        loss = _step(run, batch, is_recorded=run.engine.num_steps + 1 == recorded)
+        loss = _step(run, batch, is_recorded=run.engine.num_steps + 1 == min(recorded, run.total_steps))
         assert run.engine.last is not None, "train_step leaves a result"
         record = meter.stop(
             run.engine.num_steps,
@@ -245,6 +271,12 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback]) -> bool:
         # Ranks learn of a signal at different moments; they stop after the same update.
         if run.engine.mesh.any(session.stop_requested):
             return run.engine.num_steps >= run.total_steps
+        if (
+            budget is not None
+            and budget.is_due(run.engine.num_steps)
+            and run.engine.num_steps < run.total_steps
+        ):
+            _correct_length(run, budget, meter)
     return True
 
 

@@ -72,7 +72,7 @@ def preview(config: Config, corpus: Corpus, step: int, run_folder: Path | None =
 
 def _consumed(run_folder: Path | None) -> dict[int, int]:
     """Samples consumed after each update that the run has recorded."""
-    if run_folder is None or not (run_folder / FILE_NAME).exists():
+    if run_folder is None:
         return {}
     records = read_records(run_folder / FILE_NAME)
     return {one["step"]: one["samples"] for one in records if "step" in one and "samples" in one}

@@ -71,7 +71,7 @@ def stand(folder: Path, resolved: Resolved) -> Standing:
         raise CheckpointError(
             f"{folder / CHECKPOINTS} holds no complete checkpoint",
             rule="a run is resumed from its newest complete checkpoint",
-            fix="start it anew without --resume; it was stopped before its first save",
+            fix=f"start it anew in another folder, or remove {folder}: it was stopped before its first save",
         )
     changes = _changes(folder, resolved)
     _refuse_another_model(folder, changes)
@@ -116,6 +116,5 @@ def _refuse_another_model(folder: Path, changes: dict[str, str]) -> None:
 
 def _is_measured(folder: Path, step: int) -> bool:
     """Whether the held-out part was measured after this update; a run may have ended just before."""
-    file = folder / FILE_NAME
-    records = read_records(file) if file.exists() else []
+    records = read_records(folder / FILE_NAME)
     return any(one.get("step") == step and "held_out_bits_per_byte" in one for one in records)

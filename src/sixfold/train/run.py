@@ -44,10 +44,24 @@ class Run:
     journal: Journal | None = None
     sinks: Sinks | None = None
 
+    def __post_init__(self) -> None:
+        self._asked = self.resolved
+
     @property
     def is_first(self) -> bool:
         """Whether this rank writes files and talks."""
         return self.engine.mesh.rank == 0
+
+    def end_after(self, steps: int, why: str | None = None) -> None:
+        """Make `steps` the number of updates in the whole run: for its end, its schedule and what is shown.
+
+        Args:
+            why: the reason where it was decided, and not asked for; it may be decided anew.
+        """
+        if why is not None:
+            self.resolved = self._asked.decide({"train.steps": steps}, why)
+        self.total_steps = self.console.total_steps = steps
+        self.engine.learning_rate = self.engine.learning_rate.ending_at(steps)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Write one record of JSON values down, once over all ranks."""

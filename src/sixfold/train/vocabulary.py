@@ -12,16 +12,17 @@ from sixfold.base.errors import DataError
 from sixfold.data.corpus import Corpus
 from sixfold.data.record import TOKENIZER
 from sixfold.data.tokenizer import Vocabulary, load_vocabulary
+from sixfold.train.folder import write_file
 
 _SETTINGS = "tokenizer_config.json"
 
 
 def keep_vocabulary(folder: Path, corpus: Corpus) -> None:
-    """Write it into a run folder."""
+    """Write it into a run folder; see `write_file`."""
     mark = corpus.vocabulary.tokenizer.id_to_token(corpus.document_mark)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": mark, "bos_token": mark}
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=1))
-    (folder / TOKENIZER).write_bytes((corpus.folder / TOKENIZER).read_bytes())
+    write_file(folder / _SETTINGS, json.dumps(settings, indent=1).encode())
+    write_file(folder / TOKENIZER, (corpus.folder / TOKENIZER).read_bytes())
 
 
 def vocabulary_of(folder: Path) -> Vocabulary:

@@ -103,7 +103,7 @@ def read_story(folder: Path) -> Story:
             rule="a report is made of run folders",
             fix="name a folder that `sixfold train` made, for example runs/*",
         )
-    records = read_records(metrics) if metrics.exists() else []
+    records = read_records(metrics)
     updates = tuple(one for one in records if "loss" in one and "step" in one)
     if not updates:
         raise DataError(
