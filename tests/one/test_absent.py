@@ -39,6 +39,12 @@ def _multiplied(parameter: nn.Parameter) -> None:
     parameter.mul_(2)
 
 
+@torch.no_grad()
+def _set(model: nn.Sequential, parameter: nn.Parameter) -> None:
+    parameter.set_(torch.zeros(4, 4))  # type: ignore[call-overload]  # torch asks no class here
+    model(torch.ones(2, 4))
+
+
 def three() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
 
@@ -89,6 +95,16 @@ TOUCHES: dict[str, Touch] = {
     "zeros_like": lambda m, p: torch.zeros_like(p),
     "from_dlpack": lambda m, p: torch.from_dlpack(p),
     "weight norm": lambda m, p: nn.utils.parametrizations.weight_norm(m[0]),
+    "copy": lambda m, p: copy.copy(p),
+    "format": lambda m, p: f"{p}",
+    "in-place operator": lambda m, p: p.__iadd__(1),
+    "transposed": lambda m, p: p.T,
+    "foreach": lambda m, p: torch._foreach_norm(list(m.parameters())),
+    "as_tensor": lambda m, p: torch.as_tensor(p).sum(),
+    "other numbers": lambda m, p: _set(m, p),
+    "averaged model": lambda m, p: torch.optim.swa_utils.AveragedModel(m),
+    "functional call": lambda m, p: torch.func.functional_call(m[0], {"weight": p}, torch.ones(2, 4)),
+    "stacked state": lambda m, p: torch.func.stack_module_state([m[0], m[1]]),
     "the block alone": lambda m, p: m[0](torch.ones(2, 4)),
 }
 """By what a user might do: the model and one of its parameters."""

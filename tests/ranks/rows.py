@@ -22,3 +22,18 @@ def on(*sizes: int) -> list[tuple[str, int]]:
         for name, layout in RESIDENCIES.items()
         for ranks in ((4,) if "shard" in layout else sizes)
     ]
+
+
+def carried(*sizes: int) -> list[tuple[str, int, str]]:
+    """`on`, with each transport: (residency, ranks, transport). One rank exchanges nothing by either."""
+    return [
+        (name, ranks, transport)
+        for name, ranks in on(*sizes)
+        for transport in ("host", "network")
+        if ranks > 1 or transport == "network"
+    ]
+
+
+def layout_of(residency: str, ranks: int, transport: str) -> dict[str, Any]:
+    """What `layout` says of one of these."""
+    return RESIDENCIES[residency] | ({"transport": transport} if ranks > 1 else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import MeshError, StateError
 from sixfold.engine import Engine
-from tests.ranks import plain, towers
+from sixfold.testing import Pool
+from tests.ranks import plain, rows, towers
 from tests.ranks.towers import Block, Tower
 
 BOUND = 1e-10
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    *({"zero": zero} for zero in range(4)),
-    {"zero": 3, "shard": 2},
-    {"zero": 3, "shard": 2, "gradients": "all", "optimizer": "all"},
-)
+BF16 = {"compute": "bf16"}
 
 
 # Edits.
@@ -34,6 +32,16 @@ def reinitialised(model: nn.Module) -> None:
             nn.init.constant_(parameter, 0.125)
 
 
+def reset(model: Any, rank: int | None = None) -> None:
+    """By the modules' own rules, which draw: unlike numbers on each rank, of which rank 0's count."""
+    if rank is None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rank)
+        for block in model.blocks:
+            block.up.reset_parameters()
+
+
 EDITS: dict[str, Callable[[Any], object]] = {
     "clamp_": lambda model: [parameter.clamp_(-0.1, 0.1) for parameter in model.parameters()],
     "mul_": lambda model: model.blocks[0].up.weight.mul_(0.5),
@@ -42,34 +50,45 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "load_state_dict": lambda model: model.load_state_dict(
         {name: 0.9 * tensor for name, tensor in model.state_dict().items()}
     ),
+    "reset_parameters": reset,
     "one number": lambda model: model.blocks[1].down.bias.__setitem__(2, 1.0),
 }
 
 
-@pytest.mark.ranks(1, 4, timeout_s=60)
-@pytest.mark.parametrize("precision", [{}, {"compute": "bf16"}])
-def test_edits_of_gathered_parameters_hold(precision: dict[str, str], num_ranks: int) -> None:
-    found: list[dict[str, Tensor]] = []
-    layouts = LAYOUTS if num_ranks > 1 else LAYOUTS[:4]
-    for layout in layouts:
-        engine = towers.start(lambda: Tower(2), layout, precision=precision)
-        for edit in EDITS.values():
-            towers.step(engine, "even")
-            with engine.gathered() as model:
-                edit(model)
+@pytest.mark.parametrize("case", rows.carried(1, 2, 3), ids=str)
+def test_edits_of_gathered_parameters_hold(case: tuple[str, int, str], rank_pool: Pool) -> None:
+    for found in rank_pool.run(edit_gathered, rows.layout_of(*case), {}, ranks=case[1], timeout_s=60):
+        assert plain.farthest(found, edited()) < BOUND
+
+
+@pytest.mark.parametrize("case", rows.carried(2), ids=str)
+def test_edits_beside_wider_masters_hold(case: tuple[str, int, str], rank_pool: Pool) -> None:
+    """As on one rank, but for the order of sums, which shows in bf16."""
+    expected = edited_in_bf16(rank_pool)
+    for found in rank_pool.run(edit_gathered, rows.layout_of(*case), BF16, ranks=case[1], timeout_s=60):
+        assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 2e-2
+
+
+@cache
+def edited_in_bf16(pool: Pool) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = pool.run(edit_gathered, {"zero": 0}, BF16, ranks=1)[0]
+    return whole
+
+
+def edit_gathered(layout: dict[str, Any], precision: dict[str, str]) -> dict[str, Tensor]:
+    engine = towers.start(lambda: Tower(2), layout, precision=precision)
+    for edit in EDITS.values():
         towers.step(engine, "even")
-        found.append(engine.full_state_dict())
-    if precision:
-        # In bf16 the order of sums shows; without it, edits alone would have to agree to the bit.
-        worst = max(float((each[name] - found[0][name]).abs().max()) for each in found for name in each)
-        assert worst < 2e-2
-        return
-    reference = edited(num_ranks)
-    for layout, whole in zip(layouts, found, strict=True):
-        assert plain.farthest(whole, reference) < BOUND, layout
+        with engine.gathered() as model:
+            edit(model)
+    towers.step(engine, "even")
+    whole = engine.full_state_dict()
+    engine.close()
+    return whole
 
 
-def edited(ranks: int) -> nn.Module:
+@cache
+def edited() -> nn.Module:
     """The same in plain torch."""
     model = towers.seeded(lambda: Tower(2))
     optimizer = torch.optim.SGD(model.parameters(), **towers.RATE)
@@ -81,6 +100,70 @@ def edited(ranks: int) -> nn.Module:
             with torch.no_grad():
                 edit(model)
     return model
+
+
+@pytest.mark.parametrize("case", [case for case in rows.carried(1, 2, 3) if case[0] in "012"], ids=str)
+def test_whole_parameters_are_edited_at_any_time(case: tuple[str, int, str], rank_pool: Pool) -> None:
+    """By the same lines on every rank, which act once."""
+    for found in rank_pool.run(edit_whole, rows.layout_of(*case), ranks=case[1], timeout_s=60):
+        assert plain.farthest(found, edited()) < BOUND
+
+
+def edit_whole(layout: dict[str, Any]) -> dict[str, Tensor]:
+    engine = towers.start(lambda: Tower(2), layout)
+    model: Any = engine.module
+    for edit in EDITS.values():
+        towers.step(engine, "even")
+        with torch.no_grad():
+            reset(model, 0) if edit is reset else edit(model)
+    towers.step(engine, "even")
+    whole = engine.full_state_dict()
+    engine.close()
+    return whole
+
+
+@pytest.mark.parametrize("case", rows.carried(1, 2, 3), ids=str)
+def test_averages_of_ones_own_are_swapped_in_and_out(case: tuple[str, int, str], rank_pool: Pool) -> None:
+    """An evaluation with other weights in between changes nothing of training."""
+    reference, means = towers.seeded(lambda: Tower(2)), towers.seeded(lambda: Tower(2))
+    optimizer = torch.optim.SGD(reference.parameters(), **towers.RATE)
+    losses = []
+    for number in range(3):
+        optimizer.zero_grad()
+        towers.mean_square(reference(towers.data(number)), None).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mean, parameter in zip(means.parameters(), reference.parameters(), strict=True):
+                mean.lerp_(parameter, 0.5)
+            losses.append(towers.mean_square(means(towers.data(number)), None).item())
+    for found, evaluated in rank_pool.run(swap_averages, rows.layout_of(*case), ranks=case[1], timeout_s=60):
+        assert evaluated == pytest.approx(losses, rel=1e-12)
+        assert plain.farthest(found, reference) < BOUND
+
+
+def swap_averages(layout: dict[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
+    engine = towers.start(lambda: Tower(2), layout)
+    averages, losses = engine.full_state_dict(), []
+    for number in range(3):
+        towers.step(engine, "even")
+        for name, numbers in engine.full_state_dict().items():
+            averages[name].lerp_(numbers, 0.5)
+        kept = swapped(engine, averages)
+        mine = towers.parts(number, engine.data_ranks, "even")[engine.data_rank]
+        losses.append(engine.eval_step((torch.cat(mine),)).loss)
+        swapped(engine, kept)
+    whole = engine.full_state_dict()
+    engine.close()
+    return whole, losses
+
+
+def swapped(engine: Engine, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was there before, in exchange for `numbers`."""
+    with engine.gathered() as model:
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.copy_(numbers[name])
+    return before
 
 
 @pytest.mark.ranks(2)

@@ -4,17 +4,16 @@ checkpoints that load in any other."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sixfold
 from sixfold.checkpoint import open_checkpoint
 from sixfold.engine import Engine
-from sixfold.mesh import Pending, Replicas
-from sixfold.plan import PRESETS, Memory, cut_units, persistent_memory
+from sixfold.plan import PRESETS, Memory, persistent_memory
 from sixfold.testing import Pool
 from tests.ranks import plain, towers
 
@@ -193,64 +192,3 @@ def test_bytes_per_parameter_are_those_of_the_table() -> None:
         assert engine.memory() == expected == persistent_memory(engine.plan, num_moments=2), case
         working = towers.live_bytes(engine)
         assert working == (0 if engine.plan.residency.parameters else expected.parameters), case
-
-
-# Shapes and types that do not divide.
-
-
-# What cannot be done, and what would be noticed.
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *({"zero": zero} for zero in PRESETS),
-        *({"zero": zero, "transport": "network"} for zero in PRESETS),
-        {"zero": 3, "shard": 2},
-        {**SECONDARY, "transport": "network"},
-    ],
-)
-def test_every_lost_reduction_shows(layout: Layout, rank_pool: Pool) -> None:
-    rank_pool.run(lose_reductions, layout, ranks=4 if "shard" in layout else 2, timeout_s=60)
-
-
-def lose_reductions(layout: Layout) -> None:
-    reference = plain.plain_run("decoder", torch.float64, 2, "sgd", 1, None).model
-    share = plain.NUM_SAMPLES // torch.distributed.get_world_size()
-    real, calls = Replicas.prepare_sum_up, 0
-
-    def run(lost: int | None) -> float:
-        nonlocal calls
-        calls = 0
-
-        class Counted(Pending):
-            def __init__(self, summing: Pending) -> None:
-                super().__init__()
-                self.summing = summing
-
-            def start(self) -> Self:
-                nonlocal calls
-                calls += 1
-                self.is_lost = calls - 1 == lost
-                if not self.is_lost:
-                    self.summing.start()
-                return self
-
-            def wait(self) -> None:
-                if not self.is_lost:
-                    self.summing.wait()
-
-        def prepare(replicas: Replicas, partial: Tensor, after: Any, into: Tensor | None) -> Pending:
-            return Counted(real(replicas, partial, after, into))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cut_units, "__defaults__", (4096,))
-            patch.setattr(Replicas, "prepare_sum_up", prepare)
-            engine = start("decoder", layout, "sgd", 1, micro=-(-share // 2))
-            train(engine, "decoder", 2, "even")  # so that every rank has something to add to every sum
-            return plain.farthest(engine.full_state_dict(), reference)
-
-    assert run(None) < 1e-10
-    assert calls > 4
-    for lost in range(calls):
-        assert run(lost) > 1e-6, lost

@@ -27,6 +27,7 @@ from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.flat import range_in, zero_between
 from sixfold.state.making import kind_of
+from sixfold.state.slice_state import SliceState
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
 
@@ -89,11 +90,23 @@ class BoundOptimizer:
         self._state = state
         self.average = average
         self._is_stepping = False
+        self._names = {
+            id(parameter): slot.name
+            for unit in state.trained
+            for parameter, slot in zip(unit.parameters, unit.plan.slots, strict=True)
+        }
         self._bound = {inner: _ids_in(inner) for inner in inners}
         for inner in inners:
             inner.register_step_pre_hook(self._before_step)
             inner.register_load_state_dict_pre_hook(_before_loading)
         self.base_lrs = [float(group["lr"]) for group in self._groups()]
+        self._lrs = list(self.base_lrs)
+
+    def guard(self) -> None:
+        """Have the optimizers refuse state by parameter; again, where theirs was replaced."""
+        for inner in self.inners:
+            if not isinstance(inner.state, SliceState):
+                inner.state = SliceState.guarding(inner.state, self._names)
 
     @property
     def kind(self) -> str:
@@ -110,6 +123,7 @@ class BoundOptimizer:
             StateError: one of them is not whole; see `GradientSums.check_whole`.
         """
         self._state.sums.check_whole()
+        self.guard()
         for run in self._runs:
             grad = run.grad
             run.tensor.grad = grad if grad.dtype == run.tensor.dtype else grad.to(run.tensor.dtype)
@@ -138,9 +152,22 @@ class BoundOptimizer:
             )
 
     def set_lr(self, factor: float) -> None:
-        """Set every group's learning rate to `factor` of its peak."""
-        for group, base in zip(self._groups(), self.base_lrs, strict=True):
-            group["lr"] = base * factor
+        """Set every group's learning rate to `factor` of its peak.
+
+        Raises:
+            StateError: somebody else has set one, which would be lost.
+        """
+        found = [float(group["lr"]) for group in self._groups()]
+        if found != self._lrs:
+            raise StateError(
+                f"learning rates {found} of the optimizer's groups, where {self._lrs} were set",
+                rule="a schedule that moves sets the rate of each group before every update",
+                fix='leave them to it; or set lr_schedule.name = "constant" and lr_schedule.warmup_steps = 0, '
+                'and change group["lr"] yourself',
+            )
+        self._lrs = [base * factor for base in self.base_lrs]
+        for group, lr in zip(self._groups(), self._lrs, strict=True):
+            group["lr"] = lr
 
     @property
     def clip_norms(self) -> list[float | None]:
@@ -271,6 +298,7 @@ class BoundOptimizer:
             for key, value in settings.items():
                 if key in group:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
+        self._lrs = [float(group["lr"]) for group in self._groups()]
 
 
 def _ids_in(optimizer: Optimizer) -> list[int]:
@@ -326,6 +354,7 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
     for name, key, start, part in pieces:
         part.view(-1).copy_(initial[name][key].reshape(-1)[start : start + part.numel()])
     bound.adopt_state(blank)
+    bound.guard()
     return bound
 
 
