@@ -162,7 +162,7 @@ class BoundOptimizer:
             raise StateError(
                 f"learning rates {found} of the optimizer's groups, where {self._lrs} were set",
                 rule="a schedule that moves sets the rate of each group before every update",
-                fix='leave them to it; or set lr_schedule.name = "constant" and lr_schedule.warmup_steps = 0, '
+                fix='leave them to it, or set lr_schedule.name = "constant" and lr_schedule.warmup_steps = 0 '
                 'and change group["lr"] yourself',
             )
         self._lrs = [base * factor for base in self.base_lrs]
