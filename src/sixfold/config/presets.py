@@ -17,7 +17,8 @@ VOCABULARY = 4096
 """Entries that the embedding is counted with."""
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 _SMALLEST, _LARGEST = 1e6, 1e12
-# The recipe's model and rate; a rate falls with the square root of the number of parameters.
+# Parameters of six layers of width 256, and a rate that serves them; rates fall with the square root of the
+# number of parameters.
 _REFERENCE_PARAMETERS, _REFERENCE_LR = 5.5e6, 3e-3
 
 
