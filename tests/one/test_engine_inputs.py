@@ -277,7 +277,7 @@ class _Showing(torch.optim.SGD):
     """Has a property where torch has an attribute."""
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.__dict__.setdefault("own", defaultdict(dict))
 
     @state.setter
@@ -287,7 +287,7 @@ class _Showing(torch.optim.SGD):
 
 
 class _Copying(_Showing):
-    @_Showing.state.setter  # type: ignore[misc,attr-defined]
+    @_Showing.state.setter
     def state(self, value: Any) -> None:
         self.__dict__["own"] = defaultdict(dict, value)
 
