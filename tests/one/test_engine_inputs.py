@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,8 +241,102 @@ def test_the_optimizer_is_stepped_by_the_engine_alone() -> None:
     optimizer.param_groups[0]["params"] = params
     engine.train_step(X)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(StateError, match="added"):
+    with pytest.raises(StateError, match=r"1 tensor\(s\) were added to it, 0 taken out"):
         engine.train_step(X)
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_a_group_that_came_later_is_told_before_its_rate(added: int) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"lr_schedule": {"warmup_steps": 4}}
+    engine = sixfold.initialize(model, config=config, optimizer=optimizer, loss_fn=_mean_square)
+    engine.train_step(X)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))] * added})
+    with pytest.raises(
+        StateError, match=rf"{added} tensor\(s\) were added to it, 0 taken out; it has 2 group\(s\) of 1"
+    ):
+        engine.train_step(X)
+    del optimizer.param_groups[1]
+    engine.train_step(X)
+
+
+class _Sharing(torch.optim.Optimizer):
+    """Wraps another optimizer and has its state and its groups."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self.param_groups, self.state = base.param_groups, base.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+
+class _Showing(torch.optim.SGD):
+    """Has a property where torch has an attribute."""
+
+    @property
+    def state(self) -> Any:
+        return self.__dict__.setdefault("own", defaultdict(dict))
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if "own" in self.__dict__:
+            raise AttributeError("read-only")
+
+
+class _Copying(_Showing):
+    @_Showing.state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["own"] = defaultdict(dict, value)
+
+
+@pytest.mark.parametrize("kind", [_Showing, _Copying])
+def test_an_optimizer_whose_state_cannot_be_set_is_refused(kind: type[torch.optim.SGD]) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = kind(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(StateError, match=rf"the state of {kind.__name__} is not what it was set to"):
+        sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_state_that_a_wrapper_shares_is_refused_before_it_is_missed(
+    kind: type[torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Adagrad makes its own in its constructor, and fails where it finds none."""
+    model = nn.Linear(2, 1)
+    optimizer = _Sharing(kind(model.parameters(), lr=0.1))  # type: ignore[call-arg]
+    engine = sixfold.initialize(model, optimizer=optimizer, loss_fn=_mean_square)
+    match = "the state of _Sharing was written into the dictionary it had before initialize"
+    with pytest.raises(StateError, match=match):
+        engine.train_step(X)
+    with pytest.raises(StateError, match=match):
+        engine.save(tmp_path / "saved")
+
+
+class _Counting(torch.optim.SGD):
+    """Counts on a default of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.state = defaultdict(lambda: {"seen": torch.zeros(())})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                self.state[tensor]["seen"] += 1
+        super().step()
+
+
+def test_a_default_of_its_own_is_kept() -> None:
+    model = nn.Linear(2, 1)
+    engine = sixfold.initialize(model, optimizer=_Counting(model.parameters()), loss_fn=_mean_square)
+    for _ in range(2):
+        engine.train_step(X)
+    assert [float(state["seen"]) for state in engine.optimizer.state.values()] == [2.0] * len(
+        engine.optimizer.state
+    )
 
 
 class _WithoutRate(torch.optim.Optimizer):
@@ -390,6 +485,8 @@ def test_edits_that_are_refused_are_undone_all_at_once_and_change_no_update(loop
         )
     x = torch.ones(3, 2)
     engine.train_step(x)
+    names = [slot.name for unit in engine.plan.units for slot in unit.slots]
+    first = min("out.weight", "blocks.2.1.weight", key=names.index)
     before = engine.full_state_dict()
     if loop == "step":
         engine.backward(_mean_square(engine(x), x))
@@ -398,7 +495,8 @@ def test_edits_that_are_refused_are_undone_all_at_once_and_change_no_update(loop
         model.out.weight.fill_(7.0)
         if loop == "step":  # nothing runs before all are looked at
             model.blocks[2][1].weight.fill_(7.0)  # type: ignore[index]
-    with pytest.raises(StateError, match="changed in place during a forward or backward"):
+    edited = "weight" if loop == "train_step" else first
+    with pytest.raises(StateError, match=f"{edited} changed in place during a forward or backward"):
         engine.step() if loop == "step" else engine.train_step(x)
     after = engine.full_state_dict()
     assert all(torch.equal(after[name], each) for name, each in before.items())

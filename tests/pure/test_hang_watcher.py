@@ -1,10 +1,14 @@
-"""Which rank tells a verdict when the store of the run ends while it is being made."""
+"""Which rank tells a verdict when the store of the run ends while it is being made, or before."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ class Keeper:
     def __init__(self, end: Callable[[], None], *, before: bool) -> None:
         self.values: dict[str, Any] = {}
         self._end, self._before = end, before
-        self._has_ended = False
+        self.has_ended = False
 
     def set(self, key: str, value: Any, /) -> None:
         self._answer()
@@ -45,13 +49,13 @@ class Keeper:
         self._answer()
         if key == "verdict":
             self._end()
-            self._has_ended = True
+            self.has_ended = True
             if self._before:
                 self._answer()
         return str(self.values.setdefault(key, desired)).encode()
 
     def _answer(self) -> None:
-        if self._has_ended:
+        if self.has_ended:
             raise ConnectionError("the store has ended")
 
 
@@ -73,18 +77,42 @@ class Scene:
     """Ranks 0 and 2 wait for rank 1, which died of an exception; this is rank 2.
 
     Args:
-        last_words: how rank 0 ends when rank 2 has its verdict.
+        last_words: how rank 0 ends when rank 2 has its verdict; empty where it is killed.
         before: whether it ends before it has answered rank 2.
+        tells_deaths: as of `Watcher`.
     """
 
-    def __init__(self, folder: Path, *, last_words: str, before: bool) -> None:
+    def __init__(self, folder: Path, *, last_words: str, before: bool, tells_deaths: bool = True) -> None:
         self._folder, self._last_words = folder, last_words
+        self._tells_deaths = tells_deaths
         self._told: list[Verdict | None] = []
         self._is_told = threading.Event()
         self._rings = {0: Ring(), 1: Ring()}
         self._store = Keeper(self._end_of_zero, before=before)
 
     def told(self) -> list[Verdict | None]:
+        """What rank 2 tells of the death of rank 1."""
+        with self._watching() as (_, watched):
+            for ring in (self._rings[0], self._rings[1], watched.ring):
+                ring.post(TOPIC, 3, "train.py:9")
+            self._rings[1].write("end", "ended with ValueError: boom")
+            self._store.set("ring/1", self._rings[1].snapshot())
+            Path(self._path(1)).unlink()
+            assert self._is_told.wait(20)
+        return self._told
+
+    def told_of_a_broken_exchange(self) -> list[Verdict | None]:
+        """What rank 2 tells where rank 0 has ended first, and its store with it."""
+        with self._watching() as (watcher, watched):
+            for ring in (self._rings[1], watched.ring):
+                ring.post(TOPIC, 3, "train.py:9")
+            self._end_of_zero()
+            self._store.has_ended = True
+            watcher.explain(RuntimeError("connection reset by peer"))
+        return self._told
+
+    @contextmanager
+    def _watching(self) -> Iterator[tuple[Watcher, Watched]]:
         watched = Watched()
         watcher = Watcher(
             watched,
@@ -93,20 +121,19 @@ class Scene:
             world_size=3,
             timeouts={"step": 1.0},
             tell=self._tell,
+            tells_deaths=self._tells_deaths,
             folder=self._folder,
         )
-        for rank in self._rings:
-            self._rings[rank].share(self._path(rank))
-        while len(watched.neighbours) < 2:
-            time.sleep(0.01)
-        for ring in (self._rings[0], self._rings[1], watched.ring):
-            ring.post(TOPIC, 3, "train.py:9")
-        self._rings[1].write("end", "ended with ValueError: boom")
-        self._store.set("ring/1", self._rings[1].snapshot())
-        Path(self._path(1)).unlink()
-        assert self._is_told.wait(20)
-        watcher.close()
-        return self._told
+        try:
+            for rank in self._rings:
+                self._rings[rank].share(self._path(rank))
+            deadline = time.monotonic() + 20
+            while len(watched.neighbours) < 2:
+                assert time.monotonic() < deadline, "the watcher has not met its neighbours"
+                time.sleep(0.01)
+            yield watcher, watched
+        finally:
+            watcher.close()
 
     def _tell(self, verdict: Verdict | None) -> None:
         self._told.append(verdict)
@@ -117,9 +144,22 @@ class Scene:
         return own.replace("-2.ring", f"-{rank}.ring")
 
     def _end_of_zero(self) -> None:
-        self._rings[0].write("end", self._last_words)
+        if self._last_words:
+            self._rings[0].write("end", self._last_words)
+        else:
+            pid = ended_process()
+            with pytest.MonkeyPatch.context() as patch:  # what it wrote is left, and its process is no more
+                patch.setattr(os, "getpid", lambda: pid)
+                self._rings[0].beat("train.py:9")
         for path in self._folder.glob("*-0.ring"):
             path.unlink()
+
+
+def ended_process() -> int:
+    """The id of a process that has ended and was waited for."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
 
 
 @pytest.mark.parametrize(
@@ -139,3 +179,9 @@ def test_who_is_to_tell_does_so_though_the_store_ends(before: bool, last_words: 
 def test_a_verdict_that_another_tells_is_not_told_again(tmp_path: Path) -> None:
     """Rank 0 tells and ends before rank 2 can ask whether it shall."""
     assert Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True).told() == [None]
+
+
+def test_a_verdict_heard_of_ends_this_rank_whatever_it_would_find_itself(tmp_path: Path) -> None:
+    """To rank 2, who told and ended looks like one that died, which it leaves to the launcher."""
+    scene = Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True, tells_deaths=False)
+    assert scene.told_of_a_broken_exchange() == [None]

@@ -4,6 +4,7 @@ how."""
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import sixfold
 from sixfold.base.errors import StateError
 from sixfold.engine import Engine
 from sixfold.testing import Pool
-from tests.ranks import plain, rows, towers
+from tests.ranks import pipes, plain, rows, towers
 from tests.ranks.towers import Tower
 
 BOUND = 1e-10
@@ -122,16 +123,33 @@ BY_PARAMETER: dict[str, Callable[[Any, nn.Parameter], object]] = {
 def test_state_by_parameter_is_refused_by_name(zero: int) -> None:
     engine = start({"zero": zero})
     towers.step(engine, "even")
+    check_refused(engine.optimizer.state, engine.module, "blocks.1.up.weight")
     weight = engine.module.get_parameter("blocks.1.up.weight")
-    for edit in BY_PARAMETER.values():
-        with pytest.raises(StateError, match=r"the optimizer's state of blocks\.1\.up\.weight") as caught:
-            edit(engine.optimizer.state, weight)
-        assert "engine.optimizer.param_groups" in caught.value.fix
     engine.optimizer.state = defaultdict(dict, {weight: {"step": torch.zeros(())}})
     with pytest.raises(StateError, match=r"the optimizer's state of blocks\.1\.up\.weight"):
         towers.step(engine, "even")
     engine.optimizer.state = defaultdict(dict)
     towers.step(engine, "even")
+
+
+@pytest.mark.ranks(2)
+def test_state_by_parameter_of_any_stage_is_refused_on_all_of_them() -> None:
+    """Of frozen ones too, though nobody has state of these."""
+    engine = pipes.engine_of(pipes.Case(frozen=True))
+    engine.train_step(pipes.share_of(engine, pipes.Case(frozen=True), 0))
+    state = engine.optimizer.state
+    before = len(state)
+    names = [name for name, _ in engine.module.named_parameters()]
+    for name in (names[0], names[-2], names[-1]):
+        check_refused(state, engine.module, name)
+    assert len(state) == before
+
+
+def check_refused(state: Any, module: nn.Module, name: str) -> None:
+    for edit in BY_PARAMETER.values():
+        with pytest.raises(StateError, match=rf"the optimizer's state of {re.escape(name)}") as caught:
+            edit(state, module.get_parameter(name))
+        assert "engine.optimizer.param_groups" in caught.value.fix
 
 
 @pytest.mark.ranks(1, 2)

@@ -213,13 +213,17 @@ class Watcher:
         self._end(verdict, self._teller())
 
     def _judge_alone(self) -> None:
+        teller = self._heard()
+        if teller is not None and teller != self._rank:
+            # Before a look of one's own: who told it and ended would count as one more that died.
+            self._end(None, teller)
+            return
         if not self._is_broken and not self._is_late():
             return
-        teller = self._heard()
         verdict = self._verdict({rank: self._near(rank) for rank in range(self._world_size)})
         self._is_broken = False
         if verdict is not None:
-            self._end(verdict, self._rank if teller is None else teller)
+            self._end(verdict, self._rank)
 
     def _teller(self) -> int:
         """Which rank tells the verdict, now that this rank has made it.

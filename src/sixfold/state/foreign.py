@@ -100,8 +100,8 @@ class Foreign:
         named = dict(module.named_parameters())
         self._absent = {name: parameter for name, parameter in named.items() if name not in self._own}
         names: Mapping[int, str] = {id(parameter): name for name, parameter in self._absent.items()}
-        self.ids = frozenset(names)
-        """Of the parameters."""
+        self.names = names
+        """Of the parameters, by id."""
         self._classes = {
             name: (type(parameter), absent_class(parameter, names, ELSEWHERE))
             for name, parameter in self._absent.items()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -90,11 +92,7 @@ class BoundOptimizer:
         self._state = state
         self.average = average
         self._is_stepping = False
-        self._names = {
-            id(parameter): slot.name
-            for unit in state.trained
-            for parameter, slot in zip(unit.parameters, unit.plan.slots, strict=True)
-        }
+        self._left: dict[Optimizer, Mapping[Any, Any]] = {}
         self._bound = {inner: _ids_in(inner) for inner in inners}
         for inner in inners:
             inner.register_step_pre_hook(self._before_step)
@@ -103,10 +101,24 @@ class BoundOptimizer:
         self._lrs = list(self.base_lrs)
 
     def guard(self) -> None:
-        """Have the optimizers refuse state by parameter; again, where theirs was replaced."""
+        """Have the optimizers refuse state by parameter; again, where theirs was replaced.
+
+        Raises:
+            StateError: there is some of a parameter, or an optimizer keeps its state elsewhere.
+        """
         for inner in self.inners:
-            if not isinstance(inner.state, SliceState):
-                inner.state = SliceState.guarding(inner.state, self._names)
+            if self._left.get(inner):
+                raise _keeps_elsewhere(inner, "was written into the dictionary it had before initialize")
+            state = inner.state
+            if isinstance(state, SliceState):
+                continue
+            guarded = SliceState.guarding(state, self._state.known)
+            with suppress(AttributeError):  # a property without a setter
+                inner.state = guarded
+            if inner.state is not guarded:
+                raise _keeps_elsewhere(inner, "is not what it was set to")
+            # Who fills what was left empty has another name for it: a wrapper's inner optimizer.
+            self._left[inner] = {} if state else state
 
     @property
     def kind(self) -> str:
@@ -133,30 +145,36 @@ class BoundOptimizer:
                 inner.step()
         finally:
             self._is_stepping = False
+            self.guard()
         for run in self._runs:
             run.tensor.grad = None
         if self.average is not None:
             self.average.update()
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        held, bound = _ids_in(optimizer), self._bound[optimizer]
-        if not self._is_stepping or held != bound:
-            new = len(set(held).difference(bound))
-            changed = f"{new} tensor(s) were added to it, {len(bound) - len(held) + new} taken out"
-            raise StateError(
-                f"{type(optimizer).__name__}.step(): {changed if self._is_stepping else 'called alone'}",
-                rule="the engine steps the optimizer it was given, over the parameters it had then: slices "
-                "of flat buffers now",
-                fix="call engine.step() after engine.backward(loss), or engine.train_step(batch); add "
-                'parameter groups before sixfold.initialize, and leave their "params" alone afterwards',
-            )
+        if not self._is_stepping:
+            raise _steps_apart(optimizer, "called alone")
+        self._check_groups(optimizer)
+
+    def _check_groups(self, optimizer: Optimizer) -> None:
+        groups = _ids_in(optimizer)
+        if groups == self._bound[optimizer]:
+            return
+        held, bound = (set(chain.from_iterable(ids)) for ids in (groups, self._bound[optimizer]))
+        raise _steps_apart(
+            optimizer,
+            f"{len(held - bound)} tensor(s) were added to it, {len(bound - held)} taken out; "
+            f"it has {len(groups)} group(s) of {len(self._bound[optimizer])}",
+        )
 
     def set_lr(self, factor: float) -> None:
         """Set every group's learning rate to `factor` of its peak.
 
         Raises:
-            StateError: somebody else has set one, which would be lost.
+            StateError: somebody else has set one, which would be lost; or has changed the groups.
         """
+        for inner in self.inners:
+            self._check_groups(inner)
         found = [float(group["lr"]) for group in self._groups()]
         if found != self._lrs:
             raise StateError(
@@ -189,7 +207,11 @@ class BoundOptimizer:
         A collective where state is cut, of names alone: which keys there are may differ from group to
         group, and a group may lie on other ranks alone. Numbers for a whole tensor (a step count) stand
         under every parameter of their run. Parameters without elements have no state.
+
+        Raises:
+            StateError: as of `guard`.
         """
+        self.guard()
         rows: Iterable[tuple[str, int, str, str, Sequence[int] | None]] = {
             (
                 run.slots[0].name,
@@ -301,8 +323,28 @@ class BoundOptimizer:
         self._lrs = [float(group["lr"]) for group in self._groups()]
 
 
-def _ids_in(optimizer: Optimizer) -> list[int]:
-    return [id(tensor) for group in optimizer.param_groups for tensor in group["params"]]
+def _ids_in(optimizer: Optimizer) -> list[list[int]]:
+    return [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+
+def _steps_apart(optimizer: Optimizer, what: str) -> StateError:
+    return StateError(
+        f"{type(optimizer).__name__}.step(): {what}",
+        rule="the engine steps the optimizer it was given, over the parameters it had then: slices "
+        "of flat buffers now",
+        fix="call engine.step() after engine.backward(loss), or engine.train_step(batch); add "
+        'parameter groups before sixfold.initialize, and leave their "params" alone afterwards',
+    )
+
+
+def _keeps_elsewhere(optimizer: Optimizer, what: str) -> StateError:
+    return StateError(
+        f"the state of {type(optimizer).__name__} {what}",
+        rule="the engine puts a dictionary of its own in the place of optimizer.state: what is kept "
+        "elsewhere would be missing in checkpoints",
+        fix="let `state` be a plain attribute that the optimizer reads anew in every step, as torch's do; a "
+        "wrapper around another optimizer cannot share the state of that one",
+    )
 
 
 def _before_loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -344,6 +386,9 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
             group["fused"] = True
     average = Average(state.trained, ema_decay) if ema_decay is not None else None
     bound = BoundOptimizer(inners, runs, state, average)
+    for inner in inners:
+        inner.state.clear()
+    bound.guard()
     blank, pieces = bound.blank_state(
         {
             name: {key: (value.shape, value.dtype) for key, value in values.items()}
@@ -354,7 +399,6 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
     for name, key, start, part in pieces:
         part.view(-1).copy_(initial[name][key].reshape(-1)[start : start + part.numel()])
     bound.adopt_state(blank)
-    bound.guard()
     return bound
 
 

@@ -25,12 +25,12 @@ class SliceState(defaultdict[Any, Any]):
 
     @classmethod
     def guarding(cls, state: Mapping[Any, Any], names: Mapping[int, str]) -> Self:
-        """The same state.
+        """The same state, with the same default for what has none.
 
         Raises:
             StateError: there is some of a parameter.
         """
-        made = cls(dict)
+        made = cls(getattr(state, "default_factory", None))
         made.names = names
         for key, value in state.items():
             made[key] = value

@@ -83,8 +83,12 @@ class ModelState:
         self.catalog = make_catalog(names, self.units, mesh)
         places = {slot.name: slot.place for unit in self.units for slot in unit.plan.slots if slot.place}
         self.foreign = Foreign(module, stages, self.catalog, places, buffer_sources or {}, mesh)
-        known = {id(parameter) for unit in self.units for parameter in unit.parameters} | self.foreign.ids
-        self._readiness = Readiness(module, self.units, known)
+        self.known = dict(self.foreign.names)
+        """Names of all parameters of the model by id, the same on every rank."""
+        for unit in self.units:
+            for slot, parameter in zip(unit.plan.slots, unit.parameters, strict=True):
+                self.known[id(parameter)] = slot.name
+        self._readiness = Readiness(module, self.units, self.known)
         self.sums = GradientSums(module, self.trained, plan, mesh)
         self._is_reduced: set[int] = set()
         self._is_begun = False
@@ -109,7 +113,7 @@ class ModelState:
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
-        self.edits = Edits(module, self.units, self.foreign, known, self._gathering, mesh)
+        self.edits = Edits(module, self.units, self.foreign, self.known, self._gathering, mesh)
         # Of a stage that has parameters, where one has: the others meet nobody.
         self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units).meeting
         self._places = {
