@@ -5,9 +5,9 @@ arguments, environment, folder and open files; it passes polite signals on and e
 this starts by `sys.executable` is forked too. For tests of what commands do, which otherwise pay seconds for
 imports in every process; how processes find, stop and outlive one another is tested with new interpreters.
 
-Note "What others see of a fork". As a process's environment /proc shows the part of its memory where the first
-program found it. The server is started with a variable as large as an environment, `ROOM`, and each fork
-writes that of its caller there: so guardians, and tests that look for what is left, find forks too.
+Note "What others see of a fork". As a process's environment /proc shows the part of its memory where its
+first program found it. The server is started with a variable as large as an environment, `ROOM`, and each
+fork writes that of its caller there: so guardians, and tests that look for what is left, find forks too.
 """
 
 from __future__ import annotations
