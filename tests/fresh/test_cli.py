@@ -318,6 +318,7 @@ def test_a_users_own_script(place: Place, warm_python: str) -> None:
 # Stopping and going on.
 
 
+@pytest.mark.usefixtures("finished")  # which has prepared the corpus, and said so
 def test_a_stopped_run_goes_on(place: Place, warm_python: str) -> None:
     """SIGTERM somewhere in a long run; then three more steps by fewer ranks."""
     long = ("train", "--config", "my.toml", "--into", "stopped", "-s", f"train.steps={FOREVER}")
@@ -386,6 +387,7 @@ def test_ctrl_c_twice_on_a_terminal(place: Place) -> None:
     place.assert_nothing_left()
 
 
+@pytest.mark.usefixtures("finished")  # which has prepared the corpus, and said so
 def test_a_killed_worker(place: Place) -> None:
     process = place.start(
         *(*SIXFOLD, "train", "--config", "my.toml", "--into", "run", "-s", f"train.steps={FOREVER}")
