@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import warm
+
 
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -19,9 +21,11 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     folder = tmp_path_factory.mktemp("warm")
     command = [sys.executable, "-m", "tests.fresh.warm", str(folder)]
+    # One thread: libraries that start theirs when they are loaded cannot be forked.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", warm.ROOM: "x" * warm.ROOM_BYTES}
     root = Path(__file__).parents[2]
     with subprocess.Popen(
-        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None

@@ -318,10 +318,11 @@ def test_a_users_own_script(place: Place, warm_python: str) -> None:
 # Stopping and going on.
 
 
+@pytest.mark.usefixtures("finished")  # which has prepared the corpus, and said so
 def test_a_stopped_run_goes_on(place: Place, warm_python: str) -> None:
     """SIGTERM somewhere in a long run; then three more steps by fewer ranks."""
     long = ("train", "--config", "my.toml", "--into", "stopped", "-s", f"train.steps={FOREVER}")
-    process = place.start(warm_python, "-m", "sixfold", *long)
+    process = place.start(*SIXFOLD, *long)
     wait_until(lambda: len(place.records("stopped")) >= 3, process=process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=LIMIT_S)
@@ -386,10 +387,10 @@ def test_ctrl_c_twice_on_a_terminal(place: Place) -> None:
     place.assert_nothing_left()
 
 
-def test_a_killed_worker(place: Place, warm_python: str) -> None:
+@pytest.mark.usefixtures("finished")  # which has prepared the corpus, and said so
+def test_a_killed_worker(place: Place) -> None:
     process = place.start(
-        *(warm_python, "-m", "sixfold", "train", "--config", "my.toml", "--into", "run"),
-        *("-s", f"train.steps={FOREVER}"),
+        *(*SIXFOLD, "train", "--config", "my.toml", "--into", "run", "-s", f"train.steps={FOREVER}")
     )
     wait_until(lambda: place.records("run"), process=process)
     os.kill(place.rank(1), signal.SIGKILL)

@@ -279,7 +279,7 @@ def test_an_error_of_rank_0_is_told_once(start: Start) -> None:
     one.assert_nothing_left()
 
 
-def test_a_broken_connection_is_not_the_cause(start: Start, warm_python: str) -> None:
+def test_a_broken_connection_is_not_the_cause(start: Start) -> None:
     """Rank 0 fails first and loudest, but only because rank 1 is gone."""
     text = """
 import torch, torch.distributed as dist
@@ -289,7 +289,7 @@ dist.barrier()
 if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
 dist.all_reduce(torch.ones(1))
 """
-    one = start(text, python=warm_python)
+    one = start(text)
     assert one.wait() == 4
     told = one.err.splitlines()
     assert told[:2] == [

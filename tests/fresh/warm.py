@@ -4,11 +4,16 @@ Called with `-m module`, `-c code` or a script, it has a process forked which ru
 arguments, environment, folder and open files; it passes polite signals on and ends as that process does. What
 this starts by `sys.executable` is forked too. For tests of what commands do, which otherwise pay seconds for
 imports in every process; how processes find, stop and outlive one another is tested with new interpreters.
+
+Note "What others see of a fork". As a process's environment /proc shows the part of its memory where its
+first program found it. The server is started with a variable as large as an environment, `ROOM`, and each
+fork writes that of its caller there: so guardians, and tests that look for what is left, find forks too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -37,6 +42,9 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
 )
 ANSWER_BYTES, MOST_FILES = 16, 250
+ROOM, ROOM_BYTES = "SIXFOLD_TEST_ROOM", 100_000
+ENVIRONMENT_FIELD = 47
+"""Of what /proc/PID/stat tells after the name: where the environment starts; field 50 of proc(5), from 1."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The command: standard library only, as it is started with nothing else.
@@ -131,6 +139,9 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    _show(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):  # which OpenMP reads only when it is loaded
+        importlib.import_module("torch").set_num_threads(int(threads))
     random.seed()
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     kind, *rest = arguments
@@ -147,6 +158,16 @@ def _become(
         exec(rest[0], namespace)
     else:
         runpy.run_path(kind, run_name="__main__")
+
+
+def _show(environment: dict[str, str]) -> None:
+    """Have /proc show `environment` as this process's."""
+    shown = Path("/proc/self/environ").read_bytes()
+    start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[ENVIRONMENT_FIELD])
+    text = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())
+    assert len(text) <= ROOM_BYTES, "the caller has more environment than there is room for"
+    address = start + shown.index(f"{ROOM}=".encode())
+    ctypes.memmove(address, text.ljust(ROOM_BYTES, b"\0"), ROOM_BYTES)
 
 
 if __name__ == "__main__":
