@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,10 +39,12 @@ from sixfold.launch import current_session
 from sixfold.mesh import Host, Mesh, Streams
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.monitor.journal import read_records
+from sixfold.monitor.meters import Meter
 from sixfold.parallel import ModelCut, decide_axes
 from sixfold.pipeline import LossForm
 from sixfold.plan import decide_batch, decide_geometry, decide_residency, programs_for
 from sixfold.train import loop
+from sixfold.train import run as runs
 from sixfold.train.job import RECIPE, Request
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model
@@ -544,10 +548,18 @@ def eval_every(bench: Lab) -> None:
 def minutes(bench: Lab) -> None:
     """The time becomes a number of updates, which is written down with its reason."""
     bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 60.0)
+    bench.monkeypatch.setattr(loop, "Meter", partial(Meter, clock=count(step=60.0).__next__))
+    written: list[Path] = []
+    plain = runs.write_config
+    bench.monkeypatch.setattr(
+        runs, "write_config", lambda folder, now: (written.append(folder), plain(folder, now))
+    )
     counted = bench.run({"train.steps": None, "train.minutes": 3})
     assert counted.column("step") == [1, 2, 3]
+    assert len(written) == 1, "a length that holds is not written again"
     assert "decided: 3 minutes at 60.000 s an update, as rehearsed" in counted.config
     assert "displaced by train.steps" in counted.config
+    bench.monkeypatch.setattr(loop, "Meter", Meter)
     bench.monkeypatch.setattr(loop, "_seconds_per_update", lambda run: 1e-6)
     measured = bench.run({"train.steps": None, "train.minutes": 1e-4})
     assert measured.column("step") == [1, 2, 3, 4, 5]

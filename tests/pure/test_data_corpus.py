@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import DataError, WorkerError
 from sixfold.config.tree import DataConfig
 from sixfold.data import build
+from sixfold.data import corpus as corpora
 from sixfold.data.corpus import Corpus, prepare, prepare_at
 from sixfold.data.tokenizer import DOCUMENT_MARK, train_tokenizer
 
@@ -276,7 +278,7 @@ def test_processes_that_die_are_told_and_ctrl_c_ends_them_at_once(
     monkeypatch.setattr(build._Piece, "num_bytes", 1)
     with pytest.raises(WorkerError, match="one of 2 processes that tokenize was ended") as caught:
         build._tokenize(pieces, (tmp_path / "absent", 0, "text"), Phases(), workers=2)
-    assert "--workers 1" in caught.value.fix
+    assert "sixfold data build --workers 1 --into" in caught.value.fix, "a run has no such option"
     monkeypatch.setattr(build, "_worker", None)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     before = signal.getsignal(signal.SIGINT)
@@ -297,7 +299,32 @@ def test_a_full_disk_leaves_nothing_beside_the_folder_of_a_corpus(
     monkeypatch.setattr(*((os, "fsync") if stops == "fsync" else (Path, "write_text")), full)
     with pytest.raises(DataError, match="No space left"):
         prepare_at(tmp_path / "corpus", asked(source), on_progress=Phases(), workers=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+    left = {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.name != "text"}
+    assert left == {"corpus.lock": 0}, "who waits for it and who comes later see the same one"
+
+
+@pytest.mark.parametrize("others", [{}, {"vocab_size": 280}])
+def test_a_build_that_waited_for_another_takes_what_that_has_built(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, others: dict[str, object]
+) -> None:
+    folder, phases = tmp_path / "corpus", Phases()
+
+    class Waiting(FileLock):
+        """Somebody else has it first, and builds."""
+
+        def __enter__(self) -> Waiting:
+            monkeypatch.setattr(corpora, "FileLock", FileLock)
+            prepare_at(folder, asked(source, **others), on_progress=Phases(), workers=1)
+            return super().__enter__()
+
+    monkeypatch.setattr(corpora, "FileLock", Waiting)
+    if others:
+        with pytest.raises(DataError, match="holds something else than these texts under these settings"):
+            prepare_at(folder, asked(source), on_progress=phases, workers=1)
+    else:
+        prepare_at(folder, asked(source), on_progress=phases, workers=1).verify()
+    assert "tokenize" not in phases
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "corpus"}
 
 
 def test_a_place_that_is_taken_is_told_before_any_text_is_read(source: Path, tmp_path: Path) -> None:

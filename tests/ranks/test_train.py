@@ -14,13 +14,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sixfold.checkpoint import latest, open_checkpoint
+from sixfold.config import load
 from sixfold.data.corpus import prepare
 from sixfold.launch import Session, current_session
 from sixfold.monitor.journal import read_records
+from sixfold.monitor.meters import StepRecord
 from sixfold.testing import Pool
 from sixfold.train import loop
+from sixfold.train.callbacks import Evaluations
 from sixfold.train.job import Request, resolve
 from sixfold.train.loop import train
+from sixfold.train.run import Run
 from tests.one import lab
 
 STEPS = 6
@@ -141,23 +145,32 @@ def test_a_length_that_updates_correct_is_one_on_all_ranks_and_stays_at_a_resume
     config: Path, tmp_path: Path, rank_pool: Pool
 ) -> None:
     """The rehearsal promised six thousand updates; there is time for hardly any."""
-    run, again = tmp_path / "run", tmp_path / "again"
+    run, killed = tmp_path / "run", tmp_path / "killed"
     changes = ("train.minutes=1e-4", "lr_schedule.name=linear", "train.sample_tokens=0", "checkpoint.every=4")
-    rank_pool.run(rehearsed_in, 1e-6, Request(config=config, overrides=changes, into=run), ranks=2)
+    request = Request(config=config, overrides=changes, into=run)
+    rank_pool.run(rehearsed_in, 1e-6, request, 4, killed, ranks=2)
     out = rank_pool.printed[0]
     assert "length      6000 updates in 0.0001 minutes at 0.000 s each, as rehearsed" in out
     assert "length      5 updates, not 6000, fill 0.0001 minutes: " in out
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
     assert [one["length"] for one in read_records(run / "metrics.jsonl") if "length" in one] == [5]
     assert records(run)[3]["lr"] > 10 * records(run)[4]["lr"], "the schedule ends with the run"
-    # As if killed after the fifth update: the fourth was saved, before the length was corrected.
-    shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoints" / "step-00000005")
-    on_ranks(rank_pool, 2, Request(resume=again))
-    assert weights(again) == weights(run)
+    # The fourth update was saved, and corrected the length: what a kill leaves there ends as the run did.
+    assert load(killed / "config.toml").config.train.steps == 5
+    on_ranks(rank_pool, 2, Request(resume=killed))
+    assert weights(killed) == weights(run)
 
 
-def rehearsed_in(pace_s: float, request: Request) -> None:
+def rehearsed_in(pace_s: float, request: Request, step: int, killed: Path) -> None:
+    """Train by a rehearsal of `pace_s`; a kill right behind the save at `step` leaves what is in `killed`."""
+
+    def copy(self: Evaluations, run: Run, record: StepRecord) -> None:
+        if record.step == step:
+            run.engine.wait_for_save()
+            if run.is_first:
+                shutil.copytree(run.folder, killed)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_seconds_per_update", lambda run: pace_s)
+        patch.setattr(Evaluations, "after_update", copy)  # the callback behind the one that saves
         one_rank(request, stops=False)

@@ -92,4 +92,4 @@ class SaveError(CheckpointError):
 
 
 class WorkerError(SixfoldError):
-    """A rank failed."""
+    """A process that does a part of the work failed or was ended: a rank, or one that tokenizes."""

@@ -1,6 +1,6 @@
 """Rules between options: which exclude each other, and which combinations are illegal.
 
-The resolver walks `RULES`, at the end, from first to last; adding a rule is adding one function here, in
+The resolver checks each of `RULES` once all layers are merged. A new rule is one more function: here, in
 `model_rules` or in `layout_rules`. Rules between an option and the machine belong to the plan, not here.
 """
 
@@ -34,8 +34,8 @@ _OPTIMIZER_KEYS = {
 }
 _BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16}
 
-_FURTHER = Rules()
-_rule = _FURTHER.rule
+_TRAINING_RULES = Rules()
+_rule = _TRAINING_RULES.rule
 
 
 def displaced_by(path: str, value: object) -> list[str]:
@@ -203,5 +203,5 @@ for _key in ("initial_scale", "growth_steps"):
     _scale_is_found(_key)
 
 
-RULES = (*MODEL_RULES, *_FURTHER, *LAYOUT_RULES)
+RULES = (*MODEL_RULES, *_TRAINING_RULES, *LAYOUT_RULES)
 """All rules, in the order in which broken ones are told."""

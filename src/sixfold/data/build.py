@@ -201,7 +201,8 @@ def _tokenize(pieces: Sequence[_Piece], how: tuple[Path, int, str], progress: Pr
                 raise WorkerError(
                     f"one of {min(workers, len(missing))} processes that tokenize was ended from outside",
                     rule=f"each needs memory for some hundred times {bytes_text(PIECE_BYTES)} of text",
-                    fix="go on by the same command with fewer of them, for example --workers 1",
+                    fix="make the corpus with fewer, by sixfold data build --workers 1 --into FOLDER; "
+                    "a run takes it by data.path = FOLDER",
                 ) from error
             raise
 

@@ -163,6 +163,7 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
     """The corpus that `config` describes, in a folder of the user's choice; see `prepare`.
 
     A build that was broken off goes on from its finished pieces, as long as text and settings are the same.
+    Its lock stays as well: somebody may be waiting for it, and is to exclude whoever comes later.
 
     Raises:
         DataError: the folder holds something else, or cannot be written.
@@ -171,35 +172,47 @@ def prepare_at(folder: Path, config: DataConfig, *, on_progress: Progress, worke
         raise _occupied(folder, "is no corpus", "")  # perhaps all that somebody has written
     selections = select(find_sources(config), config, on_progress)
     settings = {**_settings(config), "key": _content_key(selections, config)}
-    if folder.exists():
-        if Corpus(folder).record.settings != settings:
-            why = "holds something else than these texts under these settings"
-            raise _occupied(folder, why, ", or remove this one")
-        return Corpus(folder)
-    unfinished = folder.with_name(f"{folder.name}.building")
     lock = folder.with_name(f"{folder.name}.lock")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            try:
-                key = unfinished / "key"  # tells whose the pieces are
-                if not key.exists() or key.read_text() != settings["key"]:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                    unfinished.mkdir()
-                    key.write_text(str(settings["key"]))
-                build(folder, selections, config, settings, on_progress, workers)
-            except OSError:
-                shutil.rmtree(unfinished, ignore_errors=True)  # it may be what filled the disk
-                raise
-            finally:
-                lock.unlink(missing_ok=True)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not folder.exists():
+                    _build_at(folder, selections, config, settings, on_progress, workers)
+                lock.unlink(missing_ok=True)  # nobody builds any more, whichever lock they hold
     except OSError as error:
         raise DataError(
             f"the corpus cannot be written to {folder}: {error}",
             rule="a corpus is built beside the folder it is to be and renamed when complete",
             fix="free some space there, or name a folder that can be written",
         ) from error
-    return Corpus(folder)
+    corpus = Corpus(folder)
+    if corpus.record.settings != settings:
+        why = "holds something else than these texts under these settings"
+        raise _occupied(folder, why, ", or remove this one")
+    return corpus
+
+
+def _build_at(
+    folder: Path,
+    selections: Sequence[Selection],
+    config: DataConfig,
+    settings: dict[str, object],
+    progress: Progress,
+    workers: int | None,
+) -> None:
+    """Build, from the pieces that lie beside it if they are of the same corpus; see `build`."""
+    unfinished = folder.with_name(f"{folder.name}.building")
+    try:
+        key = unfinished / "key"  # tells whose the pieces are
+        if not key.exists() or key.read_text() != settings["key"]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            key.write_text(str(settings["key"]))
+        build(folder, selections, config, settings, progress, workers)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # it may be what filled the disk
+        raise
 
 
 def _occupied(folder: Path, why: str, besides: str) -> DataError:

@@ -105,6 +105,10 @@ class Meter:
         """Seconds an update, the median of the last ones."""
         return median(self._seconds)
 
+    def left_s(self, step: int) -> float:
+        """Seconds of the updates after `step`, at the pace of the last ones."""
+        return self.pace_s * max(self.total_steps - step, 0)
+
     def start(self) -> None:
         """An update begins now."""
         self._started = self._clock()
@@ -148,7 +152,7 @@ class Meter:
             tokens_per_s=tokens_per_s,
             mfu=self._utilisation(tokens_per_s),
             memory_bytes=self._read_memory(),
-            eta_s=self.pace_s * max(self.total_steps - step, 0),
+            eta_s=self.left_s(step),
             loss_scale=loss_scale,
             skipped=skipped,
             data_s=data_s,

@@ -19,7 +19,7 @@ from sixfold.models.lora import Adapted, adapters_of
 from sixfold.monitor.meters import StepRecord
 from sixfold.train import adapters
 from sixfold.train.evaluate import bits_per_byte
-from sixfold.train.folder import ADAPTER_FOLDER, CHECKPOINTS, write_config
+from sixfold.train.folder import ADAPTER_FOLDER, CHECKPOINTS
 from sixfold.train.run import Run
 
 
@@ -118,7 +118,6 @@ class Checkpoints:
         asked = run.resolved.config.checkpoint
         self._keep = Keep(asked.keep_last, asked.keep_every)
         self._saved_step = run.engine.num_steps if run.engine.num_steps else -1
-        self._written = run.resolved
         # An impossible save is to fail now, not after hours.
         run.engine.rehearse_save(run.folder / CHECKPOINTS)
 
@@ -134,10 +133,8 @@ class Checkpoints:
 
     def _save(self, run: Run) -> None:
         folder = run.folder / CHECKPOINTS
-        if run.is_first and run.resolved is not self._written:
-            # The length of the run was decided anew; who resumes goes on with that of the save.
-            write_config(run.folder, run.resolved)
-            self._written = run.resolved
+        if run.is_first:
+            run.keep_config()  # who resumes goes on with the length of the save
         with current_session().saving():
             run.engine.save(step_folder(folder, run.engine.num_steps), only=self._only, keep=self._keep)
         self._saved_step = run.engine.num_steps

@@ -131,7 +131,7 @@ def write_config(folder: Path, resolved: Resolved) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of a run folder. A kill or a full disk leaves what was there before.
+    """Write a file of a run folder. Whatever stops it leaves what was there before.
 
     Raises:
         SaveError: it cannot be written.
@@ -141,13 +141,16 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        elsewhere = ", or give --into or train.folder a place that has some"
         raise SaveError(
             f"{path} cannot be written: {error.strerror}",
             rule="a run keeps its configuration, vocabulary and checkpoints in its folder",
-            fix="free some space there, or give --into or train.folder a place that has some",
+            # A run that is there already goes on where it is.
+            fix=f"free some space there{'' if (path.parent / CONFIG).exists() else elsewhere}",
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _refuse_second_run(folder: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations
 from sixfold.train.completion import Sampling, continuations
 from sixfold.train.compute import unmeasured_compute
 from sixfold.train.facts import facts_of
-from sixfold.train.folder import make_folder, write_config
+from sixfold.train.folder import make_folder
 from sixfold.train.length import TimeBudget
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
@@ -45,8 +46,6 @@ from sixfold.train.vocabulary import keep_vocabulary
 
 RECORDED = 10
 """The update of this process that is recorded, or its last: memory and code paths are warm by then."""
-TELLING = 0.1
-"""Part by which the length of a run changes for it to be told; metrics.jsonl has every change."""
 REHEARSALS = 3
 """Timed updates before the first one; the first of them is slow by nature and not counted."""
 
@@ -73,7 +72,7 @@ def train(request: job.Request, session: Session) -> None:
         _tell_compiled(run)
         budget = _settle_length(run)
         if run.is_first:
-            write_config(run.folder, run.resolved)
+            run.keep_config()
             keep_vocabulary(run.folder, run.corpus)
             names, settings = run.resolved.config.monitor.sinks, flat(run.resolved.config)
             run.sinks = Sinks(names, run.folder, settings, warn=console.say)
@@ -206,21 +205,20 @@ def _settle_length(run: Run) -> TimeBudget | None:
 
 def _correct_length(run: Run, budget: TimeBudget, meter: Meter) -> None:
     """Settle it anew by the updates so far, to the same number on every rank; what is complete stays so."""
-    step, before = run.engine.num_steps, run.total_steps
-    if step == before:
-        return
+    step = run.engine.num_steps
     sums = run.engine.mesh.total(meter.spent_s, meter.pace_s)
     spent_s, pace_s = (each / run.engine.mesh.world_size for each in sums)
     length = budget.correct(step, spent_s=spent_s, pace_s=pace_s)
-    if length == before:
+    if length == run.total_steps:
         return
     minutes = budget.seconds / 60
     run.end_after(length, f"{_time_text(minutes, pace_s)} an update, as measured by update {step}")
     meter.total_steps = length
     run.record({"step": step, "length": length, "seconds_per_update": pace_s})
-    if abs(length - before) > TELLING * before:
+    told = budget.outdated(length)
+    if told is not None:
         run.say(
-            f"length      {length} updates, not {before}, fill {minutes:g} minutes: {pace_s:.3f} s each now"
+            f"length      {length} updates, not {told}, fill {minutes:g} minutes: {pace_s:.3f} s each now"
         )
 
 
@@ -266,17 +264,15 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback], budget: 
             skipped=run.engine.last.skipped,
             spent=(data_s, run.engine.last.compute_s or 0.0, dispatcher.blocked_s - blocked),
         )
+        # Before it is saved: a resumed run goes on by the length that is written down there.
+        if budget is not None and budget.is_due(run.engine.num_steps):
+            _correct_length(run, budget, meter)
+            record = replace(record, eta_s=meter.left_s(record.step))
         for callback in callbacks:
             callback.after_update(run, record)
         # Ranks learn of a signal at different moments; they stop after the same update.
         if run.engine.mesh.any(session.stop_requested):
             return run.engine.num_steps >= run.total_steps
-        if (
-            budget is not None
-            and budget.is_due(run.engine.num_steps)
-            and run.engine.num_steps < run.total_steps
-        ):
-            _correct_length(run, budget, meter)
     return True
 
 

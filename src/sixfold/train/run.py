@@ -18,6 +18,7 @@ from sixfold.monitor.console import Console
 from sixfold.monitor.journal import Journal
 from sixfold.monitor.sinks import Sinks
 from sixfold.plan import BatchPlan
+from sixfold.train.folder import write_config
 from sixfold.train.subject import fields_of
 
 
@@ -46,6 +47,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._asked = self.resolved
+        self._kept: Resolved | None = None
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +64,16 @@ class Run:
             self.resolved = self._asked.decide({"train.steps": steps}, why)
         self.total_steps = self.console.total_steps = steps
         self.engine.learning_rate = self.engine.learning_rate.ending_at(steps)
+
+    def keep_config(self) -> None:
+        """Write the configuration into the run folder, unless this process has written the same there.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        if self.resolved is not self._kept:
+            write_config(self.folder, self.resolved)
+            self._kept = self.resolved
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Write one record of JSON values down, once over all ranks."""
