@@ -1,9 +1,7 @@
 """Torch optimizers over flat units.
 
 The user's optimizers stay the same objects: their groups are pointed at contiguous runs of the master
-buffers, settings per group kept. Where the plan lets slices cut parameters a group gets one tensor per
-unit; where it keeps them whole, each parameter that this rank owns. Bound once by the engine; the player
-calls `step`.
+buffers (`runs.py`), settings per group kept. Bound once by the engine; the player calls `step`.
 """
 
 from __future__ import annotations
@@ -12,10 +10,8 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,48 +25,9 @@ from sixfold.state.average import Average
 from sixfold.state.elementwise import ELEMENTWISE
 from sixfold.state.flat import range_in, zero_between
 from sixfold.state.making import kind_of
+from sixfold.state.runs import Run, StatePiece, pieces_of, runs_in
 from sixfold.state.slice_state import SliceState
 from sixfold.state.state import ModelState
-from sixfold.state.unit import Unit
-
-StatePiece: TypeAlias = tuple[str, str, int, torch.Tensor]
-"""(parameter, key, first element, elements) of one rank's optimizer state; a number for a whole tensor
-starts at 0."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A contiguous run of one unit's master that the optimizer sees as one tensor.
-
-    Args:
-        start: its first element, counted from the beginning of the unit.
-        stop: behind its last one.
-        slots: parameters of the same unit and group, whether or not they lie in this rank's run.
-        optimizer: which updates it.
-    """
-
-    unit: Unit
-    start: int
-    stop: int
-    tensor: nn.Parameter
-    slots: tuple[Slot, ...]
-    optimizer: Optimizer
-
-    def part_of(self, mine: torch.Tensor) -> torch.Tensor:
-        """The run's own part of `mine`, which covers what this rank has of the unit."""
-        offset = self.unit.own.start
-        return mine[self.start - offset : self.stop - offset].view(self.tensor.shape)
-
-    @cached_property
-    def grad(self) -> torch.Tensor:
-        """Its reduced gradients."""
-        assert self.unit.grads is not None, "only trainable units are bound"
-        return self.part_of(self.unit.grads)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps for it."""
-        state = self.optimizer.state.get(self.tensor, {})
-        return {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
 
 
 class BoundOptimizer:
@@ -85,7 +42,7 @@ class BoundOptimizer:
     """
 
     def __init__(
-        self, inners: Sequence[Optimizer], runs: list[_Run], state: ModelState, average: Average | None
+        self, inners: Sequence[Optimizer], runs: list[Run], state: ModelState, average: Average | None
     ) -> None:
         self.inners = tuple(inners)
         self._runs = runs
@@ -286,7 +243,7 @@ class BoundOptimizer:
                     pieces.append((alike[0].name, key, 0, flat))
                 else:
                     flat = torch.empty(run.tensor.shape, dtype=dtype)
-                    mine = list(_pieces_of(run, slots, key, flat.view(-1)))
+                    mine = list(pieces_of(run, slots, key, flat.view(-1)))
                     zero_between(flat.view(-1), [range_in(flat, part) for *_, part in mine])
                     pieces += mine
                 state.setdefault(run.tensor, {})[key] = flat
@@ -378,7 +335,7 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
         if parameter in names  # others stand on other stages
     }
     owners = [inner for inner in inners for _ in inner.param_groups]
-    runs = [run for unit in state.trained for run in _runs_of(unit, owners)]
+    runs = [run for unit in state.trained for run in runs_in(unit, owners)]
     groups = [(inner, group) for inner in inners for group in inner.param_groups]
     for index, (inner, group) in enumerate(groups):
         group["params"] = [run.tensor for run in runs if run.slots[0].group == index]
@@ -400,44 +357,6 @@ def bind(inners: Sequence[Optimizer], state: ModelState, ema_decay: float | None
         part.view(-1).copy_(initial[name][key].reshape(-1)[start : start + part.numel()])
     bound.adopt_state(blank)
     return bound
-
-
-def _runs_of(unit: Unit, owners: Sequence[Optimizer]) -> Iterator[_Run]:
-    """What this rank updates of a unit: parts of group after group, or parameter after parameter."""
-    if unit.plan.whole:
-        for slot in unit.plan.slots:
-            if slot.offset in range(unit.own.start, unit.own.stop):
-                stop = slot.offset + slot.numel
-                yield _run(unit, slot.offset, stop, (slot,), slot.shape, owners)
-        return
-    for group, begin, end in unit.plan.segments():
-        start, stop = max(begin, unit.own.start), min(end, unit.own.stop)
-        slots = tuple(slot for slot in unit.plan.slots if slot.group == group)
-        if start < stop or not unit.spread:
-            yield _run(unit, start, stop, slots, (stop - start,), owners)
-
-
-def _run(
-    unit: Unit,
-    start: int,
-    stop: int,
-    slots: tuple[Slot, ...],
-    shape: tuple[int, ...],
-    owners: Sequence[Optimizer],
-) -> _Run:
-    view = unit.master[start - unit.own.start : stop - unit.own.start].view(shape)
-    tensor = nn.Parameter(view, requires_grad=True)
-    return _Run(unit, start, stop, tensor, slots, owners[slots[0].group])
-
-
-def _pieces_of(run: _Run, slots: Sequence[Slot], key: str, flat: torch.Tensor) -> Iterator[StatePiece]:
-    """The parts of `flat`, which covers the run, that belong to each parameter."""
-    for slot in slots:
-        start, stop = max(slot.offset, run.start), min(slot.offset + slot.numel, run.stop)
-        if start < stop:
-            part = flat[start - run.start : stop - run.start]
-            for first, each in runs_of(slot, start - slot.offset, part):
-                yield slot.name, key, first, each
 
 
 def _is_plain(value: object) -> bool:
