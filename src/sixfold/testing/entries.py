@@ -25,9 +25,10 @@ PER_UNIT, PER_PARAMETER = 40, 1
 
 _PACKAGE = Path(__file__).parents[1]
 _SIZES = {"vocab_size": 4096, "context_length": 128, "width": 384, "num_layers": 5, "num_heads": 6}
-_WARM_UP, _COUNTED = 6, 5
+_WARM_UP, _COUNTED = 6, 30
 """Updates before, and those of which the one with the fewest counts: where a unit meets a buffer for the
-first time an exchange is prepared."""
+first time an exchange is prepared. On a busy machine sums take longer and new pairs go on being met for a
+while; there are only so many."""
 _WAITING = ("mesh/host/signals.py wait_beyond", "mesh/host/signals.py _system_call")
 """Entered while another rank lets this one wait, and as often as it is late, which is not this one's cost."""
 
