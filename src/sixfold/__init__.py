@@ -6,8 +6,9 @@ costs no tensor library. It never runs anything by itself.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sixfold.base.faces import on_first_use
 
 if TYPE_CHECKING:
     from sixfold.config import Config
@@ -17,12 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["Config", "Engine", "__version__", "initialize"]
 
 _HOMES = {"Config": "sixfold.config", "Engine": "sixfold.engine", "initialize": "sixfold.engine"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'sixfold' has no attribute {name!r}; it offers {', '.join(__all__)}")
+__getattr__ = on_first_use(__name__, _HOMES, __all__)
 
 
 def __dir__() -> list[str]:

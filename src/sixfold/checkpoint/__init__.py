@@ -8,8 +8,9 @@ first use: finding and removing checkpoints takes no tensor library.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sixfold.base.faces import on_first_use
 
 if TYPE_CHECKING:
     from sixfold.checkpoint.content import MODEL, OPTIMIZER, Content, Piece, state_name, untie, whole
@@ -43,9 +44,4 @@ _HOMES = {
     "Spec": "tensorfile",
     "save": "writing",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"sixfold.checkpoint.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+__getattr__ = on_first_use(__name__, {name: f"{__name__}.{home}" for name, home in _HOMES.items()}, __all__)

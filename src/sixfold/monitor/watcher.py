@@ -260,11 +260,11 @@ class Watcher:
         self._is_over = True
         self._ring.write("end", f"{VERDICT_OF} {teller}")
         self._remove(self._rank)
-        if teller != self._rank:
-            verdict = None
-        for rank in verdict.guilty if verdict is not None else ():  # it may have died
-            self._remove(rank)
-        self._tell(verdict)
+        told = verdict if teller == self._rank else None
+        if told is not None:
+            for rank in told.guilty:  # it may have died
+                self._remove(rank)
+        self._tell(told)
 
     # Rings.
 

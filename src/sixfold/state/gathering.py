@@ -250,9 +250,8 @@ class Gathering:
 
     def _drop_all_but(self, kept: Collection[Unit]) -> None:
         """Raise StateError where one of them was edited, once all are dropped: ranks go on from one state."""
-        with (
-            ExitStack() as drops
-        ):  # from the last unit to the first, whose error is so the one that is raised
+        # They are dropped from the last to the first, whose error is so the one that is raised.
+        with ExitStack() as drops:
             for unit in self._units:
                 if unit in self._whole.units and unit not in kept:
                     drops.callback(self._whole.drop, unit)
