@@ -1,4 +1,4 @@
-"""The benchmark commands still run, from start to table; their figures are not judged here."""
+"""The benchmark commands still run, from start to table; their figures are hardly judged here."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_data_parallel_prints_its_table(run: Run) -> None:
         assert all(float(cell) > 0 for cell in cells[0][:3]), cells
 
 
-def test_the_dispatcher_tells_its_share(run: Run) -> None:
+def test_the_dispatcher_costs_little(run: Run) -> None:
     figures = json.loads(run("dispatcher.py", "--json", "--model", "tiny"))
     for preset in (0, 2):
         assert figures[f"zero {preset}: exchanges a step"] > 0
-        assert figures[f"zero {preset}: share_percent"] > 0
+        assert 0 < figures[f"zero {preset}: share_percent"] < 1.0, figures
 
 
 def test_exchange_prints_every_exchange_of_both_transports(run: Run) -> None:

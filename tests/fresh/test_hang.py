@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_ranks_without_a_launcher_tell_it_once_and_all_end(
     """Plain processes, as under Slurm: rank 1 dies of an exception that only it prints."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     place |= {"WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
     ranks = [
         subprocess.Popen(
             [warm_python, str(script), "raise"],
@@ -119,6 +121,7 @@ def test_ranks_without_a_launcher_tell_it_once_and_all_end(
     assert "ended with ValueError: boom" in verdicts[0]
     assert "Traceback" not in told[0] + told[2]
     assert not list(tmp_path.glob("*.ring"))
+    assert time.monotonic() - began < 120
 
 
 PIPELINE = """
@@ -154,6 +157,7 @@ def test_a_pipeline_ends_with_the_name_of_its_culprit(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(PIPELINE)
+    began = time.monotonic()
     # Of a fork that is killed its launcher learns from another process.
     python = sys.executable if case == "kill" else warm_python
     command = [python, "-m", "sixfold.launch.script", str(script), case]
@@ -161,3 +165,4 @@ def test_a_pipeline_ends_with_the_name_of_its_culprit(
     said = capfd.readouterr().err
     assert words in said, said
     assert "rank 2" in said, said
+    assert time.monotonic() - began < 90

@@ -17,11 +17,11 @@ from tests.ranks.test_parity import FP32_LOSS_BOUND, FP64_BOUND
 FACTORS: dict[str, tuple[Any, ...]] = {
     "schedule": tuple(SCHEDULES),
     "pipe": (2, 3, 4),
-    "num_micro": (1, 4, 7),
+    "num_micro": (1, 4, 7, 8),
     "zero": (0, 1, 2, 3),
     "data": (1, 2),
     "shares": ("even", "uneven", "empty"),
-    "model": ("pairs", "decoder", "tied-decoder", "tied-llama"),
+    "model": ("pairs", "llama", "tied-decoder", "tied-llama"),
     "frozen": (False, True),
     "ragged": (False, True),
     "evaluates": (False, True),
