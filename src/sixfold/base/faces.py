@@ -1,7 +1,7 @@
 """Public names of a package, each loaded on first use: importing the package loads no tensor library.
 
-Packages whose faces are slow to load set their `__getattr__` by it. It knows no name and imports nothing until
-one is asked for.
+Packages whose faces are slow to load set their `__getattr__` by it. It knows no name, and imports nothing
+until one is asked for.
 """
 
 from __future__ import annotations
