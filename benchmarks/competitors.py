@@ -7,6 +7,7 @@ A library is imported only in the ranks of its own job, so that nothing it does 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from contest import LR, SIZES, Step, make_model
+
+from sixfold.base.malloc import malloc_variables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,7 +225,10 @@ def _fairscale_fsdp_on_cpu() -> Any:
 
 SIXFOLD = {
     f"sixfold-{zero}" + ("" if transport == "network" else f"-{transport}"): Competitor(
-        partial(_sixfold, zero=zero, transport=transport), zero, f"sixfold {transport}"
+        partial(_sixfold, zero=zero, transport=transport),
+        zero,
+        f"sixfold {transport}",
+        cpu_environment=malloc_variables(os.environ),  # as its launcher starts them
     )
     for transport in ("network", "host")
     for zero in range(4)
@@ -237,7 +243,11 @@ COMPETITORS: dict[str, Competitor] = {
     DDP: Competitor(_ddp, 0, "torch"),
     "no-communication": Competitor(_plain, None, "torch", is_alone=True),
     "sixfold-alone": Competitor(
-        partial(_sixfold, zero=0, transport="network"), None, "sixfold", is_alone=True
+        partial(_sixfold, zero=0, transport="network"),
+        None,
+        "sixfold",
+        is_alone=True,
+        cpu_environment=malloc_variables(os.environ),
     ),
     **SIXFOLD,
     "zero-redundancy": Competitor(_zero_redundancy, 1, "torch"),

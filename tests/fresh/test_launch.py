@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from sixfold.base.errors import ConfigError
+from sixfold.base.malloc import malloc_variables
 from sixfold.launch import NodePlacement, job, launch
 from sixfold.launch.guardian import members
 from sixfold.testing import free_port
@@ -208,6 +209,7 @@ def test_the_environment_is_the_callers_plus_the_documented_list(tmp_path: Path)
         "sys.exit(launch(command, ranks=2, run_folder=Path('run'), environ={'EXTRA': 'x'}, threads=3))"
     )
     mine = {**os.environ, "ODD": "a b\nc=d", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "7"}
+    mine.pop("GLIBC_TUNABLES", None)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=mine, capture_output=True, text=True
     )
@@ -217,6 +219,7 @@ def test_the_environment_is_the_callers_plus_the_documented_list(tmp_path: Path)
         *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
         *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
         *("TORCHELASTIC_USE_AGENT_STORE", "SIXFOLD_SCRATCH", "EXTRA"),
+        *malloc_variables(mine),
     }
     for rank in range(2):
         theirs = json.loads((tmp_path / f"env-{rank}").read_text())

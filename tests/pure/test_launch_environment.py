@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sixfold.base.errors import ConfigError
+from sixfold.base.malloc import malloc_variables
 from sixfold.launch import NodePlacement, Placement, discover, host_names, nodes
 
 ELASTIC = {
@@ -181,3 +182,19 @@ def test_the_launch_room_loads_no_torch() -> None:
     code = "import sys, sixfold.launch, sixfold.launch.script; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, "glibc.malloc.tcache_max=24"),
+        ({"GLIBC_TUNABLES": ""}, "glibc.malloc.tcache_max=24"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1:glibc.malloc.tcache_max=24"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, None),
+    ],
+)
+def test_malloc_is_told_to_cache_no_large_rests_unless_its_cache_is_set(
+    given: dict[str, str], added: str | None
+) -> None:
+    assert malloc_variables(given).get("GLIBC_TUNABLES") == added

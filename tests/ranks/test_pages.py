@@ -21,11 +21,11 @@ def faults() -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 @pytest.mark.ranks(1, fresh=True)
 def test_memory_that_was_freed_is_taken_without_page_faults() -> None:
-    """In a process of its own: nothing takes the setting back."""
+    """In a process of its own; what the pool forks from was started with `malloc_variables`, as ranks are."""
     faults()
     # 64 MB are 16384 pages of 4 KiB, or 32 of the largest.
     assert faults() > 10
     assert keep_pages()
-    first, *again = [faults() for _ in range(6)]
+    first, *again = [faults() for _ in range(60)]
     assert first > 10
-    assert again[-1] < 5, again  # a hole may be too small once, by the bytes of its alignment
+    assert max(again) < 10, again

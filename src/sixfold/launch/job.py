@@ -15,7 +15,7 @@ Note "Environment". A rank sees the launcher's environment unchanged, plus: the 
 elastic (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, GROUP_WORLD_SIZE, ROLE_NAME,
 ROLE_RANK, ROLE_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT,
 TORCHELASTIC_MAX_RESTARTS, TORCHELASTIC_USE_AGENT_STORE), OMP_NUM_THREADS where `threads` is given,
-SIXFOLD_SCRATCH, and what the caller passes as `environ`.
+SIXFOLD_SCRATCH, what the caller passes as `environ`, and a setting of glibc (`base/malloc.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 from sixfold.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WORKER
+from sixfold.base.malloc import malloc_variables
 from sixfold.launch import guardian
 from sixfold.launch.failure import Failure, causal, from_early_end, from_exit, render
 from sixfold.launch.streams import Relay
@@ -114,6 +115,7 @@ class Job:
         guard = self._guard()
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         variables = {**os.environ, **threads, **self.environ, **elastic, SCRATCH: str(self.scratch)}
+        variables |= malloc_variables(variables)
         with self._streams(rank) as (stdin, out, err):
             process = subprocess.Popen(
                 self.command, env=variables, stdin=stdin, stdout=out, stderr=err, start_new_session=True

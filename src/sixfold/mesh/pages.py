@@ -3,7 +3,8 @@ copy into it.
 
 Called by the engine once, for ranks that compute on CPUs. Each step frees and takes the same activations,
 gathered parameters and gradients; by glibc's defaults every large one is mapped anew. It changes malloc's
-settings for the whole process. What lives as long as the engine is mapped apart, by `untouched_zeros`.
+settings for the whole process; one more can be set only by who starts it (`base/malloc.py`). What lives as
+long as the engine is mapped apart, by `untouched_zeros`.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sixfold.base.errors import WorkerError
+from sixfold.base.malloc import malloc_variables
 from sixfold.testing import report, server, stacks, wire
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -200,7 +201,7 @@ class _Server:
             self.process = subprocess.Popen(
                 [sys.executable, *command],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **malloc_variables(os.environ), "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
