@@ -5,9 +5,10 @@
 The script is what one writes in an hour: the same decoder of torch's own modules (linear layers, RMS norms,
 fused attention, rotary positions), autocast to bf16, fp32 logits for the loss, AdamW and clipping. Both
 compute in the type that `sixfold train` measures to be the faster one here; in fp32 the script goes without
-autocast. The same ranks hold both and give them turns, the order changing every round; each turn is a few
-updates on the same number of tokens of the main job's corpus, data included. Utilisation is of what the
-ranks' matrix products reach when all of them multiply at once.
+autocast. Each has ranks of its own, because the engine changes malloc's settings for a whole process; they
+get turns, the order changing every round, and who has none sleeps on a pipe. A turn is a few updates on the
+same number of tokens of the main job's corpus, data included. Utilisation is of what the ranks' matrix
+products reach when all of them multiply at once; the ratio has the 95 % interval of its median.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from contest import run_ranks
+from contest import RankError, Ranks, median_interval, quit_rank
+
+from sixfold.base.malloc import malloc_variables
+
+OURS, PLAIN = "sixfold", "ddp"
+PATIENCE_S = 600.0
+"""Of a turn; the first builds the corpus where there is none."""
 
 SMOKE = (
     "data.max_mb=0.5",
@@ -100,8 +107,11 @@ def naive_script(
     return update
 
 
-def work(options: dict[str, Any]) -> None:
-    """One rank."""
+def work(options: dict[str, Any], name: str) -> None:
+    """One rank of a contestant: does as many updates as a line of its input says, and answers with seconds."""
+    # Libraries print to stdout too, which is kept for the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     import torch
     import torch.distributed as dist
 
@@ -118,46 +128,72 @@ def work(options: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ranks, rank = dist.get_world_size(), dist.get_rank()
     compute = options["compute"]
     overrides = [*options["set"], f"precision.compute={compute}", "train.steps=100000"]
     config = load(recipe=RECIPE, overrides=overrides).config
     corpus, length = prepare(config.data), config.data.sequence_length
     module: Any = build_model(config, corpus.vocab_size)
-    sizes = {
-        name: getattr(module.config, name) for name in ("width", "num_layers", "num_heads", "num_kv_heads")
-    }
-    sizes |= {"ffn_width": module.config.ffn_width, "vocab_size": corpus.vocab_size}
-    engine = sixfold.initialize(module, config=load(recipe=RECIPE, overrides=overrides))
-    blend = samples_of(config, corpus)
-    plan = decide_batch(config.batch, data_ranks=ranks, sequence_length=length)
-    part = plan.share(rank)
-
-    def ours() -> None:
-        engine.train_step(fields_of(config, corpus, blend.batch(engine.num_samples, part)))
-
-    tokens = corpus.parts[0].train
-    contestants = {
-        "sixfold": ours,
-        "ddp": naive_script(sizes, tokens, len(part), length, config.optimizer.lr, compute),
-    }
-    spent: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(-1, options["rounds"]):
-        for name in list(contestants)[:: 1 if number % 2 else -1]:
-            dist.barrier()
-            began = time.perf_counter()
-            for _ in range(options["updates"]):
-                contestants[name]()
-            dist.barrier()
-            if number >= 0:  # the first round warms up
-                spent[name].append((time.perf_counter() - began) / options["updates"])
+    plan = decide_batch(config.batch, data_ranks=dist.get_world_size(), sequence_length=length)
+    part = plan.share(dist.get_rank())
     peak = torch.tensor(peak_flops(DTYPES[compute]), dtype=torch.float64)
     dist.all_reduce(peak)
-    if rank == 0:
-        flops = num_flops(module.config, plan.size, length)
-        print(json.dumps({"spent": spent, "tokens": plan.size * length, "flops": flops, "peak": float(peak)}))
-    sys.stdout.flush()
-    os._exit(0)
+    facts = {
+        "tokens": plan.size * length,
+        "flops": num_flops(module.config, plan.size, length),
+        "peak": float(peak),
+    }
+    if name == OURS:
+        engine = sixfold.initialize(module, config=load(recipe=RECIPE, overrides=overrides))
+        blend = samples_of(config, corpus)
+
+        def update() -> None:
+            engine.train_step(fields_of(config, corpus, blend.batch(engine.num_samples, part)))
+
+    else:
+        names = ("width", "num_layers", "num_heads", "num_kv_heads", "ffn_width")
+        sizes = {each: getattr(module.config, each) for each in names} | {"vocab_size": corpus.vocab_size}
+        tokens = corpus.parts[0].train
+        update = naive_script(sizes, tokens, len(part), length, config.optimizer.lr, compute)
+    for line in sys.stdin:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            update()
+        dist.barrier()
+        print(json.dumps({"seconds": time.perf_counter() - began, **facts}), file=answers, flush=True)
+    quit_rank()
+
+
+def measure(options: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """Seconds of an update in every round, by contestant, and what an update is."""
+    jobs: dict[str, Ranks] = {}
+    spent: dict[str, list[float]] = {OURS: [], PLAIN: []}
+    facts: dict[str, Any] = {}
+
+    def turn(name: str) -> float:
+        jobs[name].tell(str(options["updates"]))
+        told = jobs[name].answers(PATIENCE_S)
+        facts.update(told[0])
+        return max(each["seconds"] for each in told) / options["updates"]
+
+    try:
+        # One after the other: each measures what products reach while no other job runs, and warms up.
+        for name in spent:
+            environment = malloc_variables(os.environ) if name == OURS else {}  # as its launcher starts them
+            command = [__file__, "--work", json.dumps(options), "--contestant", name]
+            jobs[name] = Ranks(command, num_ranks, environment=environment)
+            turn(name)
+        for number in range(options["rounds"]):
+            for name in list(spent)[:: 1 if number % 2 else -1]:
+                spent[name].append(turn(name))
+        for ranks in jobs.values():
+            ranks.finish()
+    except RankError as error:
+        raise SystemExit(f"{error}; a rank's error stands above") from None
+    finally:
+        for ranks in jobs.values():
+            ranks.kill()
+    return {"spent": spent, **facts}
 
 
 def faster_type(settings: Sequence[str]) -> str:
@@ -177,10 +213,11 @@ def faster_type(settings: Sequence[str]) -> str:
 def figures(told: dict[str, Any]) -> dict[str, float]:
     """Medians over rounds."""
     seconds = {name: statistics.median(values) for name, values in told["spent"].items()}
-    ratios = [b / a for a, b in zip(told["spent"]["sixfold"], told["spent"]["ddp"], strict=True)]
+    ratios = [b / a for a, b in zip(told["spent"][OURS], told["spent"][PLAIN], strict=True)]
+    ratio, low, high = median_interval(ratios)
     found = {f"{name} tokens/s": told["tokens"] / value for name, value in seconds.items()}
     found |= {f"{name} utilisation": told["flops"] / value / told["peak"] for name, value in seconds.items()}
-    return {**found, "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {**found, "ratio": ratio, "from": low, "to": high}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,6 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -205,14 +243,12 @@ def main() -> None:
     """Start the ranks and print, or be one of them."""
     args = parse()
     if args.work:
-        work(json.loads(args.work))
+        work(json.loads(args.work), args.contestant)
         return
     settings = [*args.set, *(SMOKE if args.smoke else ())]
     compute = args.compute or faster_type(settings)
-    options = json.dumps(
-        {"rounds": args.rounds, "updates": args.updates, "set": settings, "compute": compute}
-    )
-    found = figures(run_ranks([__file__, "--work", options], args.ranks))
+    options = {"rounds": args.rounds, "updates": args.updates, "set": settings, "compute": compute}
+    found = figures(measure(options, args.ranks))
     if args.json:
         print(json.dumps({"compute": compute, **found}))
         return
