@@ -108,7 +108,7 @@ def naive_script(
 
 
 def work(options: dict[str, Any], name: str) -> None:
-    """One rank of a contestant: does as many updates as a line of its input says, and answers with seconds."""
+    """One rank of a contestant: does as many updates as a line of its input says, tells the time."""
     # Libraries print to stdout too, which is kept for the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
