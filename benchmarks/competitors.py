@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,16 +98,14 @@ def _plain(task: Task) -> Step:
     return _loop(model, _adamw(model.parameters()), context=partial(_autocast, task))
 
 
-def _sixfold(task: Task, *, zero: int, transport: str) -> Step:
+def _sixfold(task: Task, *, zero: int, transport: str, grad: str | None = None) -> Step:
     import sixfold
-    from sixfold.config import LayoutConfig
 
-    layout: dict[str, Any] = {"zero": zero, "transport": transport}
-    if transport == "network" and "transport" not in LayoutConfig.model_fields:
-        del layout["transport"]  # there is no other yet
+    if grad is not None and task.dtype == "fp32":
+        raise ValueError("gradients in 16 bits beside weights in fp32 have nobody to be compared with")
     config = {
-        "layout": layout,
-        "precision": {"compute": task.dtype},
+        "layout": {"zero": zero, "transport": transport},
+        "precision": {"compute": task.dtype, "grad": grad},
         "optimizer": {"name": "adamw", "lr": LR},
     }
     return sixfold.initialize(task.model(), config=config, device=task.device).train_step
@@ -233,6 +231,10 @@ SIXFOLD = {
     for transport in ("network", "host")
     for zero in range(4)
 }
+SIXFOLD["sixfold-2-host-grad16"] = replace(
+    SIXFOLD["sixfold-2-host"], build=partial(_sixfold, zero=2, transport="host", grad="bf16")
+)
+"""Gradients add up and are summed in bf16, as DeepSpeed's are; for bf16 alone."""
 DEEPSPEED = {
     f"deepspeed-{stage}": Competitor(
         partial(_deepspeed, stage=stage), stage, "deepspeed", cpu_environment={"DS_ACCELERATOR": "cpu"}
