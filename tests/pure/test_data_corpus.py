@@ -409,6 +409,18 @@ def test_several_sources_are_parts_of_one_corpus(source: Path, tmp_path: Path) -
     assert corpus.num_held_out_documents == 6
 
 
+def test_sources_of_other_names_are_another_corpus(source: Path, tmp_path: Path) -> None:
+    """Of the same texts: its record and its evaluations speak of them by name."""
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {n}\n"}) + "\n" for n in range(12))
+    )
+    for name in ("text", "renamed"):
+        source = source.rename(tmp_path / name)
+        both = (str(source), str(tmp_path / "more.jsonl"))
+        corpus = prepare(asked(source, path=None, sources=both, tokenizer="bytes", vocab_size=None))
+        assert [part.name for part in corpus.record.parts] == [name, "more.jsonl"]
+
+
 def test_a_tokenizer_of_others(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()

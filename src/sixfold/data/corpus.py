@@ -275,7 +275,7 @@ def _content_key(selections: Sequence[Selection], config: DataConfig) -> str:
         for part in selections
     ]
     left_out = [(part.num_undecodable, part.num_duplicates) for part in selections]
-    names = [part.source.name for part in selections[1:]]  # a lone source has none
+    names = [part.source.name for part in selections] if len(selections) > 1 else []
     return _hash_of([config.held_out_documents, _vocabulary_key(config), left_out, names, documents])
 
 
