@@ -6,7 +6,6 @@ words, or into one JSON document where --json was given.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sixfold.config import Resolved, load
 from sixfold.data.corpus import Corpus, prepare, prepare_at
 from sixfold.data.record import RECORD
 from sixfold.data.sources import find_sources
-from sixfold.data.spool import spool
+from sixfold.data.spool import spooled
 from sixfold.train.folder import CONFIG
 from sixfold.train.job import RECIPE
 from sixfold.train.preview import Preview, preview
@@ -54,18 +53,15 @@ def build(
             for row in rows:
                 typer.echo(f"{row['source']}   {row['files']} files   {bytes_text(int(str(row['bytes'])))}")
         return EXIT_DONE
-    spooled = into.with_name(f"{into.name}.spool")
     try:
-        if asked.sources is not None:
-            named = spool(asked.sources, spooled, asked.text_field)
-            asked = asked.model_copy(update={"sources": named})
-        with progress_bar(shown=not as_json) as progress:
-            corpus = prepare_at(into, asked, on_progress=progress, workers=workers)
+        with spooled(asked.sources or (), into, asked.text_field) as named:
+            if named:
+                asked = asked.model_copy(update={"sources": named})
+            with progress_bar(shown=not as_json) as progress:
+                corpus = prepare_at(into, asked, on_progress=progress, workers=workers)
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from what is done", err=True)
         raise
-    finally:
-        shutil.rmtree(spooled, ignore_errors=True)
     _show_corpus(corpus, as_json=as_json)
     return EXIT_DONE
 
