@@ -145,6 +145,26 @@ def test_loss_and_callback(code: str, tmp_path: Path) -> None:
 def test_source(code: str, sixfold: Terminal) -> None:
     source = f"{code}:documents"
     small = ("--set", "data.held_out_documents=3", "--set", "data.vocab_size=300")
+    lab.write_corpus(sixfold.folder / "text")
+    asked = (
+        "data",
+        "build",
+        source,
+        "text",
+        "--into",
+        "corpus",
+        "--dry-run",
+        "--set",
+        'data.include=["*.txt"]',
+    )
+    assert sixfold(*asked) == EXIT_DONE
+    assert [line.split("   ")[:2] for line in sixfold.out.splitlines()] == [
+        ["text", "30 files"],
+        [source, "a function, not run"],
+    ]
+    assert sixfold(*asked, "--json") == EXIT_DONE
+    assert json.loads(sixfold.out)[1] == {"source": source, "files": None, "bytes": None}
+    assert not (sixfold.folder / "corpus").exists()
     assert sixfold("data", "build", source, "--into", "corpus", *small) == EXIT_DONE
     assert "27 documents" in sixfold.out
     assert not list(sixfold.folder.glob("corpus.*"))
