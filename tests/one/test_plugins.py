@@ -145,13 +145,50 @@ def test_loss_and_callback(code: str, tmp_path: Path) -> None:
 def test_source(code: str, sixfold: Terminal) -> None:
     source = f"{code}:documents"
     small = ("--set", "data.held_out_documents=3", "--set", "data.vocab_size=300")
+    lab.write_corpus(sixfold.folder / "text")
+    asked = (
+        "data",
+        "build",
+        source,
+        "text",
+        "--into",
+        "corpus",
+        "--dry-run",
+        "--set",
+        'data.include=["*.txt"]',
+    )
+    assert sixfold(*asked) == EXIT_DONE
+    assert [line.split("   ")[:2] for line in sixfold.out.splitlines()] == [
+        ["text", "30 files"],
+        [source, "a function, not run"],
+    ]
+    assert sixfold(*asked, "--json") == EXIT_DONE
+    assert json.loads(sixfold.out)[1] == {"source": source, "files": None, "bytes": None}
+    assert not (sixfold.folder / "corpus").exists()
     assert sixfold("data", "build", source, "--into", "corpus", *small) == EXIT_DONE
     assert "27 documents" in sixfold.out
-    assert not list(sixfold.folder.glob("*.spool"))
+    assert not list(sixfold.folder.glob("corpus.*"))
     assert sixfold("train", "--set", f"data.path={source}", "--dry-run") == EXIT_USAGE
     assert "sixfold data build" in sixfold.err
     assert sixfold("data", "build", f"{code}:numbers", "--into", "other", *small) == EXIT_USAGE
     assert "document 0 of the source" in sixfold.err
+
+
+def test_sources_of_one_name(sixfold: Terminal) -> None:
+    """Functions of two files, and a folder of the user's where their documents might be written down."""
+    for word in ("here", "there"):
+        text = f'def documents():\n    yield from (f"{word} {{n}} " * 9 for n in range(9))\n'
+        (sixfold.folder / f"{word}.py").write_text(text)
+    own = sixfold.folder / "corpus.spool" / "mine.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    both = ("here.py:documents", "there.py:documents", "--into", "corpus")
+    small = ("--set", "data.held_out_documents=3", "--set", "data.tokenizer=bytes")
+    assert sixfold("data", "build", *both, *small, "--json") == EXIT_DONE
+    parts = json.loads(sixfold.out)["parts"]
+    assert [part["name"] for part in parts] == ["0/documents.jsonl", "1/documents.jsonl"]
+    assert [part["num_train_documents"] for part in parts] == [6, 6]
+    assert own.read_text() == "mine"
 
 
 def test_a_sink_that_fails_stops_nothing(

@@ -390,8 +390,12 @@ def test_a_corpus_that_is_built_is_opened_as_it_is(source: Path, tmp_path: Path)
     assert (
         prepare(DataConfig(path=built.folder, tokenizer="bytes", held_out_documents=5)).folder == built.folder
     )
-    with pytest.raises(DataError, match=r"data\.held_out_documents = 7.* built with 5"):
-        prepare(DataConfig(path=built.folder, held_out_documents=7))
+    assert prepare(DataConfig(path=built.folder, vocab_size=None, max_mb=None)).folder == built.folder
+    for other in (7, DataConfig().held_out_documents):
+        with pytest.raises(DataError, match=rf"data\.held_out_documents = {other}.* built with 5"):
+            prepare(DataConfig(path=built.folder, held_out_documents=other))
+    with pytest.raises(DataError, match=r"data\.tokenizer = 'bpe'.* built with 'bytes'"):
+        prepare(DataConfig(path=built.folder, tokenizer="bpe"))
     again = prepare_at(tmp_path / "corpus", config, on_progress=Phases(), workers=1)
     assert again.folder == built.folder
     with pytest.raises(DataError, match="holds something else"):
@@ -407,6 +411,18 @@ def test_several_sources_are_parts_of_one_corpus(source: Path, tmp_path: Path) -
     assert len(documents(corpus, corpus.parts[1].train)) == 9
     assert sorted(documents(corpus, corpus.parts[1].held_out))[0].startswith("line ")
     assert corpus.num_held_out_documents == 6
+
+
+def test_sources_of_other_names_are_another_corpus(source: Path, tmp_path: Path) -> None:
+    """Of the same texts: its record and its evaluations speak of them by name."""
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {n}\n"}) + "\n" for n in range(12))
+    )
+    for name in ("text", "renamed"):
+        source = source.rename(tmp_path / name)
+        both = (str(source), str(tmp_path / "more.jsonl"))
+        corpus = prepare(asked(source, path=None, sources=both, tokenizer="bytes", vocab_size=None))
+        assert [part.name for part in corpus.record.parts] == [name, "more.jsonl"]
 
 
 def test_a_tokenizer_of_others(source: Path, tmp_path: Path) -> None:

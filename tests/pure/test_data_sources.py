@@ -242,3 +242,23 @@ def test_sources_are_split_each_and_share_no_copy(tmp_path: Path) -> None:
     assert (len(code.train), len(code.held_out)) == (16, 4)
     assert (len(more.train), len(more.held_out), more.num_duplicates) == (5, 4, 1)
     assert "data.sources" in refusal(DataConfig(sources=(str(tmp_path / "cod"),))).given
+
+
+def test_sources_of_one_name_are_told_apart_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here/a", "there/a", "here/b", "here"):
+        write(tmp_path / folder, {"train.jsonl": '{"text": "one"}\n', "other.py": "two"})
+    monkeypatch.chdir(tmp_path / "here" / "b")
+    named = (
+        "../a/train.jsonl",
+        "train.jsonl",
+        str(tmp_path / "there" / "a" / "train.jsonl"),
+        ".",
+        "../../here",
+    )
+    found = find_sources(DataConfig(sources=named))
+    expected = ["here/a/train.jsonl", "b/train.jsonl", "there/a/train.jsonl", "b", "here"]
+    assert [source.name for source in found] == expected
+    (lone,) = find_sources(DataConfig(path=tmp_path / "here" / "a"))
+    assert lone.name == "a"

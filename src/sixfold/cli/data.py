@@ -6,7 +6,6 @@ words, or into one JSON document where --json was given.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from sixfold.base.errors import EXIT_DONE, ConfigError, DataError
 from sixfold.base.units import bytes_text, count_text
 from sixfold.cli.output import print_json, progress_bar
 from sixfold.config import Resolved, load
+from sixfold.config.tree import DataConfig
 from sixfold.data.corpus import Corpus, prepare, prepare_at
 from sixfold.data.record import RECORD
 from sixfold.data.sources import find_sources
-from sixfold.data.spool import spool
+from sixfold.data.spool import is_function, spooled
 from sixfold.train.folder import CONFIG
 from sixfold.train.job import RECIPE
 from sixfold.train.preview import Preview, preview
@@ -39,35 +39,39 @@ def build(
     values = {"data.sources": list(sources)} if sources else {}
     asked = load(config, values=values, overrides=overrides).config.data
     if dry_run:
-        found = find_sources(asked)
-        rows = [
-            {
-                "source": str(each.folder),
-                "files": len(each.files),
-                "bytes": sum(file.num_bytes for file in each.files),
-            }
-            for each in found
-        ]
-        if as_json:
-            print_json(rows)
-        else:
-            for row in rows:
-                typer.echo(f"{row['source']}   {row['files']} files   {bytes_text(int(str(row['bytes'])))}")
+        _show_sources(asked, as_json=as_json)
         return EXIT_DONE
-    spooled = into.with_name(f"{into.name}.spool")
     try:
-        if asked.sources is not None:
-            named = spool(asked.sources, spooled, asked.text_field)
-            asked = asked.model_copy(update={"sources": named})
-        with progress_bar(shown=not as_json) as progress:
-            corpus = prepare_at(into, asked, on_progress=progress, workers=workers)
+        with spooled(asked.sources or (), into, asked.text_field) as named:
+            if named:
+                asked = asked.model_copy(update={"sources": named})
+            with progress_bar(shown=not as_json) as progress:
+                corpus = prepare_at(into, asked, on_progress=progress, workers=workers)
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from what is done", err=True)
         raise
-    finally:
-        shutil.rmtree(spooled, ignore_errors=True)
     _show_corpus(corpus, as_json=as_json)
     return EXIT_DONE
+
+
+def _show_sources(asked: DataConfig, *, as_json: bool) -> None:
+    """What would be read; functions are not run."""
+    functions = [name for name in asked.sources or () if is_function(name)]
+    if functions:
+        files = tuple(name for name in asked.sources or () if name not in functions)
+        asked = asked.model_copy(update={"sources": files})
+    found = [
+        (str(each.folder), len(each.files), sum(file.num_bytes for file in each.files))
+        for each in find_sources(asked)
+    ]
+    if as_json:
+        rows = [*found, *((name, None, None) for name in functions)]
+        print_json([dict(zip(("source", "files", "bytes"), row, strict=True)) for row in rows])
+        return
+    for folder, num_files, num_bytes in found:
+        typer.echo(f"{folder}   {num_files} files   {bytes_text(num_bytes)}")
+    for name in functions:
+        typer.echo(f"{name}   a function, not run")
 
 
 def inspect(
@@ -105,7 +109,8 @@ def _resolve(
                 rule="a run has its own configuration",
                 fix="drop --config; single values can be changed with --set",
             )
-        return load(run_folder / CONFIG, overrides=overrides)
+        own = run_folder / CONFIG
+        return load(own, overrides=overrides).recall(own.read_text(), own)
     if target is None:
         return load(config, overrides=overrides, recipe=RECIPE)
     if not (target / RECORD).is_file():

@@ -19,6 +19,7 @@ from sixfold.cli.options import (
     Preset,
     Target,
     folder_or_url,
+    folder_to_make,
     path,
 )
 
@@ -28,7 +29,7 @@ data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no
 @data.command("build")
 def data_build(
     into: Annotated[
-        Path, typer.Option("--into", parser=path, metavar="FOLDER", help="Corpus folder to make.")
+        Path, typer.Option("--into", parser=folder_to_make, metavar="FOLDER", help="Corpus folder to make.")
     ],
     sources: Annotated[
         list[str] | None,
@@ -152,7 +153,7 @@ def ckpt_import(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint from a Hugging Face folder or one of torch.distributed.checkpoint."""
+    """Make a checkpoint from a folder of Hugging Face, torch.distributed.checkpoint or DeepSpeed."""
     from sixfold.cli.ckpt import import_checkpoint
 
     raise typer.Exit(import_checkpoint(source, target, dry_run=dry_run, as_json=as_json))

@@ -20,6 +20,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def folder_to_make(text: str) -> Path:
+    """A folder to make. What becomes one lies beside it meanwhile, by its name, so `.` and `..` get theirs."""
+    given = path(text)
+    return given if given.name not in ("", "..") else given.resolve()
+
+
 def folder_or_url(text: str) -> Path:
     """The same, or a URL that fsspec knows."""
     if "://" not in text:
@@ -57,7 +63,7 @@ Preset = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(parser=folder_or_url, metavar="FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Target = Annotated[Path, typer.Argument(parser=path, metavar="TARGET", help="Folder to make.")]
+Target = Annotated[Path, typer.Argument(parser=folder_to_make, metavar="TARGET", help="Folder to make.")]
 DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]
 
 

@@ -39,7 +39,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are drawn from together: those of a folder, or one file."""
+    """Files that are drawn from together: those of a folder, or one file; no two have the same name."""
 
     name: str
     folder: Path
@@ -75,18 +75,37 @@ def find_sources(config: DataConfig) -> tuple[Source, ...]:
         DataError: a place does not exist or holds no file that matches.
     """
     left_out = _NOT_SOURCE if config.path is None and config.sources is None else frozenset[str]()
-    return tuple(_find(option, path, config, left_out) for option, path in places_of(config))
+    places = places_of(config)
+    names = _names_of([path for _, path in places])
+    return tuple(
+        _find(name, option, path, config, left_out)
+        for name, (option, path) in zip(names, places, strict=True)
+    )
 
 
-def _find(option: str, path: Path, config: DataConfig, left_out: frozenset[str]) -> Source:
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Of each path its last parts, as few as tell it from the others."""
+    whole = [Path(os.path.abspath(path)) for path in paths]  # the working directory has a name, too
+
+    def name_of(path: Path) -> str:
+        for count in range(1, len(path.parts)):
+            end = path.parts[-count:]
+            if sum(other.parts[-count:] == end for other in whole) == 1:
+                return "/".join(end)
+        return str(path)
+
+    return [name_of(path) for path in whole]
+
+
+def _find(name: str, option: str, path: Path, config: DataConfig, left_out: frozenset[str]) -> Source:
     if os.path.isfile(path):  # unlike Path.is_file, no error where a parent is closed to us
         if path.suffix.lower() not in TABLES:
             _raise_single(option, path)
         stat = path.stat()
-        return Source(path.name, path.parent, (Listed(path.name, stat.st_size, stat.st_mtime_ns),))
+        return Source(name, path.parent, (Listed(path.name, stat.st_size, stat.st_mtime_ns),))
     if not os.path.isdir(path):
         _raise_missing(option, path)
-    return Source(path.name, path, tuple(_list_files(path, config, left_out)))
+    return Source(name, path, tuple(_list_files(path, config, left_out)))
 
 
 def _list_files(folder: Path, config: DataConfig, left_out: frozenset[str]) -> list[Listed]:

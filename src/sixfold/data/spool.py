@@ -7,34 +7,46 @@ any other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sixfold.base.errors import DataError
 from sixfold.base.plugins import is_known, load_plugin
 
 
-def spool(names: Iterable[str], folder: Path, field: str) -> tuple[str, ...]:
-    """The sources with a file in place of each that is a function; others stay as they are.
+def is_function(name: str) -> bool:
+    """Whether a source is a plugin: what exists as a file or folder is none."""
+    return is_known("source", name) and not Path(name).expanduser().exists()
+
+
+@contextmanager
+def spooled(names: Sequence[str], into: Path, field: str) -> Iterator[tuple[str, ...]]:
+    """The sources with a file in place of each that is a function, as long as the context lasts.
 
     Args:
-        folder: where the files go; made when needed.
+        into: the corpus that is made of them; the files lie in a folder beside it.
         field: the key under which a row holds its text.
 
     Raises:
         DataError: a function gave something else than texts.
         ConfigError: it cannot be loaded.
     """
-    return tuple(
-        name
-        if Path(name).expanduser().exists() or not is_known("source", name)
-        else _write(name, folder, field)
-        for name in names
-    )
+    if not any(map(is_function, names)):
+        yield tuple(names)
+        return
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{into.name}.spool-", dir=into.parent) as spool:
+        # Each in a folder of its own, since functions of several files may have one name.
+        yield tuple(
+            _write(name, Path(spool, str(number)), field) if is_function(name) else name
+            for number, name in enumerate(names)
+        )
 
 
 def _write(name: str, folder: Path, field: str) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     file = folder / f"{name.rpartition(':')[2]}.jsonl"
     with file.open("w", encoding="utf-8") as lines:
         for number, text in enumerate(load_plugin("source", name)()):

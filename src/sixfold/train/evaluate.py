@@ -29,10 +29,11 @@ def bits_per_byte(engine: Engine, corpus: Corpus, config: Config) -> dict[str, f
     Returns:
         By source, and of all together under "".
     """
-    nats = {part.record.name: _nats(engine, corpus, part.held_out, config) for part in corpus.parts}
-    sizes = {part.record.name: part.record.num_held_out_bytes for part in corpus.parts}
-    whole = {"": sum(nats.values()) / math.log(2) / corpus.num_held_out_bytes}
-    return whole | {name: nats[name] / math.log(2) / sizes[name] for name in nats}
+    bits = [_nats(engine, corpus, part.held_out, config) / math.log(2) for part in corpus.parts]
+    each = {
+        part.name: own / part.num_held_out_bytes for part, own in zip(corpus.record.parts, bits, strict=True)
+    }
+    return {"": sum(bits) / corpus.num_held_out_bytes, **each}
 
 
 def _nats(engine: Engine, corpus: Corpus, tokens: Tokens, config: Config) -> float:
