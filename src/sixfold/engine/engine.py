@@ -23,6 +23,7 @@ from sixfold.engine.order import Order
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
+from sixfold.models.evaluation import evaluating
 from sixfold.models.moe import RoutingStatistics
 from sixfold.pipeline import Batch, Playing, StepResult, WrittenOut, compare_written_out, to_device
 from sixfold.plan import LearningRate, Memory, Plan
@@ -162,13 +163,8 @@ class Engine:
         Returns:
             Mean loss and its weight, the same on every rank; nan and 0 where no rank has a sample.
         """
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                return self._playing.play("eval_step", "evaluation", batch, self.num_steps, self._last_weight)
-        finally:
-            self.module.train(was_training)
+        with evaluating(self.module), torch.no_grad():
+            return self._playing.play("eval_step", "evaluation", batch, self.num_steps, self._last_weight)
 
     def rehearse(self, batch: Batch) -> None:
         """Play a step without its update: forwards, backwards and reduction, for timing.
