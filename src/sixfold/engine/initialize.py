@@ -28,6 +28,7 @@ from sixfold.engine.admission import (
     tell_idle_settings,
 )
 from sixfold.engine.costs import axes_memory, check_example, crossing_memory, cut_by_measure
+from sixfold.engine.device import own_device
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.watch import meet, patience_of, watch
@@ -120,7 +121,7 @@ def initialize(
         learning_rate.check_end()
     # A script that formed its process group itself has placed this process already.
     placement = None if dist.is_initialized() else discover(os.environ)
-    place = torch.device(device) if device is not None else _own_device(placement)
+    place = own_device(device, placement)
     if place.type == "cpu":
         keep_pages()
     blocks = block_names(model, asked.layout.blocks)
@@ -272,11 +273,3 @@ def _address(placement: Placement | None) -> str | None:
         return f"{placement.master_addr}:{placement.master_port}"
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     return f"{host}:{port}" if host and port and dist.is_initialized() else None
-
-
-def _own_device(placement: Placement | None) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", placement.local_rank if placement else torch.cuda.current_device())
-    torch.cuda.set_device(device)
-    return device
