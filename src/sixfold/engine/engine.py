@@ -7,7 +7,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -386,10 +386,8 @@ class Engine:
         if self._order.is_closed:
             return
         self._order.is_closed = True
-        try:
+        with closing(self.mesh), self._ending:
             self.wait_for_save()
-        finally:
-            self._ending.close()
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
