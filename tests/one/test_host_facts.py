@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import platform
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from sixfold.base.errors import PlanError
 from sixfold.config import load
-from sixfold.mesh.host.host import Facts, objection
+from sixfold.mesh.host.host import Facts, Host, objection
 from sixfold.mesh.host.limits import free_bytes
 from sixfold.plan import ParameterFacts, decide, exchange_memory
 
@@ -48,6 +53,24 @@ def test_what_stands_against_it_is_said(change: dict[str, object], words: str) -
     found = objection([RANK, replace(RANK, **change)], [[0, 1]])  # type: ignore[arg-type]
     assert found is not None
     assert found.startswith(words)
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="memory is shared on Linux on x86-64"
+)
+def test_a_rank_without_memory_for_the_first_rows_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sixfold.mesh.host.memory.free_bytes", lambda: (100, "under memory.max = 1 MB"))
+    told: list[Facts] = []
+
+    def texts(text: str) -> list[str]:
+        told.append(Facts.read(text))
+        return [text, json.dumps(asdict(RANK))]
+
+    with pytest.raises(PlanError, match=r"rank 0: .* 100 B are free under memory.max = 1 MB"):
+        Host.form(
+            "host", 0, torch.device("cpu"), texts, needed=1, neighbours=[[0, 1]], timeout_s=1.0, place="here"
+        )
+    assert len(told) == 1
 
 
 def test_what_is_exchanged_is_known_before() -> None:

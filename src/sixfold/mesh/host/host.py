@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sixfold.base.errors import PlanError
+from sixfold.base.errors import MeshError, PlanError
 from sixfold.base.units import bytes_text
 from sixfold.mesh.dispatch import Dispatcher
 from sixfold.mesh.group import PURPOSES
@@ -230,6 +230,8 @@ def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | No
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
         return None, f"the system refuses it: {error.strerror}"
+    except MeshError as error:  # told to the others, who wait for what this rank says
+        return None, error.given
     return memory, ""
 
 
