@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import platform
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from sixfold.base.errors import PlanError
 from sixfold.config import load
-from sixfold.mesh.host.host import Facts, objection
+from sixfold.mesh.host.host import Facts, Host, objection
 from sixfold.mesh.host.limits import free_bytes
 from sixfold.plan import ParameterFacts, decide, exchange_memory
 
@@ -50,6 +55,24 @@ def test_what_stands_against_it_is_said(change: dict[str, object], words: str) -
     assert found.startswith(words)
 
 
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="memory is shared on Linux on x86-64"
+)
+def test_a_rank_without_memory_for_the_first_rows_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sixfold.mesh.host.memory.free_bytes", lambda: (100, "under memory.max = 1 MB"))
+    told: list[Facts] = []
+
+    def texts(text: str) -> list[str]:
+        told.append(Facts.read(text))
+        return [text, json.dumps(asdict(RANK))]
+
+    with pytest.raises(PlanError, match=r"rank 0: .* 100 B are free under memory.max = 1 MB"):
+        Host.form(
+            "host", 0, torch.device("cpu"), texts, needed=1, neighbours=[[0, 1]], timeout_s=1.0, place="here"
+        )
+    assert len(told) == 1
+
+
 def test_what_is_exchanged_is_known_before() -> None:
     """Gradients, in both types where they are sent in another, and weights of which others read slices."""
     facts = [ParameterFacts("weight", (1024,), "fp32", trainable=True)]
@@ -83,14 +106,19 @@ def test_without_limits_what_the_machine_has_is_free(proc: Path, tmp_path: Path)
     assert free_bytes(proc, tmp_path / "none") == (2000 * 1024, "of the machine")
 
 
+def test_without_groups_the_machine_counts_and_without_its_word_nothing_is_known(tmp_path: Path) -> None:
+    """Groups are a matter of Linux, and `/proc` of few systems."""
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 2000 kB\n")
+    assert free_bytes(tmp_path, tmp_path) == (2000 * 1024, "of the machine")
+    assert free_bytes(tmp_path / "none", tmp_path) is None
+
+
 def test_the_tightest_group_counts_and_pages_of_files_are_free(proc: Path, tmp_path: Path) -> None:
     groups = tmp_path / "cgroup"
     names = ("memory.max", "memory.current")
     group(groups / "job/rank", *names, limit="max", used=900_000)
     group(groups / "job", *names, limit=1_000_000, used=900_000, stat="inactive_file 300000")
-    free, limit = free_bytes(proc, groups)
-    assert free == 400_000
-    assert limit == f"under {groups}/job/memory.max = 1 MB"
+    assert free_bytes(proc, groups) == (400_000, f"under {groups}/job/memory.max = 1 MB")
 
 
 def test_groups_of_the_first_version(proc: Path, tmp_path: Path) -> None:
@@ -98,4 +126,6 @@ def test_groups_of_the_first_version(proc: Path, tmp_path: Path) -> None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     groups = tmp_path / "cgroup"
     group(groups / "memory", *names, limit=800_000, used=300_000, stat="total_inactive_file 100000")
-    assert free_bytes(proc, groups)[0] == 600_000  # a container sees its own group as the root
+    found = free_bytes(proc, groups)
+    assert found is not None
+    assert found[0] == 600_000  # a container sees its own group as the root

@@ -92,7 +92,7 @@ class Scene:
 
     def told(self) -> list[Verdict | None]:
         """What rank 2 tells of the death of rank 1."""
-        with self._watching() as (_, watched):
+        with self.watching() as (_, watched):
             for ring in (self._rings[0], self._rings[1], watched.ring):
                 ring.post(TOPIC, 3, "train.py:9")
             self._rings[1].write("end", "ended with ValueError: boom")
@@ -103,7 +103,7 @@ class Scene:
 
     def told_of_a_broken_exchange(self) -> list[Verdict | None]:
         """What rank 2 tells where rank 0 has ended first, and its store with it."""
-        with self._watching() as (watcher, watched):
+        with self.watching() as (watcher, watched):
             for ring in (self._rings[1], watched.ring):
                 ring.post(TOPIC, 3, "train.py:9")
             self._end_of_zero()
@@ -112,7 +112,8 @@ class Scene:
         return self._told
 
     @contextmanager
-    def _watching(self) -> Iterator[tuple[Watcher, Watched]]:
+    def watching(self) -> Iterator[tuple[Watcher, Watched]]:
+        """The watcher of rank 2, which has met the others."""
         watched = Watched()
         watcher = Watcher(
             watched,
@@ -185,3 +186,11 @@ def test_a_verdict_heard_of_ends_this_rank_whatever_it_would_find_itself(tmp_pat
     """To rank 2, who told and ended looks like one that died, which it leaves to the launcher."""
     scene = Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True, tells_deaths=False)
     assert scene.told_of_a_broken_exchange() == [None]
+
+
+def test_a_rank_that_an_error_takes_along_says_which(tmp_path: Path) -> None:
+    """The watcher is closed on the way of the error, before anything has printed it."""
+    scene = Scene(tmp_path, last_words="", before=False)
+    with pytest.raises(ValueError, match="boom"), scene.watching() as (_, watched):
+        raise ValueError("boom\n  rule: none")
+    assert watched.ring.position().end == "ended with ValueError: boom"

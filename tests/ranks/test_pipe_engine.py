@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -269,6 +270,27 @@ def initialize_noting(priced: list[int], *args: Any, **kwargs: Any) -> sixfold.E
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "crossing_memory", noting)
         return sixfold.initialize(*args, **kwargs)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("model", ["sequential", "llama"])
+def test_a_batch_of_nothing_is_evaluated_and_refused_for_an_update(model: str) -> None:
+    """Of no samples, and of none that has a target, which a model that counts them finds by itself."""
+    case = pipes.Case(model=model)
+    engine = pipes.engine_of(case)
+    batch = pipes.batch_of(case, 0)
+    empty = {name: field[:0] for name, field in batch.items()}
+    without = {
+        name: torch.full_like(field, -100) if name == "labels" else field for name, field in batch.items()
+    }
+    for nothing in (None, empty, *([without] if "labels" in batch else [])):
+        found = engine.eval_step(nothing)
+        assert math.isnan(found.loss)
+        assert found.weight == 0
+        with pytest.raises(ModelError, match="global weight of this update is 0"):
+            engine.train_step(nothing)
+    assert math.isfinite(engine.train_step(batch))
+    engine.close()
 
 
 class Dawdling(nn.Linear):

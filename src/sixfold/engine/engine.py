@@ -7,7 +7,7 @@ come from `program`, are played by `pipeline`, change `state`; files are written
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sixfold.engine.order import Order
 from sixfold.engine.persistence import Persistence
 from sixfold.launch import current_session
 from sixfold.mesh import Mesh
+from sixfold.models.evaluation import evaluating
 from sixfold.models.moe import RoutingStatistics
 from sixfold.pipeline import Batch, Playing, StepResult, WrittenOut, compare_written_out, to_device
 from sixfold.plan import LearningRate, Memory, Plan
@@ -162,13 +163,8 @@ class Engine:
         Returns:
             Mean loss and its weight, the same on every rank; nan and 0 where no rank has a sample.
         """
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                return self._playing.play("eval_step", "evaluation", batch, self.num_steps, self._last_weight)
-        finally:
-            self.module.train(was_training)
+        with evaluating(self.module), torch.no_grad():
+            return self._playing.play("eval_step", "evaluation", batch, self.num_steps, self._last_weight)
 
     def rehearse(self, batch: Batch) -> None:
         """Play a step without its update: forwards, backwards and reduction, for timing.
@@ -177,11 +173,13 @@ class Engine:
         """
         self._order.check_idle("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._playing.play("rehearse", "rehearsal", batch, self.num_steps, self._last_weight)
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
-        self._playing.routing.forget()
+        try:
+            self._playing.play("rehearse", "rehearsal", batch, self.num_steps, self._last_weight)
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.module.named_buffers():
+                    buffer.copy_(buffers[name])
+            self._playing.routing.forget()
 
     # The same, written out.
 
@@ -193,6 +191,7 @@ class Engine:
         self._order.check_whole("engine(...)")
         cast = self._playing.cast
         args, kwargs = to_device(args, self.device, cast), to_device(kwargs, self.device, cast)
+        self.state.begin_forward()
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()
@@ -390,10 +389,8 @@ class Engine:
         if self._order.is_closed:
             return
         self._order.is_closed = True
-        try:
+        with closing(self.mesh), self._ending:
             self.wait_for_save()
-        finally:
-            self._ending.close()
 
     @contextmanager
     def _updating(self) -> Iterator[None]:

@@ -1,51 +1,45 @@
 """`sixfold.initialize`: from a module and a configuration to an engine.
 
 Called once per model on every rank. It decides nothing itself: configuration, placement, plan, mesh,
-weights, optimizer and state come from their rooms, in this order.
+weights, optimizer and state come from their rooms, in this order; each step here is a function of what the
+ones before it gave.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sixfold.checkpoint.remote import folder_at
 from sixfold.checkpoint.together import Saving
+from sixfold.checkpoint.weights import Weights
 from sixfold.config import Config, Resolved, load
 from sixfold.engine.admission import (
     check_agreement,
     check_batch_stats,
-    check_block_options,
-    check_capacity,
-    check_model,
     tell_idle_settings,
 )
 from sixfold.engine.costs import axes_memory, check_example, crossing_memory, cut_by_measure
+from sixfold.engine.decision import Decision, decide_alone
 from sixfold.engine.engine import Engine
 from sixfold.engine.persistence import Persistence
 from sixfold.engine.watch import meet, patience_of, watch
 from sixfold.engine.weights import find_weights, given_names, read_weights
-from sixfold.launch import Placement, discover
-from sixfold.mesh import Streams, keep_pages
+from sixfold.mesh import Mesh, Streams, keep_pages
 from sixfold.parallel import (
     Deferral,
     ModelBalance,
-    ModelCut,
-    ModuleFacts,
     Routing,
-    block_names,
+    Stage,
     change_forwards,
     chunk_loss,
-    decide_axes,
     materialize,
-    module_facts,
     move_buffers,
     share_buffers,
 )
@@ -59,13 +53,13 @@ from sixfold.pipeline import (
     SequenceCut,
     Transfers,
 )
-from sixfold.plan import Plan, decide, decide_geometry, decide_learning_rate, exchange_memory, placed
+from sixfold.plan import Plan, decide_learning_rate, exchange_memory
 from sixfold.program import splits_backward
 from sixfold.state import (
+    BoundOptimizer,
     ModelState,
     bind,
     build_optimizer,
-    elementwise_groups,
     make_optimizers,
     refuse_two_definitions,
     take_over,
@@ -105,85 +99,144 @@ def initialize(
             priced by it.
 
     Raises:
-        ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works.
+        ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works. Modules
+            then run as before the call, so it may be made again.
         CheckpointError: `weights` are not those of this model; lists what does not fit.
     """
     resolved = _resolve(config)
     asked = resolved.config
-    if not isinstance(config, Resolved):
-        tell_idle_settings(resolved)
-    check_model(model, asked)
-    check_capacity(model, asked.layout)
-    check_example(asked, example)
     learning_rate = decide_learning_rate(asked)
     if not isinstance(config, Resolved):
+        tell_idle_settings(resolved)
         learning_rate.check_end()
-    # A script that formed its process group itself has placed this process already.
-    placement = None if dist.is_initialized() else discover(os.environ)
-    place = torch.device(device) if device is not None else _own_device(placement)
-    if place.type == "cpu":
-        keep_pages()
-    blocks = block_names(model, asked.layout.blocks)
-    check_block_options(model, blocks, asked.layout, place)
-    facts = module_facts(model, blocks=blocks)
-    cut = ModelCut.decide(model, asked.layout)
-    rank, address = _rank(placement), _address(placement)
-    geometry = decide_geometry(asked.layout, _world_size(placement))
-    axes = decide_axes(model, asked.layout, geometry, rank, owns_loss=loss_fn is None)
-
-    def plan_of(facts: ModuleFacts) -> Plan:
-        pieces = placed(facts.parameters, axes.places)
-        mine = cut.facts_of(pieces, geometry.coordinate(rank, "pipe"))
-        return decide(asked, mine, geometry.world_size, cut.plan)
-
-    # Decided once on the model as it was handed over, so that what cannot run is refused before any
-    # weight is made; the optimizer's groups, known only later, refine the units.
-    plan_of(facts)
-    mesh = meet(geometry, place, rank, address, asked.launch)
-    ending = ExitStack()  # ended in the opposite order
-    ending.callback(mesh.close)
-    ending.callback(watch(mesh, address, asked.launch))
-    check_agreement(mesh, model, facts, asked, axes.agreed)
-    check_batch_stats(facts, asked, mesh)
     refuse_two_definitions(asked.optimizer, optimizer)
-    streams = Streams(asked.seed, place)
-    found = find_weights(model, folder_at(weights), facts.aliases, mesh) if weights else None
+    check_example(asked, example)
+    decided = decide_alone(model, asked, device, owns_loss=loss_fn is None)
+    streams, loss_form = Streams(asked.seed, decided.device), LossForm(model, loss_fn)
+    if decided.device.type == "cpu":
+        keep_pages()
+    # Undone from the last to the first: at once where something fails here, else when the engine is closed.
+    with ExitStack() as ending:
+        mesh = _meet(decided, ending)
+        found, given = _find_first_weights(decided, mesh, weights)
+        cut = cut_by_measure(decided.cut, model, asked, mesh, streams, loss_form, example)
+        decided = replace(decided, cut=cut)
+        mesh = _share_memory(decided, mesh, loss_form, example)
+        balance = _change_forwards(decided, mesh, ending, owns_loss=loss_fn is None)
+        made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, decided.blocks), model)
+        decided = decided.grouped(made)
+        plan = decided.plan()
+        stages, deferral = _cut_stages(decided, mesh, ending)
+        state = _make_state(decided, plan, mesh, stages, given, ending, puts_off=deferral is not None)
+        if found:
+            read_weights(model, state, found)
+        bound = bind(made, state, asked.optimizer.ema_decay)
+        return Engine(
+            module=model,
+            resolved=resolved,
+            plan=plan,
+            mesh=mesh,
+            state=state,
+            bound=bound,
+            playing=_make_playing(
+                decided, plan, mesh, stages, state, bound, streams, loss_form, deferral, balance
+            ),
+            persistence=Persistence(
+                model,
+                mesh,
+                state,
+                bound,
+                decided.facts.aliases,
+                keeps_settings=optimizer is not None,
+                saving=Saving(mesh),
+                asked=asked.checkpoint,
+            ),
+            learning_rate=learning_rate,
+            ending=ending.pop_all(),
+        )
+
+
+def _meet(decided: Decision, ending: ExitStack) -> Mesh:
+    """All ranks, watched, and sure that they were given the same.
+
+    The process group is not ended where something fails later: that takes all ranks, and others may wait
+    elsewhere. A further call takes it as it is.
+    """
+    asked = decided.asked
+    mesh = meet(decided.geometry, decided.device, decided.rank, decided.address, asked.launch)
+    ending.callback(watch(mesh, decided.address, asked.launch))
+    check_agreement(mesh, decided.model, decided.facts, asked, decided.axes.agreed)
+    check_batch_stats(decided.facts, asked, mesh)
+    return mesh
+
+
+def _find_first_weights(
+    decided: Decision, mesh: Mesh, source: str | Path | None
+) -> tuple[Weights | None, set[str]]:
+    """The weights that the model starts from, and the names of those that are read later; the others are in
+    the model now, and all of it is on its device."""
+    model, facts = decided.model, decided.facts
+    found = find_weights(model, folder_at(source), facts.aliases, mesh) if source else None
     given = given_names(model, found, facts.aliases) if found else set()
     if facts.on_meta:
-        materialize(model, asked.seed, mesh, given)
-    move_buffers(model, place)
-    loss_form = LossForm(model, loss_fn)
-    cut = cut_by_measure(cut, model, asked, mesh, streams, loss_form, example)
-    # What ranks have told each other so far is little, and how much memory they share depends on the cut.
-    mesh = mesh.sharing(
+        materialize(model, decided.asked.seed, mesh, given)
+    move_buffers(model, decided.device)
+    return found, given
+
+
+def _share_memory(decided: Decision, mesh: Mesh, form: LossForm, example: Batch) -> Mesh:
+    """The mesh with memory shared where that is possible; how much depends on the cut, and what ranks have
+    told each other before is little."""
+    cut, model, asked = decided.cut, decided.model, decided.asked
+    return mesh.sharing(
         asked.layout.transport,
-        exchange_bytes=exchange_memory(plan_of(facts))
-        + crossing_memory(cut, model, asked, mesh, loss_form, example)
-        + axes_memory(axes, model, asked, loss_form, example),
+        exchange_bytes=exchange_memory(decided.plan())
+        + crossing_memory(cut, model, asked, mesh, form, example)
+        + axes_memory(decided.axes, model, asked, form, example),
         timeout_s=patience_of(asked.launch),
     )
-    ending.callback(axes.apply(mesh))
-    balance = ModelBalance.find(model, mesh.along("tensor")) if loss_fn is None else None
+
+
+def _change_forwards(
+    decided: Decision, mesh: Mesh, ending: ExitStack, *, owns_loss: bool
+) -> ModelBalance | None:
+    """Have modules run as the layout wants it; the loss that balances all layers, where the model has one."""
+    model, layout = decided.model, decided.asked.layout
+    ending.callback(decided.axes.apply(mesh))
+    balance = ModelBalance.find(model, mesh.along("tensor")) if owns_loss else None
     if balance is not None:
         ending.callback(balance.remove)
-    ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))
-    ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
-    made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
-    groups = [group["params"] for each in made for group in each.param_groups]
-    on_slices = [flag for each in made for flag in elementwise_groups(each)]
-    whole_groups = [group for group, flag in enumerate(on_slices) if not flag]
-    facts = module_facts(model, groups, whole_groups=whole_groups, blocks=blocks)
-    stages = cut.stages(mesh.pipe_rank)
+    ending.callback(chunk_loss(model, layout.loss_chunk, takes_scores=not owns_loss))
+    ending.callback(change_forwards(model, decided.blocks, layout.recompute, layout.compile))
+    return balance
+
+
+def _cut_stages(decided: Decision, mesh: Mesh, ending: ExitStack) -> tuple[list[Stage], Deferral | None]:
+    """This rank's stages, and what puts off their weight gradients where the schedule splits backwards."""
+    stages = decided.cut.stages(mesh.pipe_rank)
     for stage in stages:
         ending.callback(stage.remove)
-    plan = plan_of(facts)
-    take_over(model, stages, mesh, given, axes.places)
-    deferral = None
-    if cut.plan is not None and splits_backward(asked.layout.schedule or "1f1b"):
-        deferral = Deferral()
-        deferral.attach(stage.module for stage in stages)
-        ending.callback(deferral.remove)
-    prefetch_mb = asked.layout.prefetch_mb
+    if decided.cut.plan is None or not splits_backward(decided.asked.layout.schedule or "1f1b"):
+        return stages, None
+    deferral = Deferral()
+    ending.callback(deferral.remove)
+    deferral.attach(stage.module for stage in stages)
+    return stages, deferral
+
+
+def _make_state(
+    decided: Decision,
+    plan: Plan,
+    mesh: Mesh,
+    stages: list[Stage],
+    given: set[str],
+    ending: ExitStack,
+    *,
+    puts_off: bool,
+) -> ModelState:
+    """The units behind the model's parameters, from rank 0's numbers; `given` ones are still to be read."""
+    model, prefetch_mb = decided.model, decided.asked.layout.prefetch_mb
+    take_over(model, stages, mesh, given, decided.axes.places)
     state = ModelState(
         model,
         plan,
@@ -191,14 +244,28 @@ def initialize(
         None if prefetch_mb is None else round(prefetch_mb * 1e6),
         given,
         stages=stages,
-        buffer_sources=cut.buffer_sources(mesh.geometry),
-        puts_off=deferral is not None,
+        buffer_sources=decided.cut.buffer_sources(mesh.geometry),
+        puts_off=puts_off,
     )
     ending.callback(state.remove)
     share_buffers(model, mesh)
-    if found:
-        read_weights(model, state, found)
-    bound = bind(made, state, asked.optimizer.ema_decay)
+    return state
+
+
+def _make_playing(
+    decided: Decision,
+    plan: Plan,
+    mesh: Mesh,
+    stages: list[Stage],
+    state: ModelState,
+    bound: BoundOptimizer,
+    streams: Streams,
+    loss_form: LossForm,
+    deferral: Deferral | None,
+    balance: ModelBalance | None,
+) -> Playing:
+    """What plays batches."""
+    model, asked, cut = decided.model, decided.asked, decided.cut
     scaler = LossScaler(plan.loss_scaling)
     passes = Passes(
         state,
@@ -207,42 +274,24 @@ def initialize(
         transfers=Transfers(mesh, cut.plan.rank_of) if cut.plan else None,
         deferral=deferral,
     )
-    player = Player(state, bound, mesh, passes, clip_norm=asked.optimizer.clip_norm, scaler=scaler)
-    return Engine(
+    return Playing(
         module=model,
-        resolved=resolved,
+        stages=stages,
+        asked=asked,
         plan=plan,
         mesh=mesh,
+        streams=streams,
         state=state,
-        bound=bound,
-        playing=Playing(
-            module=model,
-            stages=stages,
-            asked=asked,
-            plan=plan,
-            mesh=mesh,
-            streams=streams,
-            state=state,
-            player=player,
-            scaler=scaler,
-            loss_form=loss_form,
-            sequences=SequenceCut(
-                model, axes.attention, place, asked.layout.tensor if asked.layout.sequence_parallel else 1
-            ),
-            routing=Routing(model, mesh, balance, parted=asked.layout.sequence_parallel),
-        ),
-        persistence=Persistence(
+        player=Player(state, bound, mesh, passes, clip_norm=asked.optimizer.clip_norm, scaler=scaler),
+        scaler=scaler,
+        loss_form=loss_form,
+        sequences=SequenceCut(
             model,
-            mesh,
-            state,
-            bound,
-            facts.aliases,
-            keeps_settings=optimizer is not None,
-            saving=Saving(mesh),
-            asked=asked.checkpoint,
+            decided.axes.attention,
+            decided.device,
+            asked.layout.tensor if asked.layout.sequence_parallel else 1,
         ),
-        learning_rate=learning_rate,
-        ending=ending,
+        routing=Routing(model, mesh, balance, parted=asked.layout.sequence_parallel),
     )
 
 
@@ -252,31 +301,3 @@ def _resolve(config: ConfigLike) -> Resolved:
     if isinstance(config, str | Path):
         return load(config)
     return load(values=config)
-
-
-def _world_size(placement: Placement | None) -> int:
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return placement.world_size if placement else 1
-
-
-def _rank(placement: Placement | None) -> int:
-    if dist.is_initialized():
-        return dist.get_rank()
-    return placement.rank if placement else 0
-
-
-def _address(placement: Placement | None) -> str | None:
-    """Where the ranks meet or, in a process group that the script formed, most likely met."""
-    if placement is not None:
-        return f"{placement.master_addr}:{placement.master_port}"
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    return f"{host}:{port}" if host and port and dist.is_initialized() else None
-
-
-def _own_device(placement: Placement | None) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", placement.local_rank if placement else torch.cuda.current_device())
-    torch.cuda.set_device(device)
-    return device

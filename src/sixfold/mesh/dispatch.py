@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import methodcaller
+from threading import Lock
 from time import perf_counter, time
 from typing import Protocol, Self
 
@@ -60,6 +61,7 @@ class Dispatcher:
         self.counts: dict[str, int] = {}
         self._members: dict[str, list[int]] = {}
         self._lingering: deque[tuple[int, int, Sequence[Carried]]] = deque()
+        self._settling = Lock()
 
     @property
     def num_exchanges(self) -> int:
@@ -113,11 +115,19 @@ class Dispatcher:
         self.settle()
 
     def settle(self) -> None:
-        """Note what has ended on a device by now though nobody blocked for it; they end in order."""
-        while self._lingering and all(work.is_completed() for work in self._lingering[0][2]):
-            serial, at, _ = self._lingering.popleft()
-            if self.ring.num_posted - serial < SLOTS:
-                self.ring.times[at + OVER] = time()
+        """Note what has ended on a device by now though nobody blocked for it; they end in order.
+
+        The watcher comes here too. Whichever thread finds the other one at it goes on: there is a next time.
+        """
+        if not self._settling.acquire(blocking=False):
+            return
+        try:
+            while self._lingering and all(work.is_completed() for work in self._lingering[0][2]):
+                serial, at, _ = self._lingering.popleft()
+                if self.ring.num_posted - serial < SLOTS:
+                    self.ring.times[at + OVER] = time()
+        finally:
+            self._settling.release()
 
     def compare(self, topic: Topic, number: int, place: str) -> None:
         """Raise MeshError where members on this host are known to exchange something else under a number."""

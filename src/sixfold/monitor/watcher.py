@@ -314,6 +314,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _last_words() -> str:
-    """How a plain script ends: with the exception that was printed, or in peace."""
-    error = getattr(sys, "last_value", None)
-    return f"ended with {type(error).__name__}: {error}" if error is not None else LEFT
+    """How a plain script ends: with the exception that is on its way or was printed, or in peace."""
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    said = str(error).partition("\n")[0]
+    return f"ended with {type(error).__name__}: {said}" if error is not None else LEFT

@@ -50,16 +50,16 @@ def decide_axes(
         return AxisChange()
 
     def apply(mesh: Mesh) -> Remove:
-        undo = ExitStack()
-        for change in changes:
-            undo.callback(change.apply(mesh))
-        return undo.close
+        with ExitStack() as undo:
+            for change in changes:
+                undo.callback(change.apply(mesh))
+            return undo.pop_all().close
 
     def trace(note: Note) -> Remove:
-        undo = ExitStack()
-        for change in changes:
-            undo.callback(change.trace(note))
-        return undo.close
+        with ExitStack() as undo:
+            for change in changes:
+                undo.callback(change.trace(note))
+            return undo.pop_all().close
 
     attention = next((change.attention for change in changes if change.attention is not None), None)
     cuts = [f"{name} {place.shape} {place.axes} {place.partial}" for name, place in sorted(places.items())]

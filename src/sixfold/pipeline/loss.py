@@ -148,7 +148,8 @@ class LossForm:
         if last_weight is not None and self.shift is None:
             return last_weight
         update = Counts(*mesh.total(*counts.numbers()))
-        return self._items(update) if self.shift is not None else update.samples
+        # Where nobody has any, whatever divides by P comes to nothing all the same.
+        return (self._items(update) if self.shift is not None else update.samples) or 1.0
 
     def read(self, output: Any, piece: Piece, scale: float) -> Share:
         """A micro-batch's share of the loss, divided by P = `scale`.

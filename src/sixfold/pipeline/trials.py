@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sixfold.base.errors import ModelError
 from sixfold.mesh import Mesh, Streams
+from sixfold.models.evaluation import evaluating
 from sixfold.parallel import Stage, off_zero
 from sixfold.parallel.context.attention import OFF
 from sixfold.pipeline.batch import (
@@ -101,8 +102,7 @@ class Trials:
         found = -1
         with self._trying("settle", 2 if is_asked else 0, batch) as arrive:
             if is_asked:
-                with self._streams.keyed("settle"), torch.no_grad():
-                    found = self._honoured_shift(batch)
+                found = self._honoured_shift(batch)
             arrive()
         # Votes: -1 from ranks without samples or without the ability; a real shift otherwise.
         has_vote = self._has_loss and num_samples(batch) > 0
@@ -123,15 +123,11 @@ class Trials:
             for key, value in batch.items()
         }
         labels, one = one["labels"], with_targets(one)
-        was_training = self._module.training
-        self._module.eval()
         try:
             mean = loss_of(self._output_of((), one))
             total = loss_of(self._output_of((), {**one, "num_items_in_batch": 1}))
         except TypeError:
             return -1
-        finally:
-            self._module.train(was_training)
         if not isinstance(mean, Tensor) or not isinstance(total, Tensor) or labels.dim() < 2:
             return -1
         counted = float(total.double() / mean.double())
@@ -144,19 +140,14 @@ class Trials:
         """Find out whether the model gives the same for sequences that are cut."""
         tried = [short, *self._sequences.padded(short)] if num_samples(short) else []
         errors, sums = [0.0, 0.0], self._loss_form.shift is not None  # means may weigh padded parts unequally
-        was_training = self._module.training
-        self._module.eval()
         with (
             self._trying("cut", 2 * len(tried), short) as arrive,
-            torch.no_grad(),
-            self._streams.keyed("settle"),
             off_zero(self._module),
             self._sequences.noting() as refused,
         ):
             for number, each in enumerate(tried):
                 errors[number] = self._difference_of_cut(each, compares_loss=not number or sums)
             arrive()
-        self._module.train(was_training)
         self._judge_cut(errors[0], errors[1], refused)
 
     def _difference_of_cut(self, short: Batch, *, compares_loss: bool) -> float:
@@ -221,23 +212,22 @@ class Trials:
 
     @contextmanager
     def _trying(self, what: str, num_trials: int, batch: Batch) -> Iterator[Callable[[], object]]:
-        """Inside, this rank runs the model `num_trials` times, and ranks that run it less often serve the
-        others; gives what it calls when it has."""
-        if self._mesh.pipe_ranks == 1:
-            if self._mesh.geometry.degree("expert") > 1:  # ranks wait for each other's tokens
-                with torch.no_grad():
+        """Inside, this rank runs the model `num_trials` times, in evaluation mode and without gradients, and
+        ranks that run it less often serve the others; gives what it calls when it has."""
+        with evaluating(self._module), torch.no_grad(), self._streams.keyed("settle"):
+            if self._mesh.pipe_ranks == 1:
+                if self._mesh.geometry.degree("expert") > 1:  # ranks wait for each other's tokens
                     bare = to_device(without_targets(batch), self._mesh.device, None)
                     for _ in range(num_trials, self._mesh.largest(num_trials)):
                         self._output_of(*self._loss_form.arguments(bare, cast=self._cast))
-            yield lambda: self._state.arrive(what)
-            return
-        most = self._state.largest(what, num_trials)
-        compare(batch, self._mesh)
-        if self._state.residency.parameters and not num_trials:
-            with torch.no_grad():
+                yield lambda: self._state.arrive(what)
+                return
+            most = self._state.largest(what, num_trials)
+            compare(batch, self._mesh)
+            if self._state.residency.parameters and not num_trials:
                 for _ in range(most):
                     self._player.pass_through(self._program(0, 1), Work())
-        yield lambda: None
+            yield lambda: None
 
     def _output_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's output, None on ranks that have not the last stage."""

@@ -14,7 +14,7 @@ later block first, so nothing of it is left by then.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
@@ -50,12 +50,11 @@ class Gathering:
 
     Args:
         units: those whose parameters are cut, in module order; with none it does nothing.
-        serve: called in place of a pass that this rank has no part in, with its kind.
+        meeting: where ranks come together before they pass.
         window: what reduces units that a backward pass has left.
         prefetch_bytes: bound on what is gathered ahead; None for always one unit.
 
     Attributes:
-        meeting: where ranks come together before they pass.
         is_free: whether nobody has agreed on the order of passes, so that ranks ask for it.
         current: the pass under way.
     """
@@ -65,7 +64,7 @@ class Gathering:
         module: nn.Module,
         units: Sequence[Unit],
         mesh: Mesh,
-        serve: Callable[[str], None],
+        meeting: Meeting,
         window: ReduceWindow,
         prefetch_bytes: int | None,
     ) -> None:
@@ -73,7 +72,7 @@ class Gathering:
         self._mesh = mesh
         self._window = window
         self._prefetch_bytes = prefetch_bytes
-        self.meeting = Meeting(module, mesh, serve, is_needed=self.has_units)
+        self._meeting = meeting
         self.is_free = True
         self._staying = [unit for unit in units if not unit.plan.blocks]
         self._users: dict[str, list[Unit]] = {}
@@ -126,7 +125,7 @@ class Gathering:
         if self.current is not None:
             self.close()
         if self.is_free:
-            self.meeting.meet(kind)
+            self._meeting.meet(kind)
         self._start(kind).go(self._staying)
 
     def serve(self, kind: str) -> None:
@@ -140,6 +139,7 @@ class Gathering:
         current = self.current
         if current is None:
             return
+        self.leave()
         current.go((), to_end=True)
         if isinstance(current, Finding):
             self._orders[current.kind] = self._settled(current)
@@ -148,6 +148,10 @@ class Gathering:
             self._window.flush()
         self.current = None
         self._drop_all_but(current.kept)
+
+    def leave(self) -> None:
+        """No forward is under way, though none was seen to end: torch calls no hook for a KeyboardInterrupt."""
+        self._depth = 0
 
     def refresh(self) -> None:
         """Drop everything: the numbers have changed."""
@@ -291,12 +295,12 @@ class Gathering:
     # Hooks.
 
     def _root_begins(self, module: nn.Module, args: object) -> None:
-        self._depth += 1
-        if self._depth == 1 and not self._is_explicit and not self._is_held:
+        if self._depth == 0 and not self._is_explicit and not self._is_held:
             self.open(forward_kind())
+        self._depth += 1
 
     def _root_ends(self, module: nn.Module, args: object, output: object) -> None:
-        self._depth -= 1
+        self._depth = max(self._depth - 1, 0)
         # After an error the pass is left open: ranks must not talk while one of them is on its way out. Who
         # goes on instead ends it with the next call.
         has_failed = output is None and sys.exc_info()[0] is not None

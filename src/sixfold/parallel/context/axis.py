@@ -73,20 +73,20 @@ def _traced(model: nn.Module, geometry: Geometry, note: Note) -> Remove:
             note("ring of sums", 2 * row * kv_heads * max(4, key.itemsize) // key.itemsize)
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
-    undo = ExitStack()
-    undo.callback(take_implementation(model))
-    undo.callback(answer_calls(model, lambda: noting))
-    return undo.close
+    with ExitStack() as undo:
+        undo.callback(take_implementation(model))
+        undo.callback(answer_calls(model, lambda: noting))
+        return undo.pop_all().close
 
 
 def _apply(model: nn.Module, attention: ContextAttention, mesh: Mesh) -> Remove:
     attention.met = mesh.along("context")
-    undo = ExitStack()
-    # Graphs that were compiled outlive the engine, and what they know of.
-    undo.callback(setattr, attention, "met", None)
-    undo.callback(take_implementation(model))
-    undo.callback(answer_calls(model, attention.answer))
-    return undo.close
+    with ExitStack() as undo:
+        # Graphs that were compiled outlive the engine, and what they know of.
+        undo.callback(setattr, attention, "met", None)
+        undo.callback(take_implementation(model))
+        undo.callback(answer_calls(model, attention.answer))
+        return undo.pop_all().close
 
 
 def take_implementation(model: nn.Module) -> Callable[[], None]:

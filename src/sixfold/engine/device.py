@@ -1,0 +1,48 @@
+"""Which device a rank computes on.
+
+Asked once by `initialize`. A GPU becomes torch's current one, since libraries allocate there without asking.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sixfold.base.errors import ConfigError
+from sixfold.launch import Placement
+
+
+def own_device(asked: torch.device | str | None, placement: Placement | None) -> torch.device:
+    """Where this rank computes.
+
+    Args:
+        asked: a device; a GPU without a number is this rank's own. None: its GPU where there is one, else the
+            CPU.
+        placement: which rank of its node this is; None where a script has placed it itself.
+
+    Raises:
+        ConfigError: this node has more ranks than GPUs.
+    """
+    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", _own_gpu(placement))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _own_gpu(placement: Placement | None) -> int:
+    if placement is None:
+        return torch.cuda.current_device()
+    num_visible = torch.cuda.device_count()
+    if num_visible == 1:  # a scheduler may show each rank no other than its own
+        return 0
+    if placement.local_rank >= num_visible:
+        raise ConfigError(
+            f"local rank {placement.local_rank} of {placement.local_world_size} on a node where it sees "
+            f"{num_visible} GPU(s)",
+            rule="each rank computes on a GPU of its own",
+            fix=f"start at most {num_visible} rank(s) on each node, let each see its own GPU alone, or "
+            'compute on CPUs: sixfold.initialize(..., device="cpu")',
+        )
+    return placement.local_rank
