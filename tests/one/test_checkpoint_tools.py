@@ -108,7 +108,9 @@ def test_export_takes_the_model_alone(sixfold: Terminal, run: Path, copy: bool) 
     assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(load_file(target / "model.safetensors")["w"], torch.arange(6.0).view(2, 3))
     assert (target / "model.safetensors").samefile(source / "model.safetensors") is not copy
-    assert sixfold("export", source, target) == EXIT_USAGE
+    for existing in (target, ".", run / ".."):
+        assert sixfold("export", source, existing) == EXIT_USAGE
+        assert "an export makes a new folder" in sixfold.err
     assert (
         sixfold("export", step_folder(run / "checkpoints", 3), run / "e3") == EXIT_DONE
     )  # its model is whole

@@ -73,6 +73,8 @@ def test_wrong_input(sixfold: Terminal) -> None:
     assert sixfold("data", "build", "text", "--into", "text", *SMALL) == EXIT_USAGE
     assert "text exists and is no corpus" in sixfold.err
     assert "remove" not in sixfold.err, "they are the texts"
+    assert sixfold("data", "build", "text", "--into", ".", *SMALL) == EXIT_USAGE
+    assert f"{sixfold.folder} exists and is no corpus" in sixfold.err
     assert sixfold("data", "inspect", "--config", sixfold.config(), "--step", "0") == EXIT_USAGE
     assert "counted from 1" in sixfold.err
 

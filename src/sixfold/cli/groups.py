@@ -19,6 +19,7 @@ from sixfold.cli.options import (
     Preset,
     Target,
     folder_or_url,
+    folder_to_make,
     path,
 )
 
@@ -28,7 +29,7 @@ data = typer.Typer(help="Make corpora, and look at what a run sees of them.", no
 @data.command("build")
 def data_build(
     into: Annotated[
-        Path, typer.Option("--into", parser=path, metavar="FOLDER", help="Corpus folder to make.")
+        Path, typer.Option("--into", parser=folder_to_make, metavar="FOLDER", help="Corpus folder to make.")
     ],
     sources: Annotated[
         list[str] | None,

@@ -29,6 +29,12 @@ def folder_or_url(text: str) -> Path:
     return folder_at(text)
 
 
+def folder_to_make(text: str) -> Path:
+    """A folder to make. What becomes one lies beside it first, by its name, so `.` and `..` get theirs."""
+    given = path(text)
+    return given if given.name not in ("", "..") else given.resolve()
+
+
 Into = Annotated[
     Path | None,
     typer.Option(
@@ -57,7 +63,7 @@ Preset = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(parser=folder_or_url, metavar="FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Target = Annotated[Path, typer.Argument(parser=path, metavar="TARGET", help="Folder to make.")]
+Target = Annotated[Path, typer.Argument(parser=folder_to_make, metavar="TARGET", help="Folder to make.")]
 DryJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")]
 
 
