@@ -63,6 +63,21 @@ def test_a_damaged_token_file_is_refused_by_name(sixfold: Terminal) -> None:
     assert "train-0.bin is damaged" in sixfold.err
 
 
+def test_what_a_corpus_was_built_with_is_what_a_run_notes(sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text")
+    assert sixfold("data", "build", "text", "--into", "corpus", *SMALL) == EXIT_DONE
+    asked = ("--set", "launch.ranks=1", "--set", "precision.compute=fp32", "--dry-run")
+    start = ("train", "--set", "data.path=corpus", *asked)
+    assert sixfold(*start, "--json") == EXIT_DONE
+    noted = json.loads(sixfold.out)["config"]["data.held_out_documents"]
+    assert noted == {"value": 4, "origin": "as corpus was built"}
+    assert sixfold(*start) == EXIT_DONE
+    (sixfold.folder / "again.toml").write_text(sixfold.out)
+    assert sixfold("train", "--config", "again.toml", *asked) == EXIT_DONE
+    assert sixfold(*start, "--set", "data.held_out_documents=60") == EXIT_USAGE
+    assert "data.held_out_documents = 60, and corpus was built with 4" in sixfold.err
+
+
 def test_wrong_input(sixfold: Terminal) -> None:
     assert sixfold("data", "build", "nowhere", "--into", "corpus") == EXIT_USAGE
     assert "data.sources = 'nowhere' does not exist" in sixfold.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -468,6 +469,15 @@ def test_deciding_one_of_a_pair_displaces_the_other() -> None:
     assert again.origins["train.minutes"] == note
 
 
+def test_a_layer_may_come_to_lie_below_all_others() -> None:
+    asked = load(values={"train.minutes": 3, "data.include": ["*.c"]})
+    settled = asked.above({"train.steps": 40, "data.include": ["*.py"], "seed": 7}, "as it was built")
+    assert (settled.config.seed, settled.config.data.include) == (7, ("*.c",))
+    assert settled.config.train.steps is None, "the minutes of a higher layer"
+    assert settled.origins["seed"] == "as it was built"
+    assert settled.origins["data.include"] == "values"
+
+
 # TOML and back
 
 
@@ -658,18 +668,21 @@ def test_origins_survive_being_written_and_read_again(tmp_path: Path) -> None:
     assert recalled.config == first.config
     assert recalled.origins == first.origins
     assert recalled.origins["train.prompt"] == f"{mine}:2"
+    assert recalled.config.data.model_fields_set == {"include"}
 
 
 def test_only_what_comes_from_the_written_file_is_recalled(tmp_path: Path) -> None:
     first = load(values={"train.minutes": 3.0, "seed": 3}).decide({"train.steps": 7}, "rehearsed")
     text = first.to_toml() + "# written by hand\n"
+    text = re.sub(r"^width = \d+", "width = 96", text, flags=re.MULTILINE)
     file = write(tmp_path, "config.toml", text.replace("[optimizer]", "[optimizer]\neps = 0.5"))
     changed = load(file, overrides=["seed=4", "batch.global=6"])
     origins = changed.recall(file.read_text(), file).origins
     assert (origins["seed"], origins["batch.global"]) == ("--set", "--set")
     assert origins["train.steps"] == "decided: rehearsed"
     assert origins["train.minutes"] == first.origins["train.minutes"]
-    assert origins["model.width"] == "default"
+    assert origins["model.num_layers"] == "default"
+    assert origins["model.width"].startswith(f"{file}:")  # a line that is not as its note says
     assert origins["optimizer.eps"].startswith(f"{file}:")  # a line that was added without a note
 
 

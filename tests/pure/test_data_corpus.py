@@ -390,8 +390,12 @@ def test_a_corpus_that_is_built_is_opened_as_it_is(source: Path, tmp_path: Path)
     assert (
         prepare(DataConfig(path=built.folder, tokenizer="bytes", held_out_documents=5)).folder == built.folder
     )
-    with pytest.raises(DataError, match=r"data\.held_out_documents = 7.* built with 5"):
-        prepare(DataConfig(path=built.folder, held_out_documents=7))
+    assert prepare(DataConfig(path=built.folder, vocab_size=None, max_mb=None)).folder == built.folder
+    for other in (7, DataConfig().held_out_documents):
+        with pytest.raises(DataError, match=rf"data\.held_out_documents = {other}.* built with 5"):
+            prepare(DataConfig(path=built.folder, held_out_documents=other))
+    with pytest.raises(DataError, match=r"data\.tokenizer = 'bpe'.* built with 'bytes'"):
+        prepare(DataConfig(path=built.folder, tokenizer="bpe"))
     again = prepare_at(tmp_path / "corpus", config, on_progress=Phases(), workers=1)
     assert again.folder == built.folder
     with pytest.raises(DataError, match="holds something else"):

@@ -109,7 +109,8 @@ def _resolve(
                 rule="a run has its own configuration",
                 fix="drop --config; single values can be changed with --set",
             )
-        return load(run_folder / CONFIG, overrides=overrides)
+        own = run_folder / CONFIG
+        return load(own, overrides=overrides).recall(own.read_text(), own)
     if target is None:
         return load(config, overrides=overrides, recipe=RECIPE)
     if not (target / RECORD).is_file():

@@ -61,13 +61,28 @@ class Resolved:
                 raise AssertionError(f"decided {path}, which is not an option")
             if current[path] is not None:
                 raise AssertionError(f"decided {path}, which is {current[path]} ({self.origins[path]})")
-        settings = {
-            path: Setting(value, self.origins[path])
-            for path, value in current.items()
-            if self.origins[path] != DEFAULT
-        }
         layer = {path: Setting(value, f"decided: {reasons[path]}") for path, value in values.items()}
-        return resolve(overlay(settings, layer), Problems())
+        return resolve(overlay(self._settings(), layer), Problems())
+
+    def above(self, values: Mapping[str, object], place: str) -> Resolved:
+        """A copy in which leaves that nobody has set have these values, as from a layer below all others.
+
+        Args:
+            values: dotted path to value.
+            place: their origin.
+
+        Raises:
+            ConfigError: a value breaks a rule of the tree.
+        """
+        layer = {path: Setting(value, place) for path, value in values.items()}
+        return resolve(overlay(layer, self._settings()), Problems())
+
+    def _settings(self) -> dict[str, Setting]:
+        """What is not as it is by default, and what was put out of force."""
+        values = flat(self.config)
+        return {
+            path: Setting(values[path], origin) for path, origin in self.origins.items() if origin != DEFAULT
+        }
 
     def to_toml(self) -> str:
         """The whole tree as TOML, each line with its origin; reading it back gives an equal config."""
@@ -80,18 +95,19 @@ class Resolved:
         """A copy in which values read from `file` have the origins that `to_toml` noted in its `text`.
 
         A run that is resumed reads its own `config.toml`; that is not where its values come from.
-        Origins of higher layers stay, and so does the place of a line without a note.
+        Origins of higher layers stay, and so does the place of a line without a note. What was noted as a
+        default counts as set by nobody.
         """
-        noted = _noted_origins(text)
-        return Resolved(
-            self.config,
-            {
-                path: noted.get((path, origin != DEFAULT), origin)
-                if origin == DEFAULT or origin.startswith(f"{file}:")
-                else origin
-                for path, origin in self.origins.items()
-            },
-        )
+        noted, values = _noted_origins(text), flat(self.config)
+        settings: dict[str, Setting] = {}
+        for path, place in self.origins.items():
+            is_from_file = place == DEFAULT or place.startswith(f"{file}:")
+            origin = noted.get((path, place != DEFAULT), place) if is_from_file else place
+            if origin == DEFAULT and values[path] != LEAVES[path].default:
+                origin = place  # changed by hand, or the default of another version
+            if origin != DEFAULT:
+                settings[path] = Setting(values[path], origin)
+        return resolve(settings, Problems())
 
     def __str__(self) -> str:
         return self.to_toml()

@@ -227,18 +227,19 @@ def built_corpus(config: DataConfig) -> Corpus | None:
     """The corpus that `data.path` names where it is one already; None where it is text.
 
     Raises:
-        DataError: it is damaged, or was built under other settings than are asked for now.
+        DataError: it is damaged, or was built under other settings than are asked for now; what is left at
+            its default asks for nothing.
     """
     ((_, path), *others) = places_of(config)
     if others or not (path / RECORD).is_file():
         return None
     corpus = Corpus(path)
-    given, default = _settings(config), _settings(DataConfig())
-    for name in given:
+    for name, given in _settings(config).items():
         was = corpus.record.settings.get(name)
-        if given[name] not in (was, default[name]):
+        is_set = name in config.model_fields_set and getattr(config, name) is not None
+        if is_set and given != was:
             raise DataError(
-                f"data.{name} = {given[name]!r}, and {path} was built with {was!r}",
+                f"data.{name} = {given!r}, and {path} was built with {was!r}",
                 rule="what a corpus holds was settled when it was built",
                 fix=f"leave data.{name} unset, or build another corpus with it",
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
+from sixfold.config.schema import LEAVES
 from sixfold.train.folder import CONFIG, run_at
 
 RECIPE = Path(__file__).with_name("recipe.toml")
@@ -42,6 +43,7 @@ def resolve(request: Request) -> Resolved:
 
     Raises:
         ConfigError: all problems at once.
+        DataError: a corpus is named that is damaged, or was built under other settings.
     """
     if request.handed is not None:
         return load(request.handed).recall(request.handed.read_text(), request.handed)
@@ -56,9 +58,8 @@ def resolve(request: Request) -> Resolved:
     if request.resume is not None:
         file = run_at(request.resume) / CONFIG
         return load(file, overrides=request.overrides).recall(file.read_text(), file)
-    return _decide_tokenizer(
-        load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
-    )
+    asked = load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
+    return _as_built(_decide_tokenizer(asked))
 
 
 def _decide_tokenizer(resolved: Resolved) -> Resolved:
@@ -69,3 +70,15 @@ def _decide_tokenizer(resolved: Resolved) -> Resolved:
     if not own.is_file():
         return resolved
     return resolved.decide({"data.tokenizer": str(own)}, "comes with model.hf")
+
+
+def _as_built(resolved: Resolved) -> Resolved:
+    """With the settings of the corpus that is named, if one is: a run's own file then tells what it was."""
+    from sixfold.data.corpus import built_corpus  # arrays are slow to load; what is mistyped is told by now
+
+    corpus = built_corpus(resolved.config.data)
+    if corpus is None:
+        return resolved
+    settings = {f"data.{name}": value for name, value in corpus.record.settings.items() if value is not None}
+    known = {path: value for path, value in settings.items() if path in LEAVES}
+    return resolved.above(known, f"as {corpus.folder} was built")
