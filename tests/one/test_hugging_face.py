@@ -91,6 +91,15 @@ def test_a_run_starts_from_local_weights_and_its_result_loads_as_it_lies(base: P
     )
 
 
+def test_a_file_that_is_named_describes_the_model_whatever_lies_beside_it(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    tiny(num_hidden_layers=1).to_json_file(tmp_path / "smaller.json")
+    for name, num_layers in (("", 2), ("config.json", 2), ("smaller.json", 1)):
+        config = load(values={"model.hf": str(tmp_path / name), "data.sequence_length": 16}).config
+        module: Any = build_model(config, 300)
+        assert len(module.model.layers) == num_layers
+
+
 def test_adapters_on_a_frozen_bf16_base_come_out_as_peft_has_them(base: Path, tmp_path: Path) -> None:
     lora = {"model__lora_rank": 4, "precision__compute": "bf16", "optimizer__lr": 1e-2}
     run = hf_run(base, tmp_path / "run", **lora)

@@ -28,7 +28,7 @@ def build(config: Config, vocab_size: int) -> nn.Module:
     if not file.is_file():
         raise ConfigError(
             f"model.hf = {str(path)!r}: there is no file {file}",
-            rule="model.hf is a folder with a config.json of a Hugging Face model, or that file",
+            rule="model.hf is a folder with a config.json of a Hugging Face model, or such a file",
             fix="download the model first, for example: hf download ORGANISATION/NAME --local-dir FOLDER",
         )
     try:
@@ -43,12 +43,12 @@ def build(config: Config, vocab_size: int) -> nn.Module:
             fix="pip install 'sixfold[hf]'",
         ) from error
     try:
-        described: Any = AutoConfig.from_pretrained(file.parent, local_files_only=True)
+        described: Any = AutoConfig.from_pretrained(file, local_files_only=True)
         module: nn.Module = causal.from_config(described)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(
             f"{file}: {str(error).partition(chr(10))[0]}",
-            rule="config.json describes a causal language model that the installed transformers knows",
+            rule="the file describes a causal language model that the installed transformers knows",
             fix="upgrade transformers, or choose another model",
         ) from error
     _check_room(described.get_text_config(), file, config, vocab_size)
