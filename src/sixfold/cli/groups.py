@@ -153,7 +153,7 @@ def ckpt_import(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint from a Hugging Face folder or one of torch.distributed.checkpoint."""
+    """Make a checkpoint from a folder of Hugging Face, torch.distributed.checkpoint or DeepSpeed."""
     from sixfold.cli.ckpt import import_checkpoint
 
     raise typer.Exit(import_checkpoint(source, target, dry_run=dry_run, as_json=as_json))
