@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import ProgramError
-from sixfold.program import Instruction, Op, Program, accumulation, check, evaluation, training
+from sixfold.program import Instruction, Op, Program, check, evaluation, training
+from tests.pure.programs import accumulation
 
 OF_A_STAGE = (Op.REDUCE, Op.PUBLISH, Op.GATHER, Op.DROP, Op.SHIFT_IN, Op.SHIFT_OUT)
 NUMBERS = dict.fromkeys(Op, 2) | dict.fromkeys(OF_A_STAGE, 1) | {Op.STEP: 0}

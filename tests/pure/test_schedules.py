@@ -24,7 +24,6 @@ from sixfold.program import (
     Peak,
     Program,
     Wiring,
-    accumulation,
     add_shifts,
     add_transfers,
     add_windows,
@@ -38,6 +37,7 @@ from sixfold.program import (
     stages_of,
     training,
 )
+from tests.pure.programs import accumulation
 
 Programs = tuple[Program, ...]
 ANY_VIRTUAL = ("interleaved", "breadth-first")

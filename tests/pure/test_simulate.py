@@ -17,7 +17,6 @@ from sixfold.program import (
     Instruction,
     Op,
     Program,
-    accumulation,
     evaluation,
     post_ahead,
     stages_of,
@@ -35,6 +34,7 @@ from sixfold.simulate import (
     simulate,
     simulated_again,
 )
+from tests.pure.programs import accumulation
 
 SECONDS = StageCosts()
 """A second for each pass and each part, everything else at once and for nothing."""

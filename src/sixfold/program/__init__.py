@@ -30,7 +30,6 @@ from sixfold.program.order import Wiring, global_order, results
 from sixfold.program.peaks import Peak, peaks
 from sixfold.program.schedules import (
     SCHEDULES,
-    accumulation,
     evaluation,
     passes,
     splits_backward,
@@ -51,7 +50,6 @@ __all__ = [
     "Peak",
     "Program",
     "Wiring",
-    "accumulation",
     "add_reductions",
     "add_shifts",
     "add_transfers",

@@ -272,17 +272,3 @@ def evaluation(
     if longest_window != 0:
         programs = tuple(add_windows(each, longest_window, ahead) for each in programs)
     return tuple(serve_rest(each, num_micro) for each in programs)
-
-
-def accumulation(num_micro: int, num_reduces: int = 1, num_served: int = 0) -> Program:
-    """Gradient accumulation: `training` on a pipeline of one stage.
-
-    Args:
-        num_micro: micro-batches of this rank in this update.
-        num_reduces: reduction windows, equally many on every rank.
-        num_served: further micro-batches that only other ranks have and this one takes part in.
-
-    A window opens before each of the last backwards, so that communication runs under it; windows that
-    this rank has no backward for come last.
-    """
-    return training("1f1b", 1, num_micro, num_served=num_served, num_reduces=num_reduces)[0]
