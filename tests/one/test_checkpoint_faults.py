@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+import sixfold
 from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint import Content, Keep, latest, open_checkpoint, prune, save, step_folder, whole
 from sixfold.checkpoint.files import Buffer, Files
@@ -452,3 +453,23 @@ def test_a_real_full_disk(small_disk: Path, checked: bool) -> None:
         save(step_folder(small_disk, 2), large, files=Boundless())
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
     assert _holds(latest(small_disk)) == 1
+
+
+def test_state_of_another_optimizer_is_refused_and_its_weights_alone_are_taken(tmp_path: Path) -> None:
+    """In a layout of another kind, too, as the error says."""
+
+    def engine(optimizer: str, **more: Any) -> sixfold.Engine:
+        config = {"optimizer.name": optimizer, "layout.zero": more.pop("zero", 0)}
+        return sixfold.initialize(
+            torch.nn.Linear(4, 2), config=config, loss_fn=lambda output, batch: output.square().mean(), **more
+        )
+
+    saved = engine("adamw")
+    saved.train_step(torch.ones(2, 4))
+    saved.save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="holds the state of AdamW") as refused:
+        engine("sgd").load(tmp_path / "c")
+    assert f"sixfold.initialize(model, weights={str(tmp_path / 'c')!r})" in refused.value.fix
+    again = engine("sgd", zero=3, weights=str(tmp_path / "c"))
+    assert torch.equal(again.full_state_dict()["weight"], saved.full_state_dict()["weight"])
+    assert again.num_steps == 0

@@ -299,8 +299,8 @@ class Persistence:
                 f"group(s); here is {kind} with {len(self.bound.base_lrs)}; trained on one side only: "
                 f"{', '.join(strangers[:4]) or 'nothing'}",
                 rule="optimizer state goes to the same optimizer over the same trained parameters",
-                fix="build the optimizer that was saved, or read the weights alone with "
-                "safetensors from model.safetensors",
+                fix="build the optimizer that was saved, or start from the weights alone: "
+                f"sixfold.initialize(model, weights={str(saved.folder)!r})",
             )
 
     # What there is.
