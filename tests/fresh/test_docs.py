@@ -1,4 +1,4 @@
-"""Every block of code in the README and under docs/ works, and every file they name exists.
+"""Every block of code in README, CONTRIBUTING and docs/ works, and every file they name exists.
 
 `python` blocks of one page are executed in order in one namespace, `toml` blocks must load as a
 configuration, and each line of a `bash` block is carried out as `check_command` says: training for real,
@@ -29,7 +29,7 @@ from tests.readme import README, commands
 pytestmark = pytest.mark.fresh
 
 ROOT = README.parent
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
     "launch.ranks": 1,
     "launch.threads": 1,
