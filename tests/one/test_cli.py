@@ -229,7 +229,10 @@ def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Ter
     assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", page) == 0
     assert "ranks       4: pipe 2 x data 2" in sixfold.out
     assert "stages      rank 0: stage 0 with 2 block(s)" in sixfold.out
-    assert [f"memory      pipe rank {rank}:" in sixfold.out for rank in range(3)] == [True, True, False]
+    for kind in ("memory", "traffic"):
+        shown = [f"{kind:<12}pipe rank {rank}:" in sixfold.out for rank in range(3)]
+        assert shown == [True, True, False]
+    assert "(beside what crosses along pipe in every micro-batch)" in sixfold.out
     assert "bubble" in sixfold.out
     assert "predicted compute" in page.read_text()
     trace = page.with_suffix(".json")
@@ -239,6 +242,12 @@ def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Ter
     told = json.loads(sixfold.out)
     assert told["makespan_s"] > told["ideal_s"] > 0
     assert len(told["memory_bytes"]) == 2
+    whole_share = sixfold.config(**layout, batch__micro=3)
+    assert sixfold("plan", "--config", whole_share, "--ranks", "4", "--json") == 0
+    for thrice, once in zip(told["traffic_bytes"], json.loads(sixfold.out)["traffic_bytes"], strict=True):
+        assert thrice["reduce"] == 3 * once["reduce"] > 0, "gradients that are cut are reduced each time"
+        assert thrice["publish"] == once["publish"] > 0
+    config = sixfold.config(**layout, batch__micro=1)
     assert sixfold("plan", "--config", config, "--ranks", "1") == EXIT_INFEASIBLE
     assert "start 2 ranks" in sixfold.err
     assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", "none/such.html") == EXIT_USAGE

@@ -25,12 +25,14 @@ from sixfold.parallel.expert.axis import experts_of
 from sixfold.plan import (
     Memory,
     Plan,
+    Traffic,
     decide,
     decide_batch,
     decide_geometry,
     persistent_memory,
     placed,
     programs_for,
+    update_traffic,
 )
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
 from sixfold.train.compute import measured_compute
@@ -67,17 +69,25 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
 
     plans = [plan_of(rank) for rank in range(config.layout.pipe)]
     memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
-    predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
+    data_ranks = plans[0].geometry.degree("data")
+    batch = decide_batch(config.batch, data_ranks=data_ranks, sequence_length=config.data.sequence_length)
+    longest = max(map(batch.num_micro, range(data_ranks)))
+    traffics = [update_traffic(plan, longest) for plan in plans]
+    predicted = predict(config, model, cut, data_ranks)
     if timeline is not None:
         write_timelines(timeline, {"predicted": predicted}, "One update, computation alone, predicted")
     if as_json:
-        print_json(_facts(str(plans[0].geometry), memories, predicted))
+        print_json(_facts(str(plans[0].geometry), memories, traffics, predicted))
         return EXIT_DONE
     typer.echo(plans[0])
     if config.layout.cost == "measured":
         typer.echo("            (cut by estimated cost here; rank 0 of a run measures first)")
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
+    for rank, traffic in enumerate(traffics):
+        typer.echo(f"traffic     pipe rank {rank}: {bytes_text(traffic.total)} sent in an update ({traffic})")
+    for kind in _unpriced(plans[0]):
+        typer.echo(f"            (beside {kind})")
     typer.echo(
         f"update      {_time(predicted.makespan)} predicted, of computation alone: "
         "transfers, sums and memory are not in it"
@@ -98,6 +108,15 @@ def _limits(config: Config, model: nn.Module) -> Iterator[str]:
         yield "as if it were uncut by tensor and context"
     if experts_of(model):
         yield "as if every token took every expert"
+
+
+def _unpriced(plan: Plan) -> Iterator[str]:
+    """What a rank sends besides: it follows from the model's activations, or from when units are in use."""
+    if plan.geometry.num_parts(plan.residency.parameters) > 1:
+        yield "gathers of cut parameters"
+    for axis in ("tensor", "pipe", "context", "expert"):
+        if plan.geometry.degree(axis) > 1:
+            yield f"what crosses along {axis} in every micro-batch"
 
 
 def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) -> Timeline:
@@ -124,10 +143,13 @@ def _num_moments(config: Config) -> int:
     return _MOMENTS[config.optimizer.name] + bool(config.optimizer.momentum)
 
 
-def _facts(geometry: str, memories: list[Memory], predicted: Timeline) -> dict[str, object]:
+def _facts(
+    geometry: str, memories: list[Memory], traffics: list[Traffic], predicted: Timeline
+) -> dict[str, object]:
     return {
         "ranks": geometry,
         "memory_bytes": [memory.total for memory in memories],
+        "traffic_bytes": [vars(traffic) for traffic in traffics],
         "makespan_s": predicted.makespan,
         "ideal_s": predicted.ideal,
         "bubble_s": predicted.bubble,
