@@ -16,12 +16,14 @@ from safetensors import safe_open
 
 import sixfold
 from sixfold.base.errors import CheckpointError
+from sixfold.base.units import item_bytes
 from sixfold.checkpoint import MODEL, Content, Piece, open_checkpoint, ranges, save, untie, whole
 from sixfold.checkpoint.cells import CELL_BYTES, Cells
 from sixfold.checkpoint.files import CHUNK_BYTES, Buffer, Files
-from sixfold.checkpoint.manifest import ITEM_BYTES, MANIFEST, SUMS
+from sixfold.checkpoint.manifest import MANIFEST, SUMS, TAGS
 from sixfold.checkpoint.sums import Tally, join_crc32, joined
 from sixfold.checkpoint.tensorfile import DTYPES
+from sixfold.parallel import dtype_name
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -56,7 +58,12 @@ def _content(model: dict[str, torch.Tensor] | None = None, step: int = 3) -> Con
 
 
 def test_a_manifest_knows_the_size_of_every_type_without_torch() -> None:
-    assert {tag: dtype.itemsize for tag, dtype in DTYPES.items()} == ITEM_BYTES
+    assert {tag: dtype.itemsize for tag, dtype in DTYPES.items()} == {tag: item_bytes(tag) for tag in TAGS}
+
+
+def test_the_name_of_a_type_tells_its_size() -> None:
+    every = [each for each in vars(torch).values() if isinstance(each, torch.dtype)]
+    assert {each: item_bytes(dtype_name(each)) for each in every} == {each: each.itemsize for each in every}
 
 
 def test_every_type_and_shape_round_trips_and_safetensors_reads_the_same(tmp_path: Path) -> None:

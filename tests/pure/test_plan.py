@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sixfold.base.errors import PlanError
+from sixfold.base.units import bytes_text, item_bytes
 from sixfold.config import Config, load
 from sixfold.plan import (
     REPLICAS,
@@ -29,10 +30,10 @@ from sixfold.plan import (
     decide_geometry,
     decide_learning_rate,
     decide_precision,
+    exchange_memory,
     persistent_memory,
 )
 from sixfold.plan.geometry import MESH_AXES, Geometry
-from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.units import ALIGN
 
 
@@ -176,7 +177,7 @@ def test_blocks_stay_together_and_units_stay_small(facts: list[ParameterFacts], 
     for number, unit in enumerate(cut_units(facts, target)):
         members = [by_name[slot.name] for slot in unit.slots]
         pieces = {each.block if each.block is not None else each.name for each in members}
-        size = sum(each.numel for each in members) * ITEM_BYTES.get(unit.dtype, 1)
+        size = sum(each.numel for each in members) * item_bytes(unit.dtype)
         for each in members:
             if each.block is not None:
                 homes.setdefault((each.block, each.dtype, each.trainable), set()).add(number)
@@ -184,9 +185,7 @@ def test_blocks_stay_together_and_units_stay_small(facts: list[ParameterFacts], 
             # Only the block that came last may reach over the target, since it stays in one piece.
             last = max(facts.index(each) for each in members)
             rest = [each for each in members if each.block is None or each.block != facts[last].block]
-            assert (
-                size <= target or sum(each.numel for each in rest) * ITEM_BYTES.get(unit.dtype, 1) <= target
-            )
+            assert size <= target or sum(each.numel for each in rest) * item_bytes(unit.dtype) <= target
     assert all(len(numbers) == 1 for numbers in homes.values())
 
 
@@ -244,6 +243,17 @@ def test_a_plan_prints_what_is_decided() -> None:
     kinds = {(unit.dtype, unit.trainable) for unit in plan.units}
     assert kinds == {("bf16", True), ("bf16", False), ("uint8", False)}
     assert [plan.precision_of(unit) is None for unit in plan.units if unit.dtype == "uint8"] == [True]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("int64", 8), ("uint16", 2), ("complex128", 16), ("bool", 1)])
+def test_what_is_never_trained_takes_the_room_of_its_own_type(dtype: str, size: int) -> None:
+    facts = [*FACTS, ParameterFacts("table", (64, 1024), dtype, False)]
+    without, plan = (decide(config(), each, world_size=1) for each in (FACTS, facts))
+    taken = [persistent_memory(each, num_moments=0).parameters for each in (without, plan)]
+    assert taken[1] - taken[0] == 64 * 1024 * size
+    assert f"{bytes_text(taken[1])} in" in str(plan)
+    cut = [decide(config(layout={"zero": 3}), each, world_size=2) for each in (FACTS, facts)]
+    assert exchange_memory(cut[1]) - exchange_memory(cut[0]) == 32 * 1024 * size
 
 
 @given(modules(), st.integers(1, 4000), st.integers(1, 4), st.integers(1, 3))

@@ -1,9 +1,18 @@
-"""Units of measure as text: bytes, counts and durations for tables, errors and live lines.
+"""Units of measure: bytes, counts and durations as text for tables, errors and live lines; sizes of numbers.
 
-Called wherever a number is shown to a person; never parses, never rounds what is computed with.
+Called wherever a number is shown to a person, or bytes are counted; never rounds what is computed with.
 """
 
 from __future__ import annotations
+
+import re
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one number of a type: every name of one tells the bits ("bf16", "complex64", "F8_E4M3") but
+    that of truth values."""
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def bytes_text(num_bytes: float) -> str:

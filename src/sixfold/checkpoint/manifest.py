@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sixfold.base.errors import CheckpointError
+from sixfold.base.units import item_bytes
 from sixfold.checkpoint.cells import Cells
 from sixfold.checkpoint.files import MANIFEST as MANIFEST
 
@@ -26,13 +27,11 @@ SUMS = "checksums.crc32"
 FORMAT: Final = "sixfold-checkpoint"
 VERSION: Final = 2
 
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
-"""Bytes of a number of each type, by the format's tags; what torch calls them is in `tensorfile`."""
+TAGS = (
+    *("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16"),
+    *("U32", "I32", "F32", "U64", "I64", "F64", "C64"),
+)
+"""The format's names of number types; what torch calls them is in `tensorfile`."""
 
 Count = Annotated[int, Field(ge=0)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -67,7 +66,7 @@ class TensorEntry(_Entry):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * item_bytes(self.dtype)
 
 
 class Manifest(_Entry):
@@ -93,7 +92,7 @@ class Manifest(_Entry):
     def _places_exist(self) -> Manifest:
         sizes = {file.name: file.size for file in self.files}
         for tensor in self.tensors:
-            known = tensor.dtype in ITEM_BYTES
+            known = tensor.dtype in TAGS
             size = tensor.stop - tensor.start
             if not known or size != tensor.num_bytes or tensor.stop > sizes[tensor.file]:
                 raise ValueError(

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sixfold.base.units import bytes_text
+from sixfold.base.units import bytes_text, item_bytes
 from sixfold.plan.plan import Plan
-from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import Spread
 from sixfold.plan.stages import StagePlan
 from sixfold.plan.units import UnitPlan
@@ -63,14 +62,13 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
         def part(spread: Spread, unit: UnitPlan = unit) -> int:
             return unit.numel // plan.geometry.num_parts(spread, unit.cut)
 
-        item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
-        parameters += item_bytes * part(row.parameters)
+        parameters += item_bytes(unit.dtype) * part(row.parameters)
         if unit.trainable and types is not None:
             own = part(row.optimizer)
-            gradients += ITEM_BYTES[types.grad] * part(row.gradients)
-            master += ITEM_BYTES[types.master] * own * (types.master != types.compute)
-            optimizer += ITEM_BYTES[types.master] * own * num_moments
-            average += ITEM_BYTES[types.master] * own * plan.has_average
+            gradients += item_bytes(types.grad) * part(row.gradients)
+            master += item_bytes(types.master) * own * (types.master != types.compute)
+            optimizer += item_bytes(types.master) * own * num_moments
+            average += item_bytes(types.master) * own * plan.has_average
     return Memory(parameters, gradients, master, optimizer, average)
 
 
@@ -81,10 +79,10 @@ def exchange_memory(plan: Plan) -> int:
     for unit in plan.units:
         types = plan.precision_of(unit)
         if unit.trainable and types is not None:
-            total += unit.numel * sum(ITEM_BYTES[kind] for kind in {types.grad, types.reduce})
+            total += unit.numel * sum(item_bytes(kind) for kind in {types.grad, types.reduce})
         if row.parameters or (row.optimizer and unit.trainable):
-            item_bytes = ITEM_BYTES.get(unit.dtype) or OTHER_ITEM_BYTES[unit.dtype]
-            total += unit.numel // plan.geometry.num_parts(row.parameters, unit.cut) * item_bytes
+            part = unit.numel // plan.geometry.num_parts(row.parameters, unit.cut)
+            total += part * item_bytes(unit.dtype)
     return total
 
 
@@ -120,17 +118,3 @@ def offered_memory(offers: Iterable[tuple[str, int]]) -> int:
         offers: (kind of exchange, bytes), as often as it happens.
     """
     return 2 * sum((num_bytes // PAGE_BYTES + 1) * PAGE_BYTES for _, num_bytes in set(offers))
-
-
-OTHER_ITEM_BYTES = {
-    name: size
-    for size, names in {
-        1: ("uint8", "int8", "bool", "float8_e4m3fn", "float8_e5m2"),
-        2: ("int16",),
-        4: ("int32",),
-        8: ("int64", "complex64"),
-        16: ("complex128",),
-    }.items()
-    for name in names
-}
-"""Types of parameters that are never trained."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from sixfold.base.units import bytes_text, count_text
+from sixfold.base.units import bytes_text, count_text, item_bytes
 from sixfold.config import Config
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.precision import (
-    ITEM_BYTES,
+    FLOATING,
     LossScaling,
     PrecisionPlan,
     decide_loss_scaling,
@@ -62,7 +62,7 @@ class Plan:
         return found
 
     def _windows_text(self) -> str:
-        sizes = [(unit.blocks, unit.numel * ITEM_BYTES.get(unit.dtype, 1)) for unit in self.units]
+        sizes = [(unit.blocks, unit.numel * item_bytes(unit.dtype)) for unit in self.units]
         coming = [size for blocks, size in sizes if blocks]
         staying = sum(size for blocks, size in sizes if not blocks)
         return (
@@ -73,7 +73,7 @@ class Plan:
     def __str__(self) -> str:
         trainable = sum(slot.numel for unit in self.units if unit.trainable for slot in unit.slots)
         frozen = sum(slot.numel for unit in self.units if not unit.trainable for slot in unit.slots)
-        working = sum(unit.numel * ITEM_BYTES.get(unit.dtype, 1) for unit in self.units)
+        working = sum(unit.numel * item_bytes(unit.dtype) for unit in self.units)
         groups = f" (shard: groups of {self.geometry.shard} ranks)" if self.residency.is_cut else ""
         scaling = self.loss_scaling
         stages = (f"stages      {self.stages}",) if self.stages else ()
@@ -108,7 +108,7 @@ def decide(
     Raises:
         PlanError: the layout cannot be carried out with `world_size` ranks.
     """
-    floating = [facts for facts in parameters if facts.dtype in ITEM_BYTES]
+    floating = [facts for facts in parameters if facts.dtype in FLOATING]
     types = {facts.dtype: decide_precision(config.precision, facts.dtype) for facts in floating}
     working = [
         replace(facts, dtype=types[facts.dtype].compute if facts.dtype in types else facts.dtype)

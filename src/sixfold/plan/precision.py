@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from sixfold.base.errors import PlanError
 from sixfold.config import PrecisionConfig
 
-ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+FLOATING = ("fp64", "fp32", "bf16", "fp16")
+"""Types of parameters that can be trained; others stay as they are."""
 
 
 @dataclass(frozen=True)

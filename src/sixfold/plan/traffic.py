@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from sixfold.base.units import bytes_text
+from sixfold.base.units import bytes_text, item_bytes
 from sixfold.plan.geometry import Geometry
 from sixfold.plan.plan import Plan
-from sixfold.plan.precision import ITEM_BYTES
 from sixfold.plan.residency import ALL
 
 COUNT_BYTES = 8
 """Of the number of tokens that come to one expert."""
+SUM_BYTES = 4
+"""Of a number of the narrowest type in which gradients of keys and values are summed, fp32."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ def update_traffic(plan: Plan, num_micro: int) -> Traffic:
             sent = _others(unit.numel, shard) + across
         else:
             sent = 2 * _others(unit.numel, shard * sizes["data"])
-        reduce += ITEM_BYTES[types.reduce] * sent * (max(1, num_micro) if row.reduces_each else 1)
+        reduce += item_bytes(types.reduce) * sent * (max(1, num_micro) if row.reduces_each else 1)
         own = unit.numel // geometry.num_parts(row.optimizer, unit.cut)
         for axis in unit.partial:
-            reduce += ITEM_BYTES[types.grad] * 2 * _others(own, geometry.degree(axis))
+            reduce += item_bytes(types.grad) * 2 * _others(own, geometry.degree(axis))
         part = unit.numel // geometry.num_parts(row.parameters, unit.cut)
         for axis in (axis for axis in row.optimizer if axis not in row.parameters):
-            publish += ITEM_BYTES[types.compute] * _others(part, sizes[axis])
+            publish += item_bytes(types.compute) * _others(part, sizes[axis])
             part //= sizes[axis]
     return Traffic(reduce, publish)
 
@@ -105,7 +106,7 @@ def attention_traffic(
     passed_on = row * 2 * kv_heads * (context // swapped - 1)
     return AttentionTraffic(
         forward=exchanged + passed_on * item_bytes,
-        backward=exchanged + passed_on * (item_bytes + max(item_bytes, ITEM_BYTES["fp32"])),
+        backward=exchanged + passed_on * (item_bytes + max(item_bytes, SUM_BYTES)),
     )
 
 
@@ -157,7 +158,7 @@ def dispatch_traffic(
         num_forwards: 2 where the layer is recomputed.
     """
     ranks = geometry.degree("expert")
-    rows = 2 * _others(choices, ranks) * width * ITEM_BYTES[dtype]
+    rows = 2 * _others(choices, ranks) * width * item_bytes(dtype)
     return num_forwards * (rows + COUNT_BYTES * _others(num_experts, ranks)) + num_backwards * rows
 
 

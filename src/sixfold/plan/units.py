@@ -13,8 +13,8 @@ from functools import cached_property
 from math import prod
 
 from sixfold.base.errors import PlanError
+from sixfold.base.units import item_bytes
 from sixfold.plan.places import Place
-from sixfold.plan.precision import ITEM_BYTES
 
 ALIGN = 32
 """Elements to which every parameter's place is rounded up: 64 bytes in the narrowest type."""
@@ -320,7 +320,7 @@ def _numel(run: Sequence[ParameterFacts]) -> int:
 
 
 def _bytes(run: Sequence[ParameterFacts]) -> int:
-    return sum(facts.numel for facts in run) * ITEM_BYTES.get(run[0].dtype, 1)
+    return sum(facts.numel for facts in run) * item_bytes(run[0].dtype)
 
 
 def _round_up(numel: int, multiple: int = ALIGN) -> int:
