@@ -35,6 +35,12 @@ def folder_or_url(text: str) -> Path:
     return folder_at(text)
 
 
+def folder_to_make(text: str) -> Path:
+    """A folder to make. What becomes one lies beside it first, by its name, so `.` and `..` get theirs."""
+    given = path(text)
+    return given if given.name not in ("", "..") else given.resolve()
+
+
 Into = Annotated[
     Path | None,
     typer.Option(
