@@ -193,11 +193,33 @@ def test_modules_that_can_be_run(sixfold: Terminal, module: str) -> None:
     assert sixfold.out.endswith(f"-m {module} --epochs 2\n")
 
 
-def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    (sixfold.folder / "mine.py").write_text("")
-    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def be_rank(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that torchrun has started."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_dry_run_inside_ranks_is_shown_by_the_first(
+    sixfold: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    config = sixfold.config()
+    before = files_in(sixfold.folder)
+    be_rank("1", monkeypatch)
+    assert sixfold("train", "--config", config, "--dry-run") == EXIT_DONE
+    assert sixfold.out == ""
+    be_rank("0", monkeypatch)
+    assert sixfold("train", "--config", config, "--dry-run") == EXIT_DONE
+    assert "# ranks      2: data 2" in sixfold.out
+    assert "as started" in sixfold.out
+    assert sixfold("train", "--config", config, "--dry-run", "--set", "layout.tensor=3") == EXIT_INFEASIBLE
+    assert files_in(sixfold.folder) == before
+
+
+def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sixfold.folder / "mine.py").write_text("")
+    be_rank("1", monkeypatch)
     assert sixfold("run", "mine.py") == EXIT_USAGE
     assert "inside a rank (rank 1 of 2" in sixfold.err
 

@@ -47,7 +47,7 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         ranks: of the run; None: as `sixfold train` would start here.
         timeline: where the predicted update is drawn.
     """
-    resolved = decide_launch(resolved, None)
+    resolved = decide_launch(resolved)
     config = resolved.config
     world_size = ranks or config.launch.ranks
     assert world_size is not None, "decided above"

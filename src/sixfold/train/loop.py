@@ -145,20 +145,10 @@ def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
 
 def _note_launch(resolved: Resolved) -> Resolved:
     """Apply the threads that were asked for, and write down how this rank was started."""
-    asked = resolved.config.launch
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-    placement = discover(os.environ)
-    found = {
-        "launch.ranks": placement.local_world_size if placement else 1,
-        "launch.threads": torch.get_num_threads(),
-    }
-    unset = {
-        path
-        for path, value in (("launch.ranks", asked.ranks), ("launch.threads", asked.threads))
-        if value is None
-    }
-    return resolved.decide({path: found[path] for path in unset}, "as started") if unset else resolved
+    asked = resolved.config.launch.threads
+    if asked is not None:
+        torch.set_num_threads(asked)
+    return job.as_started(resolved, discover(os.environ), torch.get_num_threads())
 
 
 def _make_folder(request: job.Request, parent: Path, rank: int) -> str:
