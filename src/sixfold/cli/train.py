@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -25,6 +26,10 @@ from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
 from sixfold.train.folder import CONFIG, check_place, make_folder
 from sixfold.train.job import Request, as_started, resolve
+
+if TYPE_CHECKING:
+    from sixfold.data.corpus import Corpus
+    from sixfold.train.resume import Standing
 
 VERIFIED_BYTES = 2**30
 """A corpus up to this size is read and compared with its checksums before ranks start: a second or less."""
@@ -44,13 +49,10 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
         return EXIT_DONE  # the first rank shows the plan for all
     node = nodes(os.environ) if place is None else None  # ranks inherit the variables of their node
     resolved = decide_launch(resolve(request), node, place)
-    if request.resume is not None:
-        from sixfold.train.resume import stand
-
-        standing = stand(request.resume, resolved)
-        if standing.is_complete:
-            typer.echo(standing)
-            return EXIT_DONE
+    standing = _stand(request, resolved)
+    if standing is not None and standing.is_complete:
+        typer.echo(standing)
+        return EXIT_DONE
     ranks, threads = resolved.config.launch.ranks, resolved.config.launch.threads
     assert ranks is not None, "decided above"
     world_size = place.world_size if place is not None else ranks * (node.num_nodes if node else 1)
@@ -62,7 +64,9 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
     if dry_run:
         _show_plan(resolved, decided, as_json=as_json)
         return EXIT_DONE
-    _prepare(resolved)
+    corpus = _prepare(resolved)
+    if standing is not None:
+        standing.reading(corpus)
     folder = request.resume or make_folder(request.into, resolved.config.train.folder)
     with TemporaryDirectory(prefix="sixfold-") as scratch:
         handed = Path(scratch) / CONFIG
@@ -75,6 +79,15 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
             threads=threads,
             node=node,
         )
+
+
+def _stand(request: Request, resolved: Resolved) -> Standing | None:
+    """Where the run stands that is to be resumed, if one is."""
+    if request.resume is None:
+        return None
+    from sixfold.train.resume import stand
+
+    return stand(request.resume, resolved)
 
 
 def decide_launch(
@@ -136,7 +149,7 @@ def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
     return {"ranks": f"{world_size}: {geometry}", "residency": str(residency), "batch": str(batch)}
 
 
-def _prepare(resolved: Resolved) -> None:
+def _prepare(resolved: Resolved) -> Corpus:
     """Build or find the corpus before ranks start, where its progress and its errors are seen."""
     from sixfold.data.corpus import prepare
 
@@ -153,3 +166,4 @@ def _prepare(resolved: Resolved) -> None:
         typer.echo(
             f"corpus      too large to verify at every start; sixfold data inspect {corpus.folder} --verify"
         )
+    return corpus

@@ -97,6 +97,8 @@ def train(request: job.Request, session: Session) -> None:
 def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
+    if standing is not None:
+        standing = standing.reading(corpus)
     module = build_model(config, corpus.vocab_size)
     # A checkpoint holds all of the model, unless it is one of adapters alone.
     begins = standing is None or adapters.is_asked(config.model)
