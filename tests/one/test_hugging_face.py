@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sixfold.base.errors import CheckpointError, ConfigError, ModelError
+from sixfold.base.errors import CheckpointError, ConfigError, ModelError, SaveError
 from sixfold.config import load
 from sixfold.data.corpus import prepare
 from sixfold.launch import current_session
@@ -155,6 +157,27 @@ def test_what_is_no_adapter_of_this_model_is_refused(base: Path, tmp_path: Path)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora"):
         adapt(module(), asked(lora_from=str(tmp_path / "adapter")), 0)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = transformers.LlamaForCausalLM(tiny())
+    adapt(module, load(values={"model.lora_rank": 2}).config.model, 0)
+    folder, before = tmp_path / "adapter", {"adapter_model.safetensors": b"old"}
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"old")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveError, match=r"file/adapter_model\.safetensors cannot be written"):
+        write_adapter(tmp_path / "file", module, None)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SaveError, match="No space left"):
+        write_adapter(folder, module, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def full(path: Path, target: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_adapters_change_nothing_at_first_and_train_alone() -> None:

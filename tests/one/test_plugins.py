@@ -14,6 +14,7 @@ import torch
 from sixfold.base import plugins
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from sixfold.base.plugins import load_plugin
+from sixfold.checkpoint import latest, open_checkpoint
 from sixfold.config import load
 from sixfold.launch import current_session
 from sixfold.monitor.journal import read_records
@@ -52,6 +53,14 @@ class Habit:
         CALLS.append(record.step)
     def at_end(self, run, finished):
         CALLS.append(finished)
+
+class Fails:
+    def __init__(self, run):
+        pass
+    def after_update(self, run, record):
+        CALLS.append(sorted(path.name for path in (run.folder / "checkpoints").glob("*")))
+    def at_end(self, run, finished):
+        raise ValueError("in the end")
 
 class Broken:
     def __init__(self, folder, settings):
@@ -152,6 +161,17 @@ def test_source(code: str, sixfold: Terminal) -> None:
     assert "sixfold data build" in sixfold.err
     assert sixfold("data", "build", f"{code}:numbers", "--into", "other", *small) == EXIT_USAGE
     assert "document 0 of the source" in sixfold.err
+
+
+def test_a_callback_that_fails_in_the_end_costs_no_update(code: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="in the end"):
+        trained(tmp_path, train__callbacks=[f"{code}:Fails"], checkpoint__every=2)
+    newest = latest(tmp_path / "run-0" / "checkpoints")
+    assert newest is not None
+    assert open_checkpoint(newest).step == 4
+    seen = load_plugin("callback", f"{code}:Fails").__init__.__globals__["CALLS"]
+    assert seen[1] == [], "it comes before the save of the second update"
+    assert len(seen[2]) == 1
 
 
 def test_a_sink_that_fails_stops_nothing(

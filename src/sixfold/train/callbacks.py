@@ -1,7 +1,7 @@
 """What happens around updates: metrics, evaluation, saving. One small class each.
 
-The loop calls them in order on every rank after each update and at the end. They never change an
-update; a new habit of the loop is a new class here.
+The loop calls them in order on every rank after each update, and at the end, when the last save comes first.
+They never change an update; a new habit of the loop is a new class here.
 """
 
 from __future__ import annotations

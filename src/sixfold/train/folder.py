@@ -131,22 +131,24 @@ def write_config(folder: Path, resolved: Resolved) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of a run folder. Whatever stops it leaves what was there before.
+    """Write a file of a run folder, or of a folder in it. Whatever stops it leaves what was there before.
 
     Raises:
         SaveError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
+        is_there = any((folder / CONFIG).exists() for folder in path.parents[:2])
         elsewhere = ", or give --into or train.folder a place that has some"
         raise SaveError(
             f"{path} cannot be written: {error.strerror}",
-            rule="a run keeps its configuration, vocabulary and checkpoints in its folder",
+            rule="a run keeps its configuration, vocabulary, checkpoints and adapters in its folder",
             # A run that is there already goes on where it is.
-            fix=f"free some space there{'' if (path.parent / CONFIG).exists() else elsewhere}",
+            fix=f"free some space there{'' if is_there else elsewhere}",
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -64,11 +64,12 @@ def train(request: job.Request, session: Session) -> None:
                 console.say(str(standing))
             return
         run = _set_up(request, resolved, standing, console)
-        # In the end it is saved before it is measured: a failure of the latter then costs nothing.
         own = [load_plugin("callback", name)(run) for name in run.resolved.config.train.callbacks]
         if adapters.is_asked(run.resolved.config.model):
             own.append(Adapters())
-        callbacks: Sequence[Callback] = (Metrics(run), *own, Checkpoints(run), Evaluations(run))
+        checkpoints = Checkpoints(run)
+        # What callbacks make of an update is in its save.
+        callbacks: Sequence[Callback] = (Metrics(run), *own, checkpoints, Evaluations(run))
         _tell_compiled(run)
         budget = _settle_length(run)
         if run.is_first:
@@ -78,7 +79,8 @@ def train(request: job.Request, session: Session) -> None:
             run.sinks = Sinks(names, run.folder, settings, warn=console.say)
             run.record({"facts": facts_of(run)})
         finished = _updates(run, session, callbacks, budget)
-        for callback in callbacks:
+        # In the end it is saved first: what fails afterwards then costs no update.
+        for callback in (checkpoints, *(other for other in callbacks if other is not checkpoints)):
             callback.at_end(run, finished)
         if finished:
             _complete_prompt(run)
