@@ -267,3 +267,30 @@ def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Ter
     assert "cannot be written" in sixfold.err
     assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", "update.pdf") == EXIT_USAGE
     assert "name it update.html" in sixfold.err
+
+
+def test_a_plan_asks_the_optimizer_what_it_keeps(sixfold: Terminal) -> None:
+    config = sixfold.config(monitor__peak_tflops=0.1)
+
+    def held(name: str, *settings: str) -> int:
+        options = [word for each in (f"optimizer.name={name}", *settings) for word in ("--set", each)]
+        assert sixfold("plan", "--config", config, "--ranks", "1", "--json", *options) == EXIT_DONE
+        (found,) = json.loads(sixfold.out)["memory_bytes"]
+        return int(found)
+
+    nothing = held("sgd")
+    moment = held("sgd", "optimizer.momentum=0.9") - nothing
+    assert moment > 0
+    assert held("adagrad") - nothing == moment
+    assert held("torch.optim:RAdam") - nothing == held("adamw") - nothing == 2 * moment
+    assert moment < held("muon") - nothing < 2 * moment
+    assert held("muon", "optimizer.momentum=0.9") == held("muon")
+
+
+def test_a_plan_says_whose_state_it_does_not_know(sixfold: Terminal) -> None:
+    (sixfold.folder / "mine.py").write_text(
+        "import torch\nclass Odd(torch.optim.SGD):\n    def step(self, closure=None):\n        1 / 0\n"
+    )
+    config = sixfold.config(monitor__peak_tflops=0.1, optimizer__name="mine.py:Odd")
+    assert sixfold("plan", "--config", config, "--ranks", "1") == EXIT_DONE
+    assert "(Odd could not be tried on a few zeros: its state is not counted)" in sixfold.out

@@ -6,11 +6,13 @@ with the simulator. It starts no rank and writes nothing but the page that was a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 import typer
 from torch import nn
+from torch.optim import Optimizer
 
 from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, duration_text, milliseconds_text
@@ -20,7 +22,7 @@ from sixfold.config import Config, Resolved
 from sixfold.data.corpus import built_corpus
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.monitor.hardware import peak_flops
-from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
+from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes
 from sixfold.parallel.expert.axis import experts_of
 from sixfold.plan import (
     Memory,
@@ -33,11 +35,10 @@ from sixfold.plan import (
     programs_for,
 )
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
+from sixfold.state import build_optimizer, make_optimizers, optimized_facts, state_bytes_per_weight
+from sixfold.state.making import kind_of
 from sixfold.train.compute import measured_compute
 from sixfold.train.subject import build_model
-
-_MOMENTS = {"adamw": 2, "sgd": 0, "adagrad": 1, "muon": 1}
-"""Numbers that each optimizer keeps per weight; SGD one more with momentum."""
 
 
 def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, as_json: bool) -> int:
@@ -57,7 +58,9 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
     model = build_model(config, entries)
     config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
-    facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
+    blocks = block_names(model, config.layout.blocks)
+    made = make_optimizers(build_optimizer(config.optimizer, model, blocks), model)
+    facts, moments = optimized_facts(model, made, blocks), _moments(made)
     geometry = decide_geometry(config.layout, world_size)
 
     def plan_of(pipe_rank: int) -> Plan:
@@ -66,7 +69,7 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         return decide(config, cut.facts_of(pieces, pipe_rank), world_size, cut.plan)
 
     plans = [plan_of(rank) for rank in range(config.layout.pipe)]
-    memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
+    memories = [persistent_memory(plan, [each or 0.0 for each in moments]) for plan in plans]
     predicted = predict(config, model, cut, plans[0].geometry.degree("data"))
     if timeline is not None:
         write_timelines(timeline, {"predicted": predicted}, "One update, computation alone, predicted")
@@ -78,6 +81,10 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         typer.echo("            (cut by estimated cost here; rank 0 of a run measures first)")
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
+    if None in moments:
+        typer.echo(
+            f"            ({kind_of(made)} could not be tried on a few zeros: its state is not counted)"
+        )
     typer.echo(
         f"update      {_time(predicted.makespan)} predicted, of computation alone: "
         "transfers, sums and memory are not in it"
@@ -120,8 +127,11 @@ def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) ->
     return simulate(programs, Costs(stages))
 
 
-def _num_moments(config: Config) -> int:
-    return _MOMENTS[config.optimizer.name] + bool(config.optimizer.momentum)
+def _moments(made: Sequence[Optimizer]) -> list[float | None]:
+    """Numbers that optimizers keep per weight, by group; None where nobody knows."""
+    dtypes = [torch.float32 for each in made for _ in each.param_groups]
+    known = state_bytes_per_weight(made, dtypes)
+    return [None if each is None else each / torch.float32.itemsize for each in known]
 
 
 def _facts(geometry: str, memories: list[Memory], predicted: Timeline) -> dict[str, object]:

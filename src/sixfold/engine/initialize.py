@@ -65,8 +65,8 @@ from sixfold.state import (
     ModelState,
     bind,
     build_optimizer,
-    elementwise_groups,
     make_optimizers,
+    optimized_facts,
     refuse_two_definitions,
     take_over,
 )
@@ -169,10 +169,7 @@ def initialize(
     ending.callback(chunk_loss(model, asked.layout.loss_chunk, takes_scores=loss_fn is not None))
     ending.callback(change_forwards(model, blocks, asked.layout.recompute, asked.layout.compile))
     made = make_optimizers(optimizer or build_optimizer(asked.optimizer, model, blocks), model)
-    groups = [group["params"] for each in made for group in each.param_groups]
-    on_slices = [flag for each in made for flag in elementwise_groups(each)]
-    whole_groups = [group for group, flag in enumerate(on_slices) if not flag]
-    facts = module_facts(model, groups, whole_groups=whole_groups, blocks=blocks)
+    facts = optimized_facts(model, made, blocks)
     stages = cut.stages(mesh.pipe_rank)
     for stage in stages:
         ending.callback(stage.remove)
