@@ -17,9 +17,10 @@ from sixfold.data.corpus import prepare
 from sixfold.launch import current_session
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.lora import adapters_of, add_adapters
+from sixfold.monitor.journal import read_records
 from sixfold.train import loop
 from sixfold.train.adapters import adapt, write_adapter
-from sixfold.train.completion import Sampling, continuations, load_run
+from sixfold.train.completion import Sampling, continuations, load_run, reader_of
 from sixfold.train.job import Request, resolve
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model, fields_of
@@ -91,6 +92,35 @@ def test_a_run_starts_from_local_weights_and_its_result_loads_as_it_lies(base: P
     assert texts == list(
         continuations(theirs, vocabulary, ["def ", "class value"], 6, Sampling(temperature=0))
     )
+
+
+def unlimited(kind: str) -> Any:
+    """Configurations of models that know no largest number of positions."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+    if kind == "alibi":
+        return transformers.BloomConfig(**sizes, n_head=4)
+    return transformers.MambaConfig(**sizes, state_size=4, expand=2, conv_kernel=4, time_step_rank=4)
+
+
+@pytest.mark.parametrize("kind", ["alibi", "state"])
+def test_models_without_a_limit_of_positions_continue_texts(base: Path, tmp_path: Path, kind: str) -> None:
+    """One that adds distances to its scores, and one without attention."""
+    unlimited(kind).save_pretrained(tmp_path)
+    tokenizer = str(base / "model" / "tokenizer.json")
+    run = hf_run(
+        base, tmp_path / "run", model__hf=tmp_path / "config.json", data__tokenizer=tokenizer, train__steps=1
+    )
+    assert any("sample" in one for one in read_records(run / "metrics.jsonl"))
+    module, _ = load_run(run)
+    rows = [[0, 7, 9], [0, 5, 290, 17, 3, 8]]
+    reader = reader_of(module)
+    with torch.no_grad():
+        found = reader.start(torch.tensor([[0, 0, 0, *rows[0]], rows[1]]), torch.tensor([3, 0]))
+        for following in ([4, 11], [290, 4], [17, 17]):
+            for row, own in zip(rows, found, strict=True):
+                torch.testing.assert_close(own, scores(module, torch.tensor([row]))[0, -1], rtol=0, atol=1e-4)
+            rows = [[*row, token] for row, token in zip(rows, following, strict=True)]
+            found = reader.read(torch.tensor(following))
 
 
 def test_adapters_on_a_frozen_bf16_base_come_out_as_peft_has_them(base: Path, tmp_path: Path) -> None:
