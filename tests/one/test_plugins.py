@@ -22,6 +22,7 @@ from sixfold.monitor.sinks import BUILT_IN, Sinks
 from sixfold.plan import decide_learning_rate
 from sixfold.state import build_optimizer
 from sixfold.train import loop
+from sixfold.train.folder import held
 from sixfold.train.job import Request
 from tests.one import lab
 from tests.one.terminal import Terminal
@@ -172,6 +173,16 @@ def test_a_callback_that_fails_in_the_end_costs_no_update(code: str, tmp_path: P
     seen = load_plugin("callback", f"{code}:Fails").__init__.__globals__["CALLS"]
     assert seen[1] == [], "it comes before the save of the second update"
     assert len(seen[2]) == 1
+
+
+def test_a_rank_holds_its_run_until_it_ends(code: str, tmp_path: Path) -> None:
+    trained(tmp_path)
+    run = tmp_path / "run-0"
+    again = Request(resume=run, overrides=("train.steps=5",))
+    with held(run), pytest.raises(ConfigError, match="is in use"):
+        loop.train(again, current_session())
+    loop.train(again, current_session())
+    assert sum("loss" in one for one in read_records(run / "metrics.jsonl")) == 5
 
 
 def test_a_sink_that_fails_stops_nothing(

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.base.errors import EXIT_USAGE, CheckpointError, ConfigError
 from sixfold.checkpoint import save, step_folder, whole
 from sixfold.config import Resolved, load
 from sixfold.data.corpus import Corpus, prepare
 from sixfold.data.record import TOKENIZER
-from sixfold.train.folder import CHECKPOINTS, CONFIG, write_config
+from sixfold.train.folder import CHECKPOINTS, CONFIG, held, write_config
 from sixfold.train.job import Request, resolve
 from sixfold.train.resume import stand
 from sixfold.train.vocabulary import is_kept, keep_vocabulary
 from tests.one import lab
+from tests.one.terminal import Terminal
 
 STEP = 7
 
@@ -107,6 +108,13 @@ def test_a_run_without_a_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint") as caught:
         stand(bare, asked(bare))
     assert f"or remove {bare}" in caught.value.fix, "a second run is not let into its folder"
+
+
+def test_a_run_under_way_is_not_resumed_beside_itself(run: Path, sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    with held(run):
+        assert sixfold("train", "--resume", run) == EXIT_USAGE
+    assert f"{run} is in use" in sixfold.err
 
 
 def read(run: Path, *overrides: str) -> Corpus:

@@ -24,7 +24,7 @@ from sixfold.data.sources import find_sources
 from sixfold.launch import NodePlacement, Placement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
 from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.folder import CONFIG, check_place, make_folder
+from sixfold.train.folder import CONFIG, check_place, held, make_folder
 from sixfold.train.job import Request, as_started, resolve
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
     if dry_run:
         _show_plan(resolved, decided, as_json=as_json)
         return EXIT_DONE
+    if request.resume is not None:
+        with held(request.resume):
+            pass  # told before anything is started; the first rank will hold it
     corpus = _prepare(resolved)
     if standing is not None:
         standing.reading(corpus)

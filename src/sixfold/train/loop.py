@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations
 from sixfold.train.completion import Sampling, continuations
 from sixfold.train.compute import unmeasured_compute
 from sixfold.train.facts import facts_of
-from sixfold.train.folder import make_folder
+from sixfold.train.folder import held, make_folder
 from sixfold.train.length import TimeBudget
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
@@ -56,14 +57,15 @@ def train(request: job.Request, session: Session) -> None:
     Raises:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
-    with Console(sys.stdout) as console:
+    with ExitStack() as ending:
+        console = ending.enter_context(Console(sys.stdout))
         resolved = _note_launch(unmeasured_compute(job.resolve(request)))
         standing = stand(request.resume, resolved) if request.resume is not None else None
         if standing is not None and standing.is_complete:
             if session.rank == 0:
                 console.say(str(standing))
             return
-        run = _set_up(request, resolved, standing, console)
+        run = _set_up(request, resolved, standing, console, ending)
         own = [load_plugin("callback", name)(run) for name in run.resolved.config.train.callbacks]
         if adapters.is_asked(run.resolved.config.model):
             own.append(Adapters())
@@ -96,7 +98,13 @@ def train(request: job.Request, session: Session) -> None:
         run.engine.close()
 
 
-def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
+def _set_up(
+    request: job.Request,
+    resolved: Resolved,
+    standing: Standing | None,
+    console: Console,
+    ending: ExitStack,
+) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
     if standing is not None:
@@ -114,6 +122,8 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     folder = request.resume
     if folder is None:
         folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
+    if engine.mesh.rank == 0:
+        ending.enter_context(held(folder))
     run = Run(
         resolved=resolved,
         engine=engine,
