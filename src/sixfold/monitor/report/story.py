@@ -124,8 +124,13 @@ def read_story(folder: Path) -> Story:
         facts=next((one["facts"] for one in reversed(records) if "facts" in one), {}),
         sample=next((one["sample"] for one in reversed(records) if "sample" in one), None),
         recorded=read_recording(folder),
-        loads=tuple((one["step"], one["expert_loads"]) for one in records if "expert_loads" in one),
+        loads=tuple((one["step"], _numbers(one["expert_loads"])) for one in records if "expert_loads" in one),
     )
+
+
+def _numbers(loads: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """With numbers that JSON lacks as what they are."""
+    return {name: [float(part) for part in load] for name, load in loads.items()}
 
 
 def differing(stories: Sequence[Story]) -> dict[str, list[object]]:
