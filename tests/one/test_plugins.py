@@ -63,6 +63,14 @@ class Fails:
     def at_end(self, run, finished):
         raise ValueError("in the end")
 
+class Noting:
+    def __init__(self, folder, settings):
+        self.file = folder / "noted"
+    def write(self, record):
+        pass
+    def close(self):
+        self.file.write_text("closed")
+
 class Broken:
     def __init__(self, folder, settings):
         self.written = 0
@@ -164,15 +172,23 @@ def test_source(code: str, sixfold: Terminal) -> None:
     assert "document 0 of the source" in sixfold.err
 
 
-def test_a_callback_that_fails_in_the_end_costs_no_update(code: str, tmp_path: Path) -> None:
+def test_a_callback_that_fails_in_the_end_costs_no_update_and_sinks_are_closed(
+    code: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="in the end"):
-        trained(tmp_path, train__callbacks=[f"{code}:Fails"], checkpoint__every=2)
+        trained(
+            tmp_path,
+            train__callbacks=[f"{code}:Fails"],
+            monitor__sinks=[f"{code}:Noting"],
+            checkpoint__every=2,
+        )
     newest = latest(tmp_path / "run-0" / "checkpoints")
     assert newest is not None
     assert open_checkpoint(newest).step == 4
     seen = load_plugin("callback", f"{code}:Fails").__init__.__globals__["CALLS"]
     assert seen[1] == [], "it comes before the save of the second update"
     assert len(seen[2]) == 1
+    assert (tmp_path / "run-0" / "noted").read_text() == "closed"
 
 
 def test_a_rank_holds_its_run_until_it_ends(code: str, tmp_path: Path) -> None:

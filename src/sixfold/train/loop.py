@@ -57,7 +57,7 @@ def train(request: job.Request, session: Session) -> None:
     Raises:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
-    with ExitStack() as ending:
+    with ExitStack() as ending:  # however the run ends, what it has opened is closed in the opposite order
         console = ending.enter_context(Console(sys.stdout))
         resolved = _note_launch(unmeasured_compute(job.resolve(request)))
         standing = stand(request.resume, resolved) if request.resume is not None else None
@@ -79,6 +79,7 @@ def train(request: job.Request, session: Session) -> None:
             keep_vocabulary(run.folder, run.corpus)
             names, settings = run.resolved.config.monitor.sinks, flat(run.resolved.config)
             run.sinks = Sinks(names, run.folder, settings, warn=console.say)
+            ending.callback(run.sinks.close)
             run.record({"facts": facts_of(run)})
         finished = _updates(run, session, callbacks, budget)
         # In the end it is saved first: what fails afterwards then costs no update.
@@ -91,10 +92,6 @@ def train(request: job.Request, session: Session) -> None:
             run.say(f"stopped and saved after update {run.engine.num_steps}; go on with:")
             run.say(f"  sixfold train --resume {run.folder}")
             session.interrupted()
-        if run.journal is not None:
-            run.journal.close()
-        if run.sinks is not None:
-            run.sinks.close()
         run.engine.close()
 
 
@@ -141,6 +138,7 @@ def _set_up(
         run.say(str(standing))
     if run.is_first:
         run.journal = Journal(folder, engine.num_steps, warn=console.say)
+        ending.callback(run.journal.close)
     return run
 
 
