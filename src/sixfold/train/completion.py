@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sixfold.checkpoint.weights import open_weights
 from sixfold.config import load
 from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
-from sixfold.models.generate import CachedDecoder, Reader, continue_with
+from sixfold.models.generate import CachedDecoder, Reader, generate
 from sixfold.parallel import DTYPES
 from sixfold.train.folder import CONFIG, checkpoint_of
 from sixfold.train.hugging_face import num_positions
@@ -100,22 +101,22 @@ def continuations(
         What has come anew of each text, token by token; empty where a character is not whole yet, and once
         a text has ended.
     """
-    device = next(module.parameters()).device
     ids = [[vocabulary.mark, *vocabulary.encode(prompt)] for prompt in prompts]
-    generator = torch.Generator(device).manual_seed(how.seed)
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(how.seed)
     writers = [_Writer(vocabulary) for _ in prompts]
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            reader = reader_of(module)
-            tokens = continue_with(reader, ids, num_tokens, how.temperature, how.top_k, generator, device)
-            for following in tokens:
-                yield [writer.add(token) for writer, token in zip(writers, following.tolist(), strict=True)]
-                if all(writer.has_ended for writer in writers):
-                    return
-    finally:
-        module.train(was_training)
+    following = generate(
+        reader_of(module),
+        ids,
+        num_tokens,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        generator=generator,
+    )
+    with closing(following):
+        for tokens in following:
+            yield [writer.add(token) for writer, token in zip(writers, tokens.tolist(), strict=True)]
+            if all(writer.has_ended for writer in writers):
+                return
 
 
 def reader_of(module: nn.Module) -> Reader:
@@ -130,11 +131,12 @@ class CachedTransformer:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        accepted = inspect.signature(module.forward).parameters
-        self._module: Any = module
+        # The class's own: an engine may have put another in its place.
+        accepted = inspect.signature(type(module).forward).parameters
+        self.module: Any = module
         self._takes_positions = "position_ids" in accepted
         self._cache_name = next((name for name in (_KEYS_AND_VALUES, _STATE) if name in accepted), None)
-        self.context_length = num_positions(self._module.config) or sys.maxsize
+        self.context_length = num_positions(self.module.config) or sys.maxsize
 
     def start(self, tokens: Tensor, padding: Tensor) -> Tensor:
         self._tokens, self._padding, self._cache = tokens, padding, None
@@ -154,7 +156,7 @@ class CachedTransformer:
             given["position_ids"] = places.clamp(min=0)[:, -num_new:]
         if self._cache_name is not None:
             given |= {self._cache_name: self._cache, "use_cache": True}
-        out = self._module(input_ids=tokens, **given)
+        out = self.module(input_ids=tokens, **given)
         self._cache = getattr(out, self._cache_name) if self._cache_name is not None else None
         scores: Tensor = out.logits[:, -1]
         return scores
