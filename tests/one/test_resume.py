@@ -10,10 +10,12 @@ import torch
 
 from sixfold.base.errors import EXIT_USAGE, CheckpointError, ConfigError
 from sixfold.checkpoint import save, step_folder, whole
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.data.corpus import Corpus, prepare
 from sixfold.data.record import TOKENIZER
-from sixfold.train.folder import CHECKPOINTS, CONFIG, held, write_config
+from sixfold.train.folder import held, write_config
 from sixfold.train.job import Request, resolve
 from sixfold.train.resume import stand
 from sixfold.train.vocabulary import is_kept, keep_vocabulary

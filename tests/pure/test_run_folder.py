@@ -12,7 +12,8 @@ import pytest
 
 from sixfold.base.errors import ConfigError, SaveError
 from sixfold.config import load
-from sixfold.train.folder import CONFIG, held, write_config
+from sixfold.config.resolved import CONFIG
+from sixfold.train.folder import held, write_config
 
 
 def test_a_full_disk_leaves_the_configuration_that_was_there(

@@ -15,7 +15,7 @@ import typer
 
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.base.units import bytes_text
-from sixfold.checkpoint.finding import RUN_FOLDER, find, survey
+from sixfold.checkpoint.finding import CHECKPOINTS, find, survey
 from sixfold.checkpoint.retention import Keep, prune, removable
 from sixfold.cli.output import print_json
 from sixfold.train.folder import held, run_around
@@ -82,7 +82,7 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
 
 def collect(folder: Path, *, keep: Keep, dry_run: bool, as_json: bool) -> int:
     """Remove checkpoints that are not to be kept, and what broken saves left."""
-    inside = folder / RUN_FOLDER
+    inside = folder / CHECKPOINTS
     parent = inside if inside.is_dir() else folder
     survey(parent)
     run = run_around(folder)

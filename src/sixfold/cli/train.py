@@ -19,12 +19,13 @@ from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, count_text
 from sixfold.cli.output import print_json, progress_bar
 from sixfold.config import Resolved
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
 from sixfold.data.sources import find_sources
 from sixfold.launch import NodePlacement, Placement, discover, launch, nodes, worker_session
 from sixfold.launch.resources import default_ranks, default_threads
-from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.folder import CONFIG, check_place, held, make_folder
+from sixfold.plan import decide_ranks
+from sixfold.train.folder import check_place, held, make_folder
 from sixfold.train.job import Request, as_started, resolve
 
 if TYPE_CHECKING:
@@ -144,11 +145,7 @@ def _check_plan(resolved: Resolved, world_size: int) -> dict[str, str]:
     config = resolved.config
     if built_corpus(config.data) is None:
         find_sources(config.data)
-    residency = decide_residency(config.layout)
-    geometry = decide_geometry(config.layout, world_size)
-    batch = decide_batch(
-        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
-    )
+    geometry, residency, batch = decide_ranks(config, world_size)
     return {"ranks": f"{world_size}: {geometry}", "residency": str(residency), "batch": str(batch)}
 
 

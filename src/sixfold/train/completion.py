@@ -20,11 +20,12 @@ from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint import MODEL, Piece, open_checkpoint
 from sixfold.checkpoint.weights import open_weights
 from sixfold.config import load
+from sixfold.config.resolved import CONFIG
 from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
 from sixfold.models.generate import CachedDecoder, Reader, generate
 from sixfold.parallel import DTYPES
-from sixfold.train.folder import CONFIG, checkpoint_of
+from sixfold.train.folder import checkpoint_of
 from sixfold.train.hugging_face import num_positions
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of

@@ -16,9 +16,11 @@ from filelock import FileLock, Timeout
 
 from sixfold.base.errors import CheckpointError, ConfigError, SaveError
 from sixfold.checkpoint import latest
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved
+from sixfold.config.resolved import CONFIG
 
-CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
+ADAPTER_FOLDER = "adapter"
 _LOCK = ".lock"
 
 

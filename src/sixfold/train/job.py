@@ -11,8 +11,9 @@ from pathlib import Path
 
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.launch import Placement
-from sixfold.train.folder import CONFIG, run_at
+from sixfold.train.folder import run_at
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 

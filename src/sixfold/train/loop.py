@@ -31,7 +31,7 @@ from sixfold.monitor.meters import Meter
 from sixfold.monitor.recording import write_recording
 from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
-from sixfold.plan import LossScaling, decide_batch, decide_geometry
+from sixfold.plan import LossScaling, decide_batch, decide_ranks
 from sixfold.train import adapters, job
 from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.completion import Sampling, continuations
@@ -148,10 +148,7 @@ def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
     if max(layout.pipe, layout.tensor, layout.context, layout.expert) == 1:
         return None
     placement = discover(os.environ)
-    geometry = decide_geometry(config.layout, placement.world_size if placement else 1)
-    batch = decide_batch(
-        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
-    )
+    *_, batch = decide_ranks(config, placement.world_size if placement else 1)
     return fields_of(config, corpus, samples_of(config, corpus).batch(0, range(len(batch.share(0)))))
 
 

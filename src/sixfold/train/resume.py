@@ -12,13 +12,14 @@ from typing import Any
 
 from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.checkpoint import latest, open_checkpoint
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved, load
 from sixfold.config.problems import show
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
 from sixfold.data.corpus import Corpus
 from sixfold.data.record import TOKENIZER
 from sixfold.monitor.journal import FILE_NAME, read_records
-from sixfold.train.folder import CHECKPOINTS, CONFIG
 from sixfold.train.vocabulary import is_kept
 
 _SHAPES = (

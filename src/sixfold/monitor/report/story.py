@@ -13,12 +13,12 @@ from typing import Any
 
 from sixfold.base.errors import DataError
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
 from sixfold.monitor.journal import FILE_NAME, read_records
 from sixfold.monitor.recording import read_recording
 from sixfold.simulate import Timeline, simulated_again
 
-CONFIG = "config.toml"
 SPENT = ("compute_s", "exchange_s", "data_s", "host_s")
 """Where the time of an update went, by the names in its record."""
 
