@@ -199,6 +199,7 @@ def test_what_is_said(finished: Finished) -> None:
 
 def test_the_run_folder_is_complete(finished: Finished) -> None:
     assert sorted(path.name for path in finished.run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.toml",
         "logs",

@@ -17,6 +17,7 @@ import sixfold as package
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.checkpoint import open_checkpoint, save, step_folder, whole
 from sixfold.checkpoint.importing import import_folder
+from sixfold.train.folder import held
 from tests.one.terminal import Terminal
 
 
@@ -95,6 +96,18 @@ def test_gc(sixfold: Terminal, run: Path) -> None:
     assert sixfold("ckpt", "gc", run, "--keep-last", "1", "--keep-every", "3") == EXIT_DONE
     assert left() == before - planned
     assert sixfold("ckpt", "gc", run, "--keep-last", "0") == EXIT_USAGE
+
+
+def test_gc_is_refused_beside_a_run_under_way(sixfold: Terminal, run: Path) -> None:
+    (run / "config.toml").touch()
+    before = set(run.rglob("*"))
+    with held(run):
+        for folder in (run, run / "checkpoints"):
+            assert sixfold("ckpt", "gc", folder, "--keep-last", "1") == EXIT_USAGE
+            assert f"{run} is in use" in sixfold.err
+        assert sixfold("ckpt", "gc", run, "--keep-last", "1", "--dry-run") == EXIT_DONE
+    assert set(run.rglob("*")) == before | {run / ".lock"}
+    assert sixfold("ckpt", "gc", run, "--keep-last", "1") == EXIT_DONE
 
 
 @pytest.mark.parametrize("copy", [False, True])

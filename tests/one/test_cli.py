@@ -193,11 +193,33 @@ def test_modules_that_can_be_run(sixfold: Terminal, module: str) -> None:
     assert sixfold.out.endswith(f"-m {module} --epochs 2\n")
 
 
-def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    (sixfold.folder / "mine.py").write_text("")
-    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def be_rank(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that torchrun has started."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_dry_run_inside_ranks_is_shown_by_the_first(
+    sixfold: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    config = sixfold.config()
+    before = files_in(sixfold.folder)
+    be_rank("1", monkeypatch)
+    assert sixfold("train", "--config", config, "--dry-run") == EXIT_DONE
+    assert sixfold.out == ""
+    be_rank("0", monkeypatch)
+    assert sixfold("train", "--config", config, "--dry-run") == EXIT_DONE
+    assert "# ranks      2: data 2" in sixfold.out
+    assert "as started" in sixfold.out
+    assert sixfold("train", "--config", config, "--dry-run", "--set", "layout.tensor=3") == EXIT_INFEASIBLE
+    assert files_in(sixfold.folder) == before
+
+
+def test_run_inside_a_rank_is_refused(sixfold: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sixfold.folder / "mine.py").write_text("")
+    be_rank("1", monkeypatch)
     assert sixfold("run", "mine.py") == EXIT_USAGE
     assert "inside a rank (rank 1 of 2" in sixfold.err
 
@@ -254,3 +276,30 @@ def test_a_plan_shows_what_each_rank_would_hold_and_draws_an_update(sixfold: Ter
     assert "cannot be written" in sixfold.err
     assert sixfold("plan", "--config", config, "--ranks", "4", "--timeline", "update.pdf") == EXIT_USAGE
     assert "name it update.html" in sixfold.err
+
+
+def test_a_plan_asks_the_optimizer_what_it_keeps(sixfold: Terminal) -> None:
+    config = sixfold.config(monitor__peak_tflops=0.1)
+
+    def held(name: str, *settings: str) -> int:
+        options = [word for each in (f"optimizer.name={name}", *settings) for word in ("--set", each)]
+        assert sixfold("plan", "--config", config, "--ranks", "1", "--json", *options) == EXIT_DONE
+        (found,) = json.loads(sixfold.out)["memory_bytes"]
+        return int(found)
+
+    nothing = held("sgd")
+    moment = held("sgd", "optimizer.momentum=0.9") - nothing
+    assert moment > 0
+    assert held("adagrad") - nothing == moment
+    assert held("torch.optim:RAdam") - nothing == held("adamw") - nothing == 2 * moment
+    assert moment < held("muon") - nothing < 2 * moment
+    assert held("muon", "optimizer.momentum=0.9") == held("muon")
+
+
+def test_a_plan_says_whose_state_it_does_not_know(sixfold: Terminal) -> None:
+    (sixfold.folder / "mine.py").write_text(
+        "import torch\nclass Odd(torch.optim.SGD):\n    def step(self, closure=None):\n        1 / 0\n"
+    )
+    config = sixfold.config(monitor__peak_tflops=0.1, optimizer__name="mine.py:Odd")
+    assert sixfold("plan", "--config", config, "--ranks", "1") == EXIT_DONE
+    assert "(Odd could not be tried on a few zeros: its state is not counted)" in sixfold.out

@@ -19,7 +19,7 @@ from sixfold.models.decoder import (
     DecoderConfig,
     num_flops,
 )
-from sixfold.models.generate import generate
+from sixfold.models.generate import CachedDecoder, generate
 from sixfold.models.layers import NORM_EPS, RMSNorm
 
 
@@ -271,7 +271,7 @@ def test_sizes_that_do_not_divide_are_refused(changes: dict[str, object]) -> Non
 
 
 def continued(model: Decoder, prompts: list[list[int]], count: int, **options: Any) -> Tensor:
-    return torch.stack(list(generate(model, prompts, count, **options)), 1)
+    return torch.stack(list(generate(CachedDecoder(model), prompts, count, **options)), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

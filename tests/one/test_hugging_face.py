@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sixfold.base.errors import CheckpointError, ConfigError, ModelError
+from sixfold.base.errors import CheckpointError, ConfigError, ModelError, SaveError
 from sixfold.config import load
 from sixfold.data.corpus import prepare
 from sixfold.launch import current_session
 from sixfold.models.decoder import Decoder, DecoderConfig
 from sixfold.models.lora import adapters_of, add_adapters
+from sixfold.monitor.journal import read_records
 from sixfold.train import loop
 from sixfold.train.adapters import adapt, write_adapter
-from sixfold.train.completion import Sampling, continuations, load_run
+from sixfold.train.completion import Sampling, continuations, load_run, reader_of
 from sixfold.train.job import Request, resolve
 from sixfold.train.samples import samples_of
 from sixfold.train.subject import build_model, fields_of
@@ -100,6 +103,35 @@ def test_a_file_that_is_named_describes_the_model_whatever_lies_beside_it(tmp_pa
         assert len(module.model.layers) == num_layers
 
 
+def unlimited(kind: str) -> Any:
+    """Configurations of models that know no largest number of positions."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+    if kind == "alibi":
+        return transformers.BloomConfig(**sizes, n_head=4)
+    return transformers.MambaConfig(**sizes, state_size=4, expand=2, conv_kernel=4, time_step_rank=4)
+
+
+@pytest.mark.parametrize("kind", ["alibi", "state"])
+def test_models_without_a_limit_of_positions_continue_texts(base: Path, tmp_path: Path, kind: str) -> None:
+    """One that adds distances to its scores, and one without attention."""
+    unlimited(kind).save_pretrained(tmp_path)
+    tokenizer = str(base / "model" / "tokenizer.json")
+    run = hf_run(
+        base, tmp_path / "run", model__hf=tmp_path / "config.json", data__tokenizer=tokenizer, train__steps=1
+    )
+    assert any("sample" in one for one in read_records(run / "metrics.jsonl"))
+    module, _ = load_run(run)
+    rows = [[0, 7, 9], [0, 5, 290, 17, 3, 8]]
+    reader = reader_of(module)
+    with torch.no_grad():
+        found = reader.start(torch.tensor([[0, 0, 0, *rows[0]], rows[1]]), torch.tensor([3, 0]))
+        for following in ([4, 11], [290, 4], [17, 17]):
+            for row, own in zip(rows, found, strict=True):
+                torch.testing.assert_close(own, scores(module, torch.tensor([row]))[0, -1], rtol=0, atol=1e-4)
+            rows = [[*row, token] for row, token in zip(rows, following, strict=True)]
+            found = reader.read(torch.tensor(following))
+
+
 def test_adapters_on_a_frozen_bf16_base_come_out_as_peft_has_them(base: Path, tmp_path: Path) -> None:
     lora = {"model__lora_rank": 4, "precision__compute": "bf16", "optimizer__lr": 1e-2}
     run = hf_run(base, tmp_path / "run", **lora)
@@ -164,6 +196,27 @@ def test_what_is_no_adapter_of_this_model_is_refused(base: Path, tmp_path: Path)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora"):
         adapt(module(), asked(lora_from=str(tmp_path / "adapter")), 0)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = transformers.LlamaForCausalLM(tiny())
+    adapt(module, load(values={"model.lora_rank": 2}).config.model, 0)
+    folder, before = tmp_path / "adapter", {"adapter_model.safetensors": b"old"}
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"old")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveError, match=r"file/adapter_model\.safetensors cannot be written"):
+        write_adapter(tmp_path / "file", module, None)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SaveError, match="No space left"):
+        write_adapter(folder, module, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def full(path: Path, target: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_adapters_change_nothing_at_first_and_train_alone() -> None:

@@ -14,6 +14,7 @@ import torch
 from sixfold.base import plugins
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from sixfold.base.plugins import load_plugin
+from sixfold.checkpoint import latest, open_checkpoint
 from sixfold.config import load
 from sixfold.launch import current_session
 from sixfold.monitor.journal import read_records
@@ -21,6 +22,7 @@ from sixfold.monitor.sinks import BUILT_IN, Sinks
 from sixfold.plan import decide_learning_rate
 from sixfold.state import build_optimizer
 from sixfold.train import loop
+from sixfold.train.folder import held
 from sixfold.train.job import Request
 from tests.one import lab
 from tests.one.terminal import Terminal
@@ -52,6 +54,22 @@ class Habit:
         CALLS.append(record.step)
     def at_end(self, run, finished):
         CALLS.append(finished)
+
+class Fails:
+    def __init__(self, run):
+        pass
+    def after_update(self, run, record):
+        CALLS.append(sorted(path.name for path in (run.folder / "checkpoints").glob("*")))
+    def at_end(self, run, finished):
+        raise ValueError("in the end")
+
+class Noting:
+    def __init__(self, folder, settings):
+        self.file = folder / "noted"
+    def write(self, record):
+        pass
+    def close(self):
+        self.file.write_text("closed")
 
 class Broken:
     def __init__(self, folder, settings):
@@ -189,6 +207,35 @@ def test_sources_of_one_name(sixfold: Terminal) -> None:
     assert [part["name"] for part in parts] == ["0/documents.jsonl", "1/documents.jsonl"]
     assert [part["num_train_documents"] for part in parts] == [6, 6]
     assert own.read_text() == "mine"
+
+
+def test_a_callback_that_fails_in_the_end_costs_no_update_and_sinks_are_closed(
+    code: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="in the end"):
+        trained(
+            tmp_path,
+            train__callbacks=[f"{code}:Fails"],
+            monitor__sinks=[f"{code}:Noting"],
+            checkpoint__every=2,
+        )
+    newest = latest(tmp_path / "run-0" / "checkpoints")
+    assert newest is not None
+    assert open_checkpoint(newest).step == 4
+    seen = load_plugin("callback", f"{code}:Fails").__init__.__globals__["CALLS"]
+    assert seen[1] == [], "it comes before the save of the second update"
+    assert len(seen[2]) == 1
+    assert (tmp_path / "run-0" / "noted").read_text() == "closed"
+
+
+def test_a_rank_holds_its_run_until_it_ends(code: str, tmp_path: Path) -> None:
+    trained(tmp_path)
+    run = tmp_path / "run-0"
+    again = Request(resume=run, overrides=("train.steps=5",))
+    with held(run), pytest.raises(ConfigError, match="is in use"):
+        loop.train(again, current_session())
+    loop.train(again, current_session())
+    assert sum("loss" in one for one in read_records(run / "metrics.jsonl")) == 5
 
 
 def test_a_sink_that_fails_stops_nothing(

@@ -123,6 +123,7 @@ def test_a_run_with_experts_tells_how_they_were_loaded(tmp_path: Path) -> None:
         records = [json.loads(line) for line in file]
     told = [one | figures if "loss" in one else one for one in records]
     loads = {"model.layers.0.mlp.<gate>": [0.1, 0.2, 0.3, 0.4], "model.layers.1.mlp.<gate>": [0.25] * 4}
+    loads["of a run gone wrong"] = ["nan", "inf", 0.5, 0.5]
     told += [{"step": 8, "expert_loads": {"earlier": [0.5, 0.5]}}, {"step": 12, "expert_loads": loads}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
     text = page([read_story(run)])

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from sixfold.base.errors import CheckpointError, ConfigError
+from sixfold.base.errors import EXIT_USAGE, CheckpointError, ConfigError
 from sixfold.checkpoint import save, step_folder, whole
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved, load
-from sixfold.train.folder import CHECKPOINTS, CONFIG, write_config
+from sixfold.config.resolved import CONFIG
+from sixfold.data.corpus import Corpus, prepare
+from sixfold.data.record import TOKENIZER
+from sixfold.train.folder import held, write_config
 from sixfold.train.job import Request, resolve
 from sixfold.train.resume import stand
+from sixfold.train.vocabulary import is_kept, keep_vocabulary
 from tests.one import lab
+from tests.one.terminal import Terminal
 
 STEP = 7
 
@@ -104,3 +110,70 @@ def test_a_run_without_a_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint") as caught:
         stand(bare, asked(bare))
     assert f"or remove {bare}" in caught.value.fix, "a second run is not let into its folder"
+
+
+def test_a_run_under_way_is_not_resumed_beside_itself(run: Path, sixfold: Terminal) -> None:
+    lab.write_corpus(sixfold.folder / "text", num_files=8)
+    with held(run):
+        assert sixfold("train", "--resume", run) == EXIT_USAGE
+    assert f"{run} is in use" in sixfold.err
+
+
+def read(run: Path, *overrides: str) -> Corpus:
+    """The corpus as the run would read it now."""
+    return prepare(asked(run, *overrides).config.data)
+
+
+def keep(run: Path, corpus: Corpus) -> None:
+    """What a run that has read `corpus` leaves of it."""
+    keep_vocabulary(run, corpus)
+    facts = {"corpus": corpus.fingerprint, "num_train_tokens": corpus.num_train_tokens}
+    (run / "metrics.jsonl").write_text(json.dumps({"facts": facts}) + "\n")
+
+
+def write_other_text(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.write_text(file.read_text()[::-1])
+
+
+def test_a_corpus_of_another_vocabulary_is_refused_with_a_way_to_train_on_it(
+    run: Path, tmp_path: Path
+) -> None:
+    """Of the same size: its weights would load, and mean something else."""
+    text = lab.write_corpus(tmp_path / "text", num_files=8)
+    before = read(run)
+    keep(run, before)
+    standing = stand(run, asked(run))
+    assert standing.reading(before) is standing
+    write_other_text(text)
+    now = read(run)
+    assert now.vocab_size == before.vocab_size
+    with pytest.raises(ConfigError) as caught:
+        standing.reading(now)
+    assert str(run / TOKENIZER) in caught.value.given
+    option = f"data.tokenizer={run / TOKENIZER}"
+    assert f"--set model.weights={standing.newest} --set {option}" in caught.value.fix
+    anew = resolve(Request(config=run / CONFIG, overrides=(option,)))
+    assert is_kept(run, prepare(anew.config.data))
+
+
+def test_another_text_of_the_same_vocabulary_is_told(run: Path, tmp_path: Path) -> None:
+    text = lab.write_corpus(tmp_path / "text", num_files=8)
+    tokenizer = "data.tokenizer=bytes"
+    before = read(run, tokenizer)
+    keep(run, before)
+    write_other_text(text)
+    now = read(run, tokenizer)
+    changes = stand(run, asked(run)).reading(now).changes
+    assert changes == (
+        "changed since the save: the text of data.path, "
+        f"{before.num_train_tokens} -> {now.num_train_tokens} training tokens of the same vocabulary",
+    )
+    keep(run, now)
+    assert stand(run, asked(run)).reading(now).changes == ()
+
+
+def test_a_run_that_has_lost_its_vocabulary_gets_it_again(run: Path, tmp_path: Path) -> None:
+    lab.write_corpus(tmp_path / "text", num_files=8)
+    standing = stand(run, asked(run))
+    assert standing.reading(read(run)) is standing

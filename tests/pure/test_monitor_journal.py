@@ -64,11 +64,25 @@ def test_a_line_torn_by_a_kill_is_left_out_and_written_again(tmp_path: Path, cut
 
 def test_numbers_that_json_lacks_come_back_through_float(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write({"step": 1, "loss": math.nan, "norm": math.inf})
+    loads = {"layers.0": [0.5, math.nan], "layers.1": (math.inf,)}
+    journal.write({"step": 1, "loss": math.nan, "norm": math.inf, "expert_loads": loads})
     journal.close()
     (record,) = read_records(tmp_path / FILE_NAME)
+    assert record["expert_loads"] == {"layers.0": [0.5, "nan"], "layers.1": ["inf"]}
     assert math.isnan(float(record["loss"]))
     assert float(record["norm"]) == math.inf
+
+
+@pytest.mark.parametrize("value", [{1, 2}, {"inside": [object()]}, {("a", "b"): 1}])
+def test_what_json_cannot_hold_is_reported_and_survived(tmp_path: Path, value: object) -> None:
+    warnings: list[str] = []
+    journal = Journal(tmp_path, warn=warnings.append)
+    journal.write({"step": 1, "value": value})
+    journal.write({"step": 2})
+    journal.close()
+    assert steps(journal.path) == [2]
+    (warning,) = warnings
+    assert "training goes on" in warning
 
 
 def test_a_folder_that_cannot_be_made_is_reported_once_and_survived(tmp_path: Path) -> None:

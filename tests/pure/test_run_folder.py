@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from sixfold.base.errors import SaveError
+from sixfold.base.errors import ConfigError, SaveError
 from sixfold.config import load
-from sixfold.train.folder import CONFIG, write_config
+from sixfold.config.resolved import CONFIG
+from sixfold.train.folder import held, write_config
 
 
 def test_a_full_disk_leaves_the_configuration_that_was_there(
@@ -46,3 +49,28 @@ def test_a_run_that_cannot_begin_leaves_nothing(
     if isinstance(caught.value, SaveError):
         assert "--into" in caught.value.fix
     assert not list(tmp_path.iterdir())
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from sixfold.train.folder import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_held_by_one_process_until_that_ends_however_it_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="is in use") as caught, held(tmp_path):
+            pass
+        assert f"--config {tmp_path / CONFIG}" in caught.value.fix
+        other.kill()
+    with held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass

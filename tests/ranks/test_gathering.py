@@ -272,7 +272,12 @@ def test_a_forward_that_was_interrupted_may_be_followed_by_any_call() -> None:
         return float(loss.detach())
 
     loss = evaluated()
-    for goes_on in (evaluated, lambda: engine.eval_step(x).loss, differentiated, lambda: engine.train_step(x)):
+    for goes_on in (
+        evaluated,
+        lambda: engine.eval_step(x).loss,
+        differentiated,
+        lambda: engine.train_step(x),
+    ):
         for is_learning in (False, True):
             module.is_interrupted = True
             with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(is_learning):

@@ -16,7 +16,7 @@ from sixfold.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from sixfold.checkpoint.remote import folder_at
 from sixfold.checkpoint.retention import old_name, scan
 
-RUN_FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 """Where a run folder keeps them."""
 
 
@@ -44,7 +44,7 @@ def survey(folder: Path) -> list[Found]:
         return [_found(*find(folder))]
     if not folder.is_dir():
         raise _no_folder(folder)
-    inside = folder / RUN_FOLDER
+    inside = folder / CHECKPOINTS
     found = scan(inside if inside.is_dir() else folder)
     if not found:
         raise CheckpointError(

@@ -7,6 +7,7 @@ mistyped is told before, and manifests alone are enough to list and to remove.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import typer
 
 from sixfold.base.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
 from sixfold.base.units import bytes_text
-from sixfold.checkpoint.finding import RUN_FOLDER, find, survey
+from sixfold.checkpoint.finding import CHECKPOINTS, find, survey
 from sixfold.checkpoint.retention import Keep, prune, removable
 from sixfold.cli.output import print_json
+from sixfold.train.folder import held, run_around
 
 _DIFFER = 1
 """Exit code of `diff` where the two are not equal, as of the system's own."""
@@ -80,12 +82,15 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
 
 def collect(folder: Path, *, keep: Keep, dry_run: bool, as_json: bool) -> int:
     """Remove checkpoints that are not to be kept, and what broken saves left."""
-    inside = folder / RUN_FOLDER
+    inside = folder / CHECKPOINTS
     parent = inside if inside.is_dir() else folder
     survey(parent)
-    leftovers, surplus = removable(parent, keep)
-    if not dry_run:
-        prune(parent, keep)
+    run = run_around(folder)
+    # A run under way removes checkpoints itself, and writes one perhaps.
+    with held(run) if run is not None and not dry_run else nullcontext():
+        leftovers, surplus = removable(parent, keep)
+        if not dry_run:
+            prune(parent, keep)
     paths = [str(path) for path in (*leftovers, *surplus)]
     if as_json:
         print_json({"removed": [] if dry_run else paths, "would_remove": paths if dry_run else []})

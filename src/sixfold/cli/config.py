@@ -13,9 +13,9 @@ import typer
 from sixfold.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_USAGE, PlanError, SixfoldError
 from sixfold.cli.output import print_json
 from sixfold.config import Config, Resolved, describe, load
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
-from sixfold.plan import decide_batch, decide_geometry, decide_residency
-from sixfold.train.folder import CONFIG
+from sixfold.plan import decide_ranks
 from sixfold.train.job import RECIPE
 
 
@@ -38,7 +38,7 @@ def check(files: Sequence[Path], *, overrides: Sequence[str], ranks: int | None,
         try:
             resolved = _resolved(file, overrides)
             if ranks is not None:
-                _plan(resolved.config, ranks)
+                decide_ranks(resolved.config, ranks)
         except SixfoldError as error:
             problem = str(error)
             code = EXIT_INFEASIBLE if isinstance(error, PlanError) and code != EXIT_USAGE else EXIT_USAGE
@@ -67,11 +67,3 @@ def _resolved(file: Path | None, overrides: Sequence[str], preset: str | None = 
         own = file / CONFIG
         return load(own, overrides=overrides).recall(own.read_text(), own)
     return load(file, overrides=overrides, recipe=RECIPE, preset=preset)
-
-
-def _plan(config: Config, ranks: int) -> None:
-    decide_residency(config.layout)
-    geometry = decide_geometry(config.layout, ranks)
-    decide_batch(
-        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
-    )

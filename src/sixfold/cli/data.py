@@ -15,12 +15,12 @@ from sixfold.base.errors import EXIT_DONE, ConfigError, DataError
 from sixfold.base.units import bytes_text, count_text
 from sixfold.cli.output import print_json, progress_bar
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.config.tree import DataConfig
 from sixfold.data.corpus import Corpus, prepare, prepare_at
 from sixfold.data.record import RECORD
 from sixfold.data.sources import find_sources
 from sixfold.data.spool import is_function, spooled
-from sixfold.train.folder import CONFIG
 from sixfold.train.job import RECIPE
 from sixfold.train.preview import Preview, preview
 

@@ -20,12 +20,6 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def folder_to_make(text: str) -> Path:
-    """A folder to make. What becomes one lies beside it meanwhile, by its name, so `.` and `..` get theirs."""
-    given = path(text)
-    return given if given.name not in ("", "..") else given.resolve()
-
-
 def folder_or_url(text: str) -> Path:
     """The same, or a URL that fsspec knows."""
     if "://" not in text:

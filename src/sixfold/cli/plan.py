@@ -6,11 +6,13 @@ with the simulator. It starts no rank and writes nothing but the page that was a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 import typer
 from torch import nn
+from torch.optim import Optimizer
 
 from sixfold.base.errors import EXIT_DONE
 from sixfold.base.units import bytes_text, duration_text, milliseconds_text
@@ -20,7 +22,7 @@ from sixfold.config import Config, Resolved
 from sixfold.data.corpus import built_corpus
 from sixfold.data.tokenizer import DEFAULT_SIZE
 from sixfold.monitor.hardware import peak_flops
-from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes, module_facts
+from sixfold.parallel import DTYPES, ModelCut, block_names, decide_axes
 from sixfold.parallel.expert.axis import experts_of
 from sixfold.plan import (
     Memory,
@@ -35,11 +37,10 @@ from sixfold.plan import (
     update_traffic,
 )
 from sixfold.simulate import Costs, StageCosts, Timeline, simulate
+from sixfold.state import build_optimizer, make_optimizers, optimized_facts, state_bytes_per_weight
+from sixfold.state.making import kind_of
 from sixfold.train.compute import measured_compute
 from sixfold.train.subject import build_model
-
-_MOMENTS = {"adamw": 2, "sgd": 0, "adagrad": 1, "muon": 1}
-"""Numbers that each optimizer keeps per weight; SGD one more with momentum."""
 
 
 def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, as_json: bool) -> int:
@@ -49,7 +50,7 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         ranks: of the run; None: as `sixfold train` would start here.
         timeline: where the predicted update is drawn.
     """
-    resolved = decide_launch(resolved, None)
+    resolved = decide_launch(resolved)
     config = resolved.config
     world_size = ranks or config.launch.ranks
     assert world_size is not None, "decided above"
@@ -59,7 +60,9 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
     model = build_model(config, entries)
     config = measured_compute(resolved, model).config
     cut = ModelCut.decide(model, config.layout)
-    facts = module_facts(model, blocks=block_names(model, config.layout.blocks))
+    blocks = block_names(model, config.layout.blocks)
+    made = make_optimizers(build_optimizer(config.optimizer, model, blocks), model)
+    facts, moments = optimized_facts(model, made, blocks), _moments(made)
     geometry = decide_geometry(config.layout, world_size)
 
     def plan_of(pipe_rank: int) -> Plan:
@@ -68,12 +71,12 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         return decide(config, cut.facts_of(pieces, pipe_rank), world_size, cut.plan)
 
     plans = [plan_of(rank) for rank in range(config.layout.pipe)]
-    memories = [persistent_memory(plan, _num_moments(config)) for plan in plans]
+    memories = [persistent_memory(plan, [each or 0.0 for each in moments]) for plan in plans]
     data_ranks = plans[0].geometry.degree("data")
     batch = decide_batch(config.batch, data_ranks=data_ranks, sequence_length=config.data.sequence_length)
     longest = max(map(batch.num_micro, range(data_ranks)))
     traffics = [update_traffic(plan, longest) for plan in plans]
-    predicted = predict(config, model, cut, data_ranks)
+    predicted = predict(config, model, cut, batch.micro, longest)
     if timeline is not None:
         write_timelines(timeline, {"predicted": predicted}, "One update, computation alone, predicted")
     if as_json:
@@ -84,6 +87,10 @@ def show_plan(resolved: Resolved, *, ranks: int | None, timeline: Path | None, a
         typer.echo("            (cut by estimated cost here; rank 0 of a run measures first)")
     for rank, memory in enumerate(memories):
         typer.echo(f"memory      pipe rank {rank}: {bytes_text(memory.total)} ({memory})")
+    if None in moments:
+        typer.echo(
+            f"            ({kind_of(made)} could not be tried on a few zeros: its state is not counted)"
+        )
     for rank, traffic in enumerate(traffics):
         typer.echo(f"traffic     pipe rank {rank}: {bytes_text(traffic.total)} sent in an update ({traffic})")
     for kind in _unpriced(plans[0]):
@@ -119,28 +126,32 @@ def _unpriced(plan: Plan) -> Iterator[str]:
             yield f"what crosses along {axis} in every micro-batch"
 
 
-def predict(config: Config, model: nn.Module, cut: ModelCut, data_ranks: int) -> Timeline:
+def predict(config: Config, model: nn.Module, cut: ModelCut, micro_samples: int, num_micro: int) -> Timeline:
     """One update on a clock, from the operations in matrix products alone.
 
     Transfers take no time: what carries them is not known here. A multiplication and its addition are two
     operations, and each of the two parts of a backward has as many as its forward. Every weight counts for
     every token, also those that tensor ranks share, and experts that a token does not take.
+
+    Args:
+        micro_samples: in a micro-batch.
+        num_micro: micro-batches of the rank that has most.
     """
-    length = config.data.sequence_length
-    batch = decide_batch(config.batch, data_ranks=data_ranks, sequence_length=length)
     compute = DTYPES[config.precision.compute or "fp32"]
     rate = (config.monitor.peak_tflops or 0.0) * 1e12 or peak_flops(compute)
     weights = sum(parameter.numel() for parameter in model.parameters())
     shares = cut.plan.costs if cut.plan is not None else (1.0,)
-    seconds = 2 * weights * batch.micro * length / rate
+    seconds = 2 * weights * micro_samples * config.data.sequence_length / rate
     stages = tuple(StageCosts(share * seconds, share * seconds, share * seconds) for share in shares)
-    layout = config.layout
-    programs = programs_for(layout, "training", max(1, batch.num_micro(0)))
+    programs = programs_for(config.layout, "training", num_micro)
     return simulate(programs, Costs(stages))
 
 
-def _num_moments(config: Config) -> int:
-    return _MOMENTS[config.optimizer.name] + bool(config.optimizer.momentum)
+def _moments(made: Sequence[Optimizer]) -> list[float | None]:
+    """Numbers that optimizers keep per weight, by group; None where nobody knows."""
+    dtypes = [torch.float32 for each in made for _ in each.param_groups]
+    known = state_bytes_per_weight(made, dtypes)
+    return [None if each is None else each / torch.float32.itemsize for each in known]
 
 
 def _facts(

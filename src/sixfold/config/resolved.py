@@ -23,6 +23,8 @@ from sixfold.config.schema import LEAVES, SECTIONS, Leaf, flat, nested
 from sixfold.config.tree import Config
 
 DEFAULT = "default"
+CONFIG = "config.toml"
+"""Where a run keeps its own, in its folder."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,12 @@ class Corpus:
         """Of all its files."""
         return sum(file.num_bytes for file in self.record.files.values())
 
+    @property
+    def fingerprint(self) -> str:
+        """The same for corpora of the same tokens and vocabulary, wherever they lie."""
+        files = sorted(self.record.files.items())
+        return _hash_of([(name, file.num_bytes, file.crc32) for name, file in files])
+
     def verify(self) -> None:
         """Read every file and compare its crc32 with the record; DataError names the one that differs."""
         for name, file in self.record.files.items():

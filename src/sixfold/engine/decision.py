@@ -22,7 +22,7 @@ from sixfold.launch import Placement, discover
 from sixfold.parallel import ModelCut, ModuleFacts, block_names, decide_axes, module_facts
 from sixfold.parallel.change import AxisChange
 from sixfold.plan import Geometry, Plan, decide, decide_geometry, placed
-from sixfold.state import elementwise_groups
+from sixfold.state import optimized_facts
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,7 @@ class Decision:
 
     def grouped(self, optimizers: Sequence[Optimizer]) -> Decision:
         """The same, with parameters in the groups of their optimizers."""
-        groups = [group["params"] for each in optimizers for group in each.param_groups]
-        on_slices = [flag for each in optimizers for flag in elementwise_groups(each)]
-        whole_groups = [group for group, flag in enumerate(on_slices) if not flag]
-        facts = module_facts(self.model, groups, whole_groups=whole_groups, blocks=self.blocks)
-        return replace(self, facts=facts)
+        return replace(self, facts=optimized_facts(self.model, optimizers, self.blocks))
 
 
 def decide_alone(

@@ -136,7 +136,8 @@ class Persistence:
             needed += entry.numel * torch_type(entry.storage).itemsize
             if entry.trainable:
                 kept = sum(torch_type(entry.master).itemsize for names, _ in beside.values() if name in names)
-                needed += entry.numel * (per_weight[entry.group] + kept)
+                # What cannot be foretold is left out: a lower bound.
+                needed += entry.numel * ((per_weight[entry.group] or 0) + kept)
         with self.mesh.phase("save"):
             self.saving.rehearse(folder, needed)
 

@@ -1,4 +1,4 @@
-"""Continue texts with a reference model, greedily or by sampling, token after token as they come.
+"""Continue texts with a causal model, greedily or by sampling, token after token as they come.
 
 The command line uses it for `sixfold generate` and for the sample of a run. Keys and values of what was
 read are kept, so a new token costs one position, not the whole context. It trains nothing.
@@ -6,22 +6,29 @@ read are kept, so a new token costs one position, not the whole context. It trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sixfold.models.attention import attend, rotary_tables
 from sixfold.models.decoder import Block, Decoder
 
-Prompts = Sequence[Sequence[int]]
-
 
 class Reader(Protocol):
-    """A model that reads tokens and remembers them."""
+    """A model that reads tokens and remembers them.
+
+    Attributes:
+        context_length: how many it can remember.
+    """
 
     context_length: int
+
+    @property
+    def module(self) -> nn.Module:
+        """What it reads with."""
 
     def start(self, tokens: Tensor, padding: Tensor) -> Tensor:
         """Forget everything and read tokens [batch, length], the first `padding` [batch] of each row not.
@@ -35,15 +42,18 @@ class Reader(Protocol):
 
 
 def generate(
-    model: Decoder,
-    prompts: Prompts,
+    reader: Reader,
+    prompts: Sequence[Sequence[int]],
     num_tokens: int,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Continue each of `prompts`, which may differ in length, by `num_tokens`.
+
+    When the context is full, the newer half of it is read again and the older one forgotten. The model is in
+    evaluation mode meanwhile.
 
     Args:
         temperature: 0 takes the likeliest token, otherwise scores are divided by it and sampled from.
@@ -52,50 +62,38 @@ def generate(
     Yields:
         The next token of every prompt, [batch].
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            device = model.model.embed_tokens.weight.device
-            yield from continue_with(
-                CachedDecoder(model), prompts, num_tokens, temperature, top_k, generator, device
-            )
-    finally:
-        model.train(was_training)
-
-
-def continue_with(
-    reader: Reader,
-    prompts: Prompts,
-    num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """As `generate`, with any reader.
-
-    When the context is full, the newer half of it is read again and the older one forgotten.
-    """
+    device = next(reader.module.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     tokens = torch.tensor(rows, device=device)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     kept = min(longest, reader.context_length)
-    scores = reader.start(tokens[:, -kept:], (padding - (longest - kept)).clamp(min=0))
-    for number in range(num_tokens):
-        following = choose(scores.float(), temperature, top_k, generator)
-        yield following
-        tokens = torch.cat((tokens, following[:, None]), 1)
-        if number + 1 == num_tokens:
-            return
-        if kept == reader.context_length:
-            kept = max(1, kept // 2)
-            gone = tokens.shape[1] - kept
-            scores = reader.start(tokens[:, gone:], (padding - gone).clamp(min=0))
-        else:
-            kept += 1
-            scores = reader.read(following)
+    with _evaluating(reader.module):
+        scores = reader.start(tokens[:, -kept:], (padding - (longest - kept)).clamp(min=0))
+        for number in range(num_tokens):
+            following = choose(scores.float(), temperature, top_k, generator)
+            yield following
+            tokens = torch.cat((tokens, following[:, None]), 1)
+            if number + 1 == num_tokens:
+                return
+            if kept == reader.context_length:
+                kept = max(1, kept // 2)
+                gone = tokens.shape[1] - kept
+                scores = reader.start(tokens[:, gone:], (padding - gone).clamp(min=0))
+            else:
+                kept += 1
+                scores = reader.read(following)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
 
 
 def choose(
@@ -118,11 +116,11 @@ class CachedDecoder:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self.model = model
+        self.module = model
         self.context_length = model.config.context_length
 
     def start(self, tokens: Tensor, padding: Tensor) -> Tensor:
-        config, weight = self.model.config, self.model.model.embed_tokens.weight
+        config, weight = self.module.config, self.module.model.embed_tokens.weight
         head_width = config.width // config.num_heads
         shape = (len(tokens), config.num_kv_heads, self.context_length, head_width)
         self._keys = [weight.new_empty(shape) for _ in range(config.num_layers)]
@@ -138,8 +136,8 @@ class CachedDecoder:
         begin, end = self._length, self._length + tokens.shape[1]
         cos, sin = (table[:, begin:end] for table in self._tables)
         allowed = self._allowed(begin, end)
-        x = self.model.model.embed_tokens(tokens)
-        for layer, keys, values in zip(self.model.model.layers, self._keys, self._values, strict=True):
+        x = self.module.model.embed_tokens(tokens)
+        for layer, keys, values in zip(self.module.model.layers, self._keys, self._values, strict=True):
             assert isinstance(layer, Block), "a decoder is made of blocks"
             attention = layer.self_attn
             query, keys[:, :, begin:end], values[:, :, begin:end] = attention.project(
@@ -149,7 +147,7 @@ class CachedDecoder:
             x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self._length = end
-        scores: Tensor = self.model.head(self.model.model.norm(x[:, -1:]))[:, 0]
+        scores: Tensor = self.module.head(self.module.model.norm(x[:, -1:]))[:, 0]
         return scores
 
     def _allowed(self, begin: int, end: int) -> Tensor:

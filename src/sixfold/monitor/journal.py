@@ -49,11 +49,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
+    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: they are written as the text that `float()` reads back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -98,13 +102,13 @@ class Journal:
         """Append one record of JSON values, complete in the file on return."""
         if self._file is None:
             return
-        line = _line(record)
         try:
+            line = _line(record)
             written = self._file.write(line)
             if written != len(line):
                 raise OSError(f"only {written} of {len(line)} bytes were written")
             self._end += len(line)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             # Half a line would spoil the next one, should there be room again.
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
@@ -116,7 +120,7 @@ class Journal:
                 self._file.close()
             self._file = None
 
-    def _failed(self, error: OSError | DataError) -> None:
+    def _failed(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
             reason = error.given if isinstance(error, DataError) else error

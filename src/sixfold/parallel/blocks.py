@@ -26,12 +26,13 @@ def blocks_to_change(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     A list inside a list has no forward; a single torch layer would be run twice and nothing saved.
     """
+    return [name for name in names if has_operations(model.get_submodule(name))]
 
-    def is_one(block: nn.Module) -> bool:
-        is_layer = type(block).__module__.startswith("torch.nn.") and not any(True for _ in block.children())
-        return type(block).forward is not nn.Module.forward and not is_layer
 
-    return [name for name in names if is_one(model.get_submodule(name))]
+def has_operations(module: nn.Module) -> bool:
+    """Whether it has a forward of several operations: no list of others, no single layer of torch."""
+    is_layer = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+    return type(module).forward is not nn.Module.forward and not is_layer
 
 
 def change_forwards(

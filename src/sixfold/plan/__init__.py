@@ -15,7 +15,7 @@ from sixfold.plan.memory import (
     transfer_memory,
 )
 from sixfold.plan.places import Place
-from sixfold.plan.plan import REPLICAS, Plan, decide
+from sixfold.plan.plan import REPLICAS, Plan, decide, decide_ranks
 from sixfold.plan.precision import LossScaling, PrecisionPlan, decide_loss_scaling, decide_precision
 from sixfold.plan.programs import Purpose, programs_for
 from sixfold.plan.residency import PRESETS, Residency, Spread, decide_residency
@@ -60,6 +60,7 @@ __all__ = [
     "decide_learning_rate",
     "decide_loss_scaling",
     "decide_precision",
+    "decide_ranks",
     "decide_residency",
     "decide_stages",
     "dispatch_traffic",

@@ -48,11 +48,12 @@ class Memory:
         return ", ".join(f"{kind} {bytes_text(getattr(self, kind))}" for kind in kinds)
 
 
-def persistent_memory(plan: Plan, num_moments: int) -> Memory:
+def persistent_memory(plan: Plan, num_moments: float | Sequence[float]) -> Memory:
     """What every rank holds.
 
     Args:
-        num_moments: numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum.
+        num_moments: numbers of the master's type that the optimizer keeps per weight: 2 for AdamW, 1 for SGD
+            with momentum; several for the parameter groups, of which ranks have equal parts of a unit.
     """
     row = plan.residency
     parameters = gradients = master = optimizer = average = 0
@@ -67,9 +68,17 @@ def persistent_memory(plan: Plan, num_moments: int) -> Memory:
             own = part(row.optimizer)
             gradients += item_bytes(types.grad) * part(row.gradients)
             master += item_bytes(types.master) * own * (types.master != types.compute)
-            optimizer += item_bytes(types.master) * own * num_moments
+            optimizer += round(item_bytes(types.master) * own * _moments_of(unit, num_moments))
             average += item_bytes(types.master) * own * plan.has_average
     return Memory(parameters, gradients, master, optimizer, average)
+
+
+def _moments_of(unit: UnitPlan, num_moments: float | Sequence[float]) -> float:
+    """Numbers that an optimizer keeps per weight of a unit, on average."""
+    if not isinstance(num_moments, Sequence):
+        return num_moments
+    held = [(slot.numel, num_moments[slot.group]) for slot in unit.slots if slot.numel]
+    return sum(numel * each for numel, each in held) / (sum(numel for numel, _ in held) or 1)
 
 
 def exchange_memory(plan: Plan) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sixfold.base.units import bytes_text, count_text, item_bytes
 from sixfold.config import Config
+from sixfold.plan.batch import BatchPlan, decide_batch
 from sixfold.plan.geometry import Geometry, decide_geometry
 from sixfold.plan.precision import (
     FLOATING,
@@ -90,6 +91,19 @@ class Plan:
                 *([f"loss scale  {scaling}"] if scaling != LossScaling() else []),
             )
         )
+
+
+def decide_ranks(config: Config, world_size: int) -> tuple[Geometry, Residency, BatchPlan]:
+    """What does not hang on the model: how ranks stand, what they have of its state, and of each batch.
+
+    Raises:
+        PlanError: it cannot be carried out with `world_size` ranks.
+    """
+    geometry, residency = decide_geometry(config.layout, world_size), decide_residency(config.layout)
+    batch = decide_batch(
+        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
+    )
+    return geometry, residency, batch
 
 
 def decide(

@@ -8,11 +8,10 @@ from sixfold.parallel.pieces import runs_of
 from sixfold.state.absent import Absent
 from sixfold.state.average import Average
 from sixfold.state.catalog import Catalog, Entry, storage_type
-from sixfold.state.elementwise import elementwise_groups
 from sixfold.state.flat import range_in, zero_between
 from sixfold.state.forecast import state_bytes_per_weight
 from sixfold.state.foreign import take_over
-from sixfold.state.making import build_optimizer, make_optimizers, refuse_two_definitions
+from sixfold.state.making import build_optimizer, make_optimizers, optimized_facts, refuse_two_definitions
 from sixfold.state.optimizer import BoundOptimizer, bind
 from sixfold.state.state import ModelState
 from sixfold.state.unit import Unit
@@ -27,8 +26,8 @@ __all__ = [
     "Unit",
     "bind",
     "build_optimizer",
-    "elementwise_groups",
     "make_optimizers",
+    "optimized_facts",
     "range_in",
     "refuse_two_definitions",
     "runs_of",

@@ -6,15 +6,15 @@ and in two parts. `initialize` asks once, before the plan; nothing the user hold
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from sixfold.state.twin import step, twin_of
 
 ELEMENTWISE = (
     torch.optim.Adadelta,
@@ -60,19 +60,18 @@ def elementwise_groups(optimizer: Optimizer) -> list[bool]:
 
 
 def _passes(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    settings = {key: value for key, value in group.items() if key != "params"}
-    if "lr" in settings:
-        settings["lr"] = 0.05  # at the start of a warm-up it may be 0, and nothing would be seen
+    if "lr" in group:
+        group = {**group, "lr": 0.05}  # at the start of a warm-up it may be 0, and nothing would be seen
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.random.fork_rng(devices=[]):
-            return all(_trial(optimizer, settings, drift, generator) for drift in (0.0, 1.0))
+            return all(_trial(optimizer, group, drift, generator) for drift in (0.0, 1.0))
     except Exception as error:
         _log.info("%s on a few numbers: %s: %s", type(optimizer).__name__, type(error).__name__, error)
         return False
 
 
-def _trial(optimizer: Optimizer, settings: dict[str, Any], drift: float, generator: torch.Generator) -> bool:
+def _trial(optimizer: Optimizer, group: dict[str, Any], drift: float, generator: torch.Generator) -> bool:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
@@ -83,8 +82,8 @@ def _trial(optimizer: Optimizer, settings: dict[str, Any], drift: float, generat
     grads = (drift * drawn(size) + drawn(NUM_STEPS, size)) * decades[
         torch.randperm(size, generator=generator)
     ]
-    whole = [_updated(optimizer, settings, start, grads, shape) for shape in _SHAPES]
-    parts = [_updated(optimizer, settings, start[part], grads[:, part], (-1,)) for part in _PARTS]
+    whole = [_updated(optimizer, group, start, grads, shape) for shape in _SHAPES]
+    parts = [_updated(optimizer, group, start[part], grads[:, part], (-1,)) for part in _PARTS]
     way = (whole[0] - start).abs()
     return bool((way > 0).all()) and all(
         bool(((other - whole[0]).abs() <= _CLOSE * way).all()) for other in (*whole[1:], torch.cat(parts))
@@ -93,34 +92,14 @@ def _trial(optimizer: Optimizer, settings: dict[str, Any], drift: float, generat
 
 def _updated(
     optimizer: Optimizer,
-    settings: dict[str, Any],
+    group: dict[str, Any],
     start: torch.Tensor,
     grads: torch.Tensor,
     shape: Sequence[int],
 ) -> torch.Tensor:
     parameter = nn.Parameter(start.clone().view(*shape))
-    twin = _twin(optimizer, settings, parameter)
+    twin = twin_of(optimizer, group, parameter)
     for grad in grads:
         parameter.grad = grad.clone().view(*shape)
-        # Through the class: a schedule may have wrapped the step of the user's object.
-        type(twin).step(twin)
+        step(twin)
     return parameter.detach().flatten()
-
-
-def _twin(optimizer: Optimizer, settings: dict[str, Any], parameter: nn.Parameter) -> Optimizer:
-    """A fresh optimizer of the same class and settings over one parameter, sharing nothing."""
-    twin: Optimizer = object.__new__(type(optimizer))
-    # Whatever the original keeps aside of its parameters or of itself leads to the twin's own.
-    stand_ins: dict[int, Any] = {
-        id(held): parameter for each in optimizer.param_groups for held in each["params"]
-    }
-    stand_ins[id(optimizer)] = twin
-    rest = {
-        key: value
-        for key, value in vars(optimizer).items()
-        if key not in ("param_groups", "state", "step") and "hook" not in key
-    }
-    vars(twin).update(copy.deepcopy(rest, stand_ins))
-    group = {**copy.deepcopy(settings, stand_ins), "params": [parameter]}
-    twin.__setstate__({"state": defaultdict(dict), "param_groups": [group]})
-    return twin

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from sixfold.base.errors import ConfigError, ModelError, StateError
 from sixfold.base.plugins import load_plugin
 from sixfold.config import OptimizerConfig
+from sixfold.parallel import ModuleFacts, module_facts
+from sixfold.state.elementwise import elementwise_groups
 
 Factory = Callable[[Iterable[Any]], Optimizer | Sequence[Optimizer]]
 OptimizerLike = Optimizer | Sequence[Optimizer] | Factory
@@ -141,6 +143,18 @@ def make_optimizers(optimizer: OptimizerLike, module: nn.Module) -> tuple[Optimi
             "model on meta, whose parameters are made anew, pass a factory: optimizer=torch.optim.AdamW",
         )
     return made
+
+
+def optimized_facts(module: nn.Module, made: Sequence[Optimizer], blocks: Sequence[str]) -> ModuleFacts:
+    """The facts of `module` with the groups of its optimizers, and which of these take whole parameters.
+
+    Args:
+        blocks: names of its blocks, see `sixfold.parallel.block_names`.
+    """
+    groups = [group["params"] for each in made for group in each.param_groups]
+    on_slices = [flag for each in made for flag in elementwise_groups(each)]
+    whole_groups = [group for group, flag in enumerate(on_slices) if not flag]
+    return module_facts(module, groups, whole_groups=whole_groups, blocks=blocks)
 
 
 def kind_of(optimizers: Sequence[Optimizer]) -> str:

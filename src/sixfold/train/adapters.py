@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.config import ModelConfig
 from sixfold.models.lora import FACTORS, adapters_of, add_adapters
+from sixfold.train.folder import write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "v_proj")
@@ -50,8 +52,14 @@ def adapt(module: nn.Module, asked: ModelConfig, seed: int) -> None:
 def write_adapter(folder: Path, module: nn.Module, base: Path | None) -> None:
     """Write the adapters of a whole module into a folder that `peft.PeftModel.from_pretrained` reads.
 
+    One that is there already is of the same run, so the settings are the same: whatever stops it leaves the
+    old weights or the new ones.
+
     Args:
         base: the model that they belong to.
+
+    Raises:
+        SaveError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     names, first = [], None
@@ -74,9 +82,8 @@ def write_adapter(folder: Path, module: nn.Module, base: Path | None) -> None:
         "target_modules": sorted(set(names)),
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(settings, indent=1))
+    write_file(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+    write_file(folder / CONFIG, json.dumps(settings, indent=1).encode())
 
 
 def _adapt_from(module: nn.Module, folder: Path, seed: int) -> None:

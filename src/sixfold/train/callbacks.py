@@ -1,7 +1,7 @@
 """What happens around updates: metrics, evaluation, saving. One small class each.
 
-The loop calls them in order on every rank after each update and at the end. They never change an
-update; a new habit of the loop is a new class here.
+The loop calls them in order on every rank after each update, and at the end, when the last save comes first.
+They never change an update; a new habit of the loop is a new class here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Protocol
 from torch import nn
 
 from sixfold.checkpoint import Keep, step_folder
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.engine.persistence import ADAPTERS
 from sixfold.launch import current_session
 from sixfold.models.lora import Adapted, adapters_of
 from sixfold.monitor.meters import StepRecord
 from sixfold.train import adapters
 from sixfold.train.evaluate import bits_per_byte
-from sixfold.train.folder import ADAPTER_FOLDER, CHECKPOINTS
+from sixfold.train.folder import ADAPTER_FOLDER
 from sixfold.train.run import Run
 
 

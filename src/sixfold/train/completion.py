@@ -5,7 +5,10 @@ Called by the loop for its sample and by `sixfold generate`. It trains nothing a
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,18 @@ from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint import MODEL, Piece, open_checkpoint
 from sixfold.checkpoint.weights import open_weights
 from sixfold.config import load
+from sixfold.config.resolved import CONFIG
 from sixfold.data.tokenizer import Vocabulary
 from sixfold.models.decoder import Decoder
-from sixfold.models.generate import CachedDecoder, Reader, continue_with
+from sixfold.models.generate import CachedDecoder, Reader, generate
 from sixfold.parallel import DTYPES
-from sixfold.train.folder import CONFIG, checkpoint_of
+from sixfold.train.folder import checkpoint_of
+from sixfold.train.hugging_face import num_positions
 from sixfold.train.subject import build_model, weights_of
 from sixfold.train.vocabulary import vocabulary_of
+
+_KEYS_AND_VALUES, _STATE = "past_key_values", "cache_params"
+"""What models of `transformers` call their memory of what they have read."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +102,22 @@ def continuations(
         What has come anew of each text, token by token; empty where a character is not whole yet, and once
         a text has ended.
     """
-    device = next(module.parameters()).device
     ids = [[vocabulary.mark, *vocabulary.encode(prompt)] for prompt in prompts]
-    generator = torch.Generator(device).manual_seed(how.seed)
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(how.seed)
     writers = [_Writer(vocabulary) for _ in prompts]
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            reader = reader_of(module)
-            tokens = continue_with(reader, ids, num_tokens, how.temperature, how.top_k, generator, device)
-            for following in tokens:
-                yield [writer.add(token) for writer, token in zip(writers, following.tolist(), strict=True)]
-                if all(writer.has_ended for writer in writers):
-                    return
-    finally:
-        module.train(was_training)
+    following = generate(
+        reader_of(module),
+        ids,
+        num_tokens,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        generator=generator,
+    )
+    with closing(following):
+        for tokens in following:
+            yield [writer.add(token) for writer, token in zip(writers, tokens.tolist(), strict=True)]
+            if all(writer.has_ended for writer in writers):
+                return
 
 
 def reader_of(module: nn.Module) -> Reader:
@@ -118,34 +126,39 @@ def reader_of(module: nn.Module) -> Reader:
 
 
 class CachedTransformer:
-    """Reads with a causal model of `transformers`, which keeps keys and values itself."""
+    """Reads with a causal model of `transformers`, which keeps keys and values, or a state, itself.
+
+    What does neither reads everything again for each token.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        config: Any = module.config
-        self._module: Any = module
-        self.context_length = int(config.max_position_embeddings)
+        # The class's own: an engine may have put another in its place.
+        accepted = inspect.signature(type(module).forward).parameters
+        self.module: Any = module
+        self._takes_positions = "position_ids" in accepted
+        self._cache_name = next((name for name in (_KEYS_AND_VALUES, _STATE) if name in accepted), None)
+        self.context_length = num_positions(self.module.config) or sys.maxsize
 
     def start(self, tokens: Tensor, padding: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        self._mask = (places >= padding[:, None]).long()
-        self._place = (places - padding[:, None]).clamp(min=0)
-        self._past = None
+        self._tokens, self._padding, self._cache = tokens, padding, None
         return self._forward(tokens)
 
     def read(self, tokens: Tensor) -> Tensor:
-        self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), 1)
-        self._place = self._place[:, -1:] + 1
-        return self._forward(tokens[:, None])
+        self._tokens = torch.cat((self._tokens, tokens[:, None]), 1)
+        return self._forward(self._tokens if self._cache is None else tokens[:, None])
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        out = self._module(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=self._place,
-            past_key_values=self._past,
-            use_cache=True,
-        )
-        self._past = out.past_key_values
+        num_new = tokens.shape[1]
+        places = torch.arange(self._tokens.shape[1], device=tokens.device) - self._padding[:, None]
+        mask = (places >= 0).long()
+        # Keys of what was read are looked at again; of a state, only what comes anew is let in.
+        given: dict[str, Any] = {"attention_mask": mask[:, -num_new:] if self._cache_name == _STATE else mask}
+        if self._takes_positions:
+            given["position_ids"] = places.clamp(min=0)[:, -num_new:]
+        if self._cache_name is not None:
+            given |= {self._cache_name: self._cache, "use_cache": True}
+        out = self.module(input_ids=tokens, **given)
+        self._cache = getattr(out, self._cache_name) if self._cache_name is not None else None
         scores: Tensor = out.logits[:, -1]
         return scores
 

@@ -28,6 +28,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "parts": _parts(plan.residency, plan.geometry.num_parts),
         "num_trained": sum(numel for trainable, numel in sizes if trainable),
         "num_frozen": sum(numel for trainable, numel in sizes if not trainable),
+        "corpus": corpus.fingerprint,
         "num_train_tokens": corpus.num_train_tokens,
         "num_held_out_bytes": corpus.num_held_out_bytes,
         "compressors": corpus.compressors,

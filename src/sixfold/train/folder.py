@@ -9,13 +9,19 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sixfold.base.errors import CheckpointError, ConfigError, SaveError
 from sixfold.checkpoint import latest
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved
+from sixfold.config.resolved import CONFIG
 
-CONFIG, CHECKPOINTS, ADAPTER_FOLDER = "config.toml", "checkpoints", "adapter"
+ADAPTER_FOLDER = "adapter"
+_LOCK = ".lock"
 
 
 def check_place(into: Path | None, parent: Path) -> None:
@@ -100,6 +106,12 @@ def run_at(folder: Path) -> Path:
     return folder
 
 
+def run_around(folder: Path) -> Path | None:
+    """The run whose folder this is, or the one of its checkpoints; None where it belongs to none."""
+    near = (folder, folder.absolute().parent)
+    return next((each for each in near if (each / CONFIG).is_file()), None)
+
+
 def checkpoint_of(folder: Path, asked: Path | None) -> Path:
     """The checkpoint of a run that was `asked` for; None for the newest.
 
@@ -131,26 +143,47 @@ def write_config(folder: Path, resolved: Resolved) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of a run folder. Whatever stops it leaves what was there before.
+    """Write a file of a run folder, or of a folder in it. Whatever stops it leaves what was there before.
 
     Raises:
         SaveError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        elsewhere = ", or give --into or train.folder a place that has some"
-        raise SaveError(
-            f"{path} cannot be written: {error.strerror}",
-            rule="a run keeps its configuration, vocabulary and checkpoints in its folder",
-            # A run that is there already goes on where it is.
-            fix=f"free some space there{'' if (path.parent / CONFIG).exists() else elsewhere}",
-        ) from error
+        raise _unwritten(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder against every other process that would change it. The system lets go of it when this
+    one ends, however it does.
+
+    Raises:
+        ConfigError: another process holds it.
+        SaveError: it cannot be written.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder} is in use: another process trains this run, or removes checkpoints of it",
+            rule="a run folder is changed by one process at a time",
+            fix=f"wait for its end, or begin a run of your own with --config {folder / CONFIG}",
+        ) from error
+    except OSError as error:
+        raise _unwritten(folder / _LOCK, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _refuse_second_run(folder: Path) -> None:
@@ -160,6 +193,17 @@ def _refuse_second_run(folder: Path) -> None:
             rule="a run folder holds one run",
             fix=f"go on with it by --resume {folder}, or name another folder",
         )
+
+
+def _unwritten(path: Path, error: OSError) -> SaveError:
+    # A run that is there already goes on where it is.
+    is_there = any((folder / CONFIG).exists() for folder in path.parents[:2])
+    elsewhere = ", or give --into or train.folder a place that has some"
+    return SaveError(
+        f"{path} cannot be written: {error.strerror}",
+        rule="a run keeps its configuration, vocabulary, checkpoints and adapters in its folder",
+        fix=f"free some space there{'' if is_there else elsewhere}",
+    )
 
 
 def _unwritable(folder: Path, code: int | None) -> ConfigError:

@@ -51,7 +51,7 @@ def build(config: Config, vocab_size: int) -> nn.Module:
             rule="the file describes a causal language model that the installed transformers knows",
             fix="upgrade transformers, or choose another model",
         ) from error
-    _check_room(described.get_text_config(), file, config, vocab_size)
+    _check_room(described, file, config, vocab_size)
     return module
 
 
@@ -61,14 +61,21 @@ def own_weights(path: Path) -> Path | None:
     return folder if folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
+def num_positions(described: Any) -> int | None:
+    """How many tokens the model of a configuration reads at once; None where it has no limit."""
+    text = described.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if limit is not None), None)
+
+
 def _check_room(described: Any, file: Path, config: Config, vocab_size: int) -> None:
-    if described.vocab_size < vocab_size:
+    entries, longest = described.get_text_config().vocab_size, num_positions(described)
+    if entries < vocab_size:
         raise ModelError(
-            f"{file} has a vocabulary of {described.vocab_size}, the corpus one of {vocab_size}",
+            f"{file} has a vocabulary of {entries}, the corpus one of {vocab_size}",
             rule="every token of the corpus has a row in the model's embedding",
             fix="set data.tokenizer to the model's own tokenizer, or data.vocab_size to that or less",
         )
-    longest = getattr(described, "max_position_embeddings", None)
     length = config.data.sequence_length
     if longest is not None and longest < length + 1:
         raise ModelError(

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from sixfold.base.errors import ConfigError
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import LEAVES
-from sixfold.train.folder import CONFIG, run_at
+from sixfold.launch import Placement
+from sixfold.train.folder import run_at
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 
@@ -60,6 +62,19 @@ def resolve(request: Request) -> Resolved:
         return load(file, overrides=request.overrides).recall(file.read_text(), file)
     asked = load(request.config, overrides=request.overrides, recipe=RECIPE, preset=request.preset)
     return _as_built(_decide_tokenizer(asked))
+
+
+def as_started(resolved: Resolved, place: Placement | None, threads: int) -> Resolved:
+    """Write down how ranks were started, where no number was asked for.
+
+    Args:
+        place: of this rank; None for a process of its own.
+        threads: that it computes with.
+    """
+    asked, ranks = resolved.config.launch, place.local_world_size if place is not None else 1
+    found = {"launch.ranks": (asked.ranks, ranks), "launch.threads": (asked.threads, threads)}
+    unset = {path: number for path, (given, number) in found.items() if given is None}
+    return resolved.decide(unset, "as started") if unset else resolved
 
 
 def _decide_tokenizer(resolved: Resolved) -> Resolved:

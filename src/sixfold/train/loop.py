@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ from sixfold.monitor.meters import Meter
 from sixfold.monitor.recording import write_recording
 from sixfold.monitor.sinks import Sinks
 from sixfold.parallel import DTYPES
-from sixfold.plan import LossScaling, decide_batch, decide_geometry
+from sixfold.plan import LossScaling, decide_batch, decide_ranks
 from sixfold.train import adapters, job
 from sixfold.train.callbacks import Adapters, Callback, Checkpoints, Evaluations, Metrics
 from sixfold.train.completion import Sampling, continuations
 from sixfold.train.compute import unmeasured_compute
 from sixfold.train.facts import facts_of
-from sixfold.train.folder import make_folder
+from sixfold.train.folder import held, make_folder
 from sixfold.train.length import TimeBudget
 from sixfold.train.resume import Standing, stand
 from sixfold.train.run import Run
@@ -56,19 +57,21 @@ def train(request: job.Request, session: Session) -> None:
     Raises:
         SixfoldError: whatever keeps the run from starting or going on, with a change that works.
     """
-    with Console(sys.stdout) as console:
+    with ExitStack() as ending:  # however the run ends, what it has opened is closed in the opposite order
+        console = ending.enter_context(Console(sys.stdout))
         resolved = _note_launch(unmeasured_compute(job.resolve(request)))
         standing = stand(request.resume, resolved) if request.resume is not None else None
         if standing is not None and standing.is_complete:
             if session.rank == 0:
                 console.say(str(standing))
             return
-        run = _set_up(request, resolved, standing, console)
-        # In the end it is saved before it is measured: a failure of the latter then costs nothing.
+        run = _set_up(request, resolved, standing, console, ending)
         own = [load_plugin("callback", name)(run) for name in run.resolved.config.train.callbacks]
         if adapters.is_asked(run.resolved.config.model):
             own.append(Adapters())
-        callbacks: Sequence[Callback] = (Metrics(run), *own, Checkpoints(run), Evaluations(run))
+        checkpoints = Checkpoints(run)
+        # What callbacks make of an update is in its save.
+        callbacks: Sequence[Callback] = (Metrics(run), *own, checkpoints, Evaluations(run))
         _tell_compiled(run)
         budget = _settle_length(run)
         if run.is_first:
@@ -76,9 +79,11 @@ def train(request: job.Request, session: Session) -> None:
             keep_vocabulary(run.folder, run.corpus)
             names, settings = run.resolved.config.monitor.sinks, flat(run.resolved.config)
             run.sinks = Sinks(names, run.folder, settings, warn=console.say)
+            ending.callback(run.sinks.close)
             run.record({"facts": facts_of(run)})
         finished = _updates(run, session, callbacks, budget)
-        for callback in callbacks:
+        # In the end it is saved first: what fails afterwards then costs no update.
+        for callback in (checkpoints, *(other for other in callbacks if other is not checkpoints)):
             callback.at_end(run, finished)
         if finished:
             _complete_prompt(run)
@@ -87,16 +92,20 @@ def train(request: job.Request, session: Session) -> None:
             run.say(f"stopped and saved after update {run.engine.num_steps}; go on with:")
             run.say(f"  sixfold train --resume {run.folder}")
             session.interrupted()
-        if run.journal is not None:
-            run.journal.close()
-        if run.sinks is not None:
-            run.sinks.close()
         run.engine.close()
 
 
-def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None, console: Console) -> Run:
+def _set_up(
+    request: job.Request,
+    resolved: Resolved,
+    standing: Standing | None,
+    console: Console,
+    ending: ExitStack,
+) -> Run:
     config = resolved.config
     corpus = prepare(config.data)
+    if standing is not None:
+        standing = standing.reading(corpus)
     module = build_model(config, corpus.vocab_size)
     # A checkpoint holds all of the model, unless it is one of adapters alone.
     begins = standing is None or adapters.is_asked(config.model)
@@ -110,6 +119,8 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
     folder = request.resume
     if folder is None:
         folder = Path(engine.mesh.share_text(_make_folder(request, config.train.folder, engine.mesh.rank)))
+    if engine.mesh.rank == 0:
+        ending.enter_context(held(folder))
     run = Run(
         resolved=resolved,
         engine=engine,
@@ -127,6 +138,7 @@ def _set_up(request: job.Request, resolved: Resolved, standing: Standing | None,
         run.say(str(standing))
     if run.is_first:
         run.journal = Journal(folder, engine.num_steps, warn=console.say)
+        ending.callback(run.journal.close)
     return run
 
 
@@ -136,29 +148,16 @@ def _example(config: Config, corpus: Corpus) -> dict[str, Any] | None:
     if max(layout.pipe, layout.tensor, layout.context, layout.expert) == 1:
         return None
     placement = discover(os.environ)
-    geometry = decide_geometry(config.layout, placement.world_size if placement else 1)
-    batch = decide_batch(
-        config.batch, data_ranks=geometry.degree("data"), sequence_length=config.data.sequence_length
-    )
+    *_, batch = decide_ranks(config, placement.world_size if placement else 1)
     return fields_of(config, corpus, samples_of(config, corpus).batch(0, range(len(batch.share(0)))))
 
 
 def _note_launch(resolved: Resolved) -> Resolved:
     """Apply the threads that were asked for, and write down how this rank was started."""
-    asked = resolved.config.launch
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-    placement = discover(os.environ)
-    found = {
-        "launch.ranks": placement.local_world_size if placement else 1,
-        "launch.threads": torch.get_num_threads(),
-    }
-    unset = {
-        path
-        for path, value in (("launch.ranks", asked.ranks), ("launch.threads", asked.threads))
-        if value is None
-    }
-    return resolved.decide({path: found[path] for path in unset}, "as started") if unset else resolved
+    asked = resolved.config.launch.threads
+    if asked is not None:
+        torch.set_num_threads(asked)
+    return job.as_started(resolved, discover(os.environ), torch.get_num_threads())
 
 
 def _make_folder(request: job.Request, parent: Path, rank: int) -> str:

@@ -6,16 +6,21 @@ other launchers start ranks directly. It reads the run folder, and writes and tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sixfold.base.errors import CheckpointError, ConfigError
 from sixfold.checkpoint import latest, open_checkpoint
+from sixfold.checkpoint.finding import CHECKPOINTS
 from sixfold.config import Resolved, load
 from sixfold.config.problems import show
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
+from sixfold.data.corpus import Corpus
+from sixfold.data.record import TOKENIZER
 from sixfold.monitor.journal import FILE_NAME, read_records
-from sixfold.train.folder import CHECKPOINTS, CONFIG
+from sixfold.train.vocabulary import is_kept
 
 _SHAPES = (
     "model.width",
@@ -42,12 +47,14 @@ class Standing:
     """A run to be resumed.
 
     Args:
+        folder: of the run.
         newest: its newest complete checkpoint.
         step: updates made there.
-        changes: a line for every value that differs from the run's own configuration.
+        changes: a line for every value that differs from the run's own configuration, and for its text.
         is_complete: whether every update is made and the held-out part is measured.
     """
 
+    folder: Path
     newest: Path
     step: int
     changes: tuple[str, ...]
@@ -57,6 +64,30 @@ class Standing:
         if self.is_complete:
             return f"already complete after update {self.step}; nothing to do (raise train.steps to go on)"
         return "\n".join([f"resumed     after update {self.step} from {self.newest}", *self.changes])
+
+    def reading(self, corpus: Corpus) -> Standing:
+        """The same where it goes on with `corpus`; told if that is not what was trained on before.
+
+        Raises:
+            ConfigError: its vocabulary is another.
+        """
+        if not is_kept(self.folder, corpus):
+            file = self.folder / TOKENIZER
+            raise ConfigError(
+                f"the vocabulary of the corpus {corpus.folder} is not {file}: data.path has other text",
+                rule="a resumed run goes on with the vocabulary that its weights were trained with",
+                fix="put the text back as it was, or start a new run from these weights with --config "
+                f"{self.folder / CONFIG} --set model.weights={self.newest} --set data.tokenizer={file}",
+            )
+        told: list[dict[str, Any]] = [one["facts"] for one in _records(self.folder) if "facts" in one]
+        facts = told[-1] if told else {}
+        if facts.get("corpus", corpus.fingerprint) == corpus.fingerprint:
+            return self
+        change = (
+            "changed since the save: the text of data.path, "
+            f"{facts['num_train_tokens']} -> {corpus.num_train_tokens} training tokens of the same vocabulary"
+        )
+        return replace(self, changes=(*self.changes, change))
 
 
 def stand(folder: Path, resolved: Resolved) -> Standing:
@@ -83,6 +114,7 @@ def stand(folder: Path, resolved: Resolved) -> Standing:
             fix=f"set train.steps to more than {step}, for example --set train.steps={step + asked}",
         )
     return Standing(
+        folder=folder,
         newest=newest,
         step=step,
         changes=tuple(f"changed since the save: {path} {change}" for path, change in changes.items()),
@@ -116,5 +148,8 @@ def _refuse_another_model(folder: Path, changes: dict[str, str]) -> None:
 
 def _is_measured(folder: Path, step: int) -> bool:
     """Whether the held-out part was measured after this update; a run may have ended just before."""
-    records = read_records(folder / FILE_NAME)
-    return any(one.get("step") == step and "held_out_bits_per_byte" in one for one in records)
+    return any(one.get("step") == step and "held_out_bits_per_byte" in one for one in _records(folder))
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return read_records(folder / FILE_NAME)

@@ -1,6 +1,7 @@
 """The vocabulary that a run keeps in its folder, so that its model can be used without its text.
 
-Written by the loop, read by `sixfold generate`; `transformers` reads the same two files.
+Written by the loop, read by `sixfold generate` and where the run is resumed; `transformers` reads the same
+two files.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ def keep_vocabulary(folder: Path, corpus: Corpus) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": mark, "bos_token": mark}
     write_file(folder / _SETTINGS, json.dumps(settings, indent=1).encode())
     write_file(folder / TOKENIZER, (corpus.folder / TOKENIZER).read_bytes())
+
+
+def is_kept(folder: Path, corpus: Corpus) -> bool:
+    """Whether ids mean in a corpus what they mean in a run folder; also where nothing is kept there yet."""
+    try:
+        own = vocabulary_of(folder)
+    except DataError:
+        return True  # it is about to be written
+    now = corpus.vocabulary
+    return (own.mark, own.tokenizer.to_str()) == (now.mark, now.tokenizer.to_str())
 
 
 def vocabulary_of(folder: Path) -> Vocabulary:

@@ -13,9 +13,7 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def free_bytes(
-    proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
-) -> tuple[int, str] | None:
+def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str] | None:
     """Bytes that can be taken, and the limit that says so, in words; pages of files count as free. None where
     the system does not say."""
     available = _field(proc / "meminfo", "MemAvailable:") * 1024

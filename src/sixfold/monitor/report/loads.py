@@ -46,6 +46,6 @@ def _row(name: str, load: Sequence[float], number: int, cell: float) -> str:
 
 
 def _colour(share: float) -> str:
-    """White for an equal share; full colour for nothing, and for twice as much or more."""
-    ends, strength = (_MORE if share > 1 else _LESS), min(abs(share - 1), 1.0)
+    """White for an equal share; full colour for nothing, for twice as much or more, and for no number."""
+    ends, strength = (_MORE if share > 1 else _LESS), min(1.0, abs(share - 1))  # in this order for a nan
     return "#" + "".join(f"{round(255 + (end - 255) * strength):02x}" for end in ends)

@@ -13,12 +13,12 @@ from typing import Any
 
 from sixfold.base.errors import DataError
 from sixfold.config import Resolved, load
+from sixfold.config.resolved import CONFIG
 from sixfold.config.schema import flat
 from sixfold.monitor.journal import FILE_NAME, read_records
 from sixfold.monitor.recording import read_recording
 from sixfold.simulate import Timeline, simulated_again
 
-CONFIG = "config.toml"
 SPENT = ("compute_s", "exchange_s", "data_s", "host_s")
 """Where the time of an update went, by the names in its record."""
 
@@ -124,8 +124,13 @@ def read_story(folder: Path) -> Story:
         facts=next((one["facts"] for one in reversed(records) if "facts" in one), {}),
         sample=next((one["sample"] for one in reversed(records) if "sample" in one), None),
         recorded=read_recording(folder),
-        loads=tuple((one["step"], one["expert_loads"]) for one in records if "expert_loads" in one),
+        loads=tuple((one["step"], _numbers(one["expert_loads"])) for one in records if "expert_loads" in one),
     )
+
+
+def _numbers(loads: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """With numbers that JSON lacks as what they are."""
+    return {name: [float(part) for part in load] for name, load in loads.items()}
 
 
 def differing(stories: Sequence[Story]) -> dict[str, list[object]]:

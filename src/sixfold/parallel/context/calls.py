@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sixfold.parallel.blocks import own_forward, put_forward
+from sixfold.parallel.blocks import has_operations, own_forward, put_forward
 from sixfold.parallel.recompute import Forward
 
 Attend = Callable[..., Tensor]
@@ -50,7 +50,8 @@ def answer_calls(model: nn.Module, attend: Callable[[], Attend | None]) -> Calla
     Args:
         attend: gives what answers, each time that a module runs; None: torch's own.
     """
-    modules = [module for module in model.modules() if _may_attend(module)]
+    # Single layers of torch attend to nothing.
+    modules = [module for module in model.modules() if has_operations(module)]
     forwards = ExitStack()
     made: dict[Forward, Forward] = {}
     for module in modules:
@@ -75,12 +76,6 @@ def answer_calls(model: nn.Module, attend: Callable[[], Attend | None]) -> Calla
         forwards.close()
 
     return undo
-
-
-def _may_attend(module: nn.Module) -> bool:
-    """Whether it has a forward of several operations: single layers of torch attend to nothing."""
-    is_layer = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
-    return type(module).forward is not nn.Module.forward and not is_layer
 
 
 def _marked(own: Forward, attend: Callable[[], Attend | None]) -> Forward:
