@@ -6,8 +6,7 @@ read are kept, so a new token costs one position, not the whole context. It trai
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from sixfold.models.attention import attend, rotary_tables
 from sixfold.models.decoder import Block, Decoder
+from sixfold.models.evaluation import evaluating
 
 
 class Reader(Protocol):
@@ -68,7 +68,7 @@ def generate(
     tokens = torch.tensor(rows, device=device)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     kept = min(longest, reader.context_length)
-    with _evaluating(reader.module):
+    with evaluating(reader.module), torch.no_grad():
         scores = reader.start(tokens[:, -kept:], (padding - (longest - kept)).clamp(min=0))
         for number in range(num_tokens):
             following = choose(scores.float(), temperature, top_k, generator)
@@ -83,17 +83,6 @@ def generate(
             else:
                 kept += 1
                 scores = reader.read(following)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(was_training)
 
 
 def choose(
