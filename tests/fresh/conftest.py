@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fresh import warm
+from tests.one.conftest import sixfold as sixfold
 
 
 @pytest.fixture(scope="session")

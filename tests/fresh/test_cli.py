@@ -34,6 +34,7 @@ from sixfold.config.schema import LEAVES
 from sixfold.launch.guardian import members
 from sixfold.monitor.journal import read_records
 from tests.one import lab
+from tests.one.terminal import Terminal
 
 pytestmark = pytest.mark.fresh
 
@@ -70,9 +71,6 @@ class Place:
         process = self.start(*command, **options)
         out, err = process.communicate(timeout=LIMIT_S)
         return process.returncode, out, err
-
-    def train(self, *arguments: str | Path, python: str = sys.executable) -> tuple[int, str, str]:
-        return self.run(python, "-m", "sixfold", "train", *arguments)
 
     def records(self, run: str) -> list[dict[str, Any]]:
         file = self.folder / run / "metrics.jsonl"
@@ -169,9 +167,10 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, warm_python: str) -> Finished:
     place = make_place(tmp_path_factory.mktemp("finished"), corpus)
-    code, out, err = place.train("--config", "my.toml", "--into", "run", "-s", "train.eval_every=3")
+    command = (warm_python, "-m", "sixfold", "train", "--config", "my.toml", "--into", "run")
+    code, out, err = place.run(*command, "-s", "train.eval_every=3")
     assert code == 0, err
     return Finished(place, place.folder / "run", out, err)
 
@@ -320,10 +319,10 @@ def test_a_users_own_script(place: Place, warm_python: str) -> None:
 
 
 @pytest.mark.usefixtures("finished")  # which has prepared the corpus, and said so
-def test_a_stopped_run_goes_on(place: Place, warm_python: str) -> None:
-    """SIGTERM somewhere in a long run; then three more steps by fewer ranks."""
+def test_a_stopped_run_says_how_it_goes_on(place: Place, warm_python: str) -> None:
+    """SIGTERM somewhere in a long run."""
     long = ("train", "--config", "my.toml", "--into", "stopped", "-s", f"train.steps={FOREVER}")
-    process = place.start(*SIXFOLD, *long)
+    process = place.start(warm_python, "-m", "sixfold", *long)
     wait_until(lambda: len(place.records("stopped")) >= 3, process=process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=LIMIT_S)
@@ -331,22 +330,20 @@ def test_a_stopped_run_goes_on(place: Place, warm_python: str) -> None:
     place.assert_nothing_left()
     done = place.records("stopped")[-1]["step"]
     assert f"stopped and saved after update {done}; go on with:\n  sixfold train --resume stopped\n" in out
-
-    further = ("--resume", "stopped", "-s", f"train.steps={done + 3}", "-s", "launch.ranks=1")
-    code, out, err = place.train(*further, python=warm_python)
-    assert (code, err) == (0, "")
-    assert f"resumed     after update {done} " in out
-    assert [one["step"] for one in place.records("stopped")] == list(range(1, done + 4))
+    saved = latest(place.folder / "stopped" / "checkpoints")
+    assert saved is not None
+    assert open_checkpoint(saved).step == done
 
 
-def test_a_complete_run_is_left_as_it_is(finished: Finished, place: Place, warm_python: str) -> None:
-    run = finished.copy_into(place.folder)
+def test_a_complete_run_is_left_as_it_is(finished: Finished, sixfold: Terminal) -> None:
+    """Which the launcher finds out: it starts no ranks."""
+    run = finished.copy_into(sixfold.folder)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert sixfold("train", "--resume", run) == 0
     told = f"already complete after update {STEPS}; nothing to do (raise train.steps to go on)\n"
-    assert place.train("--resume", "run", python=warm_python) == (0, told, "")
-    assert place.train("--resume", "run", "-s", "train.steps=3", python=warm_python)[0] == 2
+    assert (sixfold.out, sixfold.err) == (told, "")
+    assert sixfold("train", "--resume", run, "-s", "train.steps=3") == 2
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    place.assert_nothing_left()
 
 
 def test_ctrl_c_twice_on_a_terminal(place: Place) -> None:

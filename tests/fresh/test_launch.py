@@ -417,17 +417,12 @@ def test_a_script_that_never_looks_gets_a_keyboard_interrupt(start: Start) -> No
             2,
             "ConfigError: 7",
         ),
-        (
-            "from sixfold.base.errors import PlanError as E; raise E('8', rule='r', fix='f')",
-            3,
-            "PlanError: 8",
-        ),
-        ("import argparse; argparse.ArgumentParser().error('no such')", 2, "SystemExit: 2"),
         ("sys.exit('no data')", 4, "SystemExit: no data"),
         ("os._exit(9)", 4, "exited with code 9 and left no exception"),
     ],
 )
 def test_exit_codes(start: Start, text: str, code: int, headline: str) -> None:
+    """Of an error for users, another one, and no word; which has which is in test_launch_failure.py."""
     one = start(text, ranks=1)
     assert one.wait() == code
     assert headline in one.err
@@ -500,9 +495,9 @@ os.write(1, line.encode())  # in one piece: ranks of torchrun share an unbuffere
 """
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
+def test_under_torchrun(tmp_path: Path, warm_python: str) -> None:
     (tmp_path / "script.py").write_text(PLACED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "sixfold.launch.script", "script.py"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -188,8 +189,12 @@ def test_an_error_for_users_names_their_line(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_of_an_argument_parser_stays() -> None:
-    assert from_exception(SystemExit(2), rank=0, step=None).exit_code == 2
+    with pytest.raises(SystemExit) as refused:
+        argparse.ArgumentParser().error("no such")
+    told = from_exception(refused.value, rank=0, step=None)
+    assert (told.exit_code, told.headline) == (2, "SystemExit: 2")
     assert from_exception(SystemExit(3), rank=0, step=None).exit_code == 4
+    assert from_exception(SystemExit("no data"), rank=0, step=None).exit_code == 4
 
 
 def test_silent_ends() -> None:

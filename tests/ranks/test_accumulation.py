@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import sixfold
 from sixfold.engine import Engine
-from sixfold.plan import PRESETS, persistent_memory, update_traffic
-from tests.ranks import plain
+from sixfold.plan import persistent_memory, update_traffic
+from tests.ranks import plain, rows
 
 MODEL, STEPS, MICRO = "recommender", 4, 2
 
@@ -36,8 +36,8 @@ def train(engine: Engine, steps: int, shares: str) -> None:
         engine.train_step(plain.rows(batch, places))
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 3))
 @pytest.mark.parametrize("reduce", ["each", "last"])
 def test_both_ways_follow_one_process(reduce: str, zero: int) -> None:
     engine = start({"zero": zero, "reduce": reduce})

@@ -172,7 +172,7 @@ def mean_loss(module: nn.Module, batch: plain.Batch) -> Tensor:
 
 
 @cache
-def alone(name: str) -> tuple[nn.Module, list[float], list[float]]:
+def alone(name: str) -> plain.PlainRun:
     """The model after some steps of plain torch, losses and gradient norms."""
     module = build(name)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -187,7 +187,7 @@ def alone(name: str) -> tuple[nn.Module, list[float], list[float]]:
             if isinstance(part, Router):
                 part.end_update(part.tally)
         losses.append(loss.item())
-    return module, losses, norms
+    return plain.PlainRun(module, losses, norms)
 
 
 def engine_of(name: str, micro: int | None = 2, **layout: Any) -> Engine:
@@ -205,13 +205,13 @@ def share_of(engine: Engine, name: str, step: int, shares: str = "even") -> plai
     return plain.rows(TASKS[name].batch(step), places)
 
 
-def follow(case: Case) -> None:
+def follow(case: Case, expected: plain.PlainRun) -> None:
     """One case on every rank."""
     name = case["model"]
     layout = {key: case[key] for key in FACTORS if key not in ("model", "micro", "shares", "groups")}
     if case["groups"] > 1:
         layout["shard"] = case["data"] * case["context"] // case["groups"]
-    module, losses, norms = alone(name)
+    losses, norms = expected.losses, expected.grad_norms
     engine = engine_of(name, case["micro"], **layout)
     for step in range(STEPS):
         share = share_of(engine, name, step, case["shares"])
@@ -221,13 +221,13 @@ def follow(case: Case) -> None:
         assert engine.last is not None
         assert engine.last.grad_norm == pytest.approx(norms[step], rel=TASKS[name].bound)
         assert engine.last.samples == SAMPLES
-    assert plain.farthest(engine.full_state_dict(), module) < TASKS[name].bound
+    assert plain.farthest(engine.full_state_dict(), expected.model) < TASKS[name].bound
     engine.close()
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_ranks_along_context_follow_one_process(case: Case, rank_pool: Pool) -> None:
-    rank_pool.run(follow, case, ranks=num_ranks(case), timeout_s=60)
+    rank_pool.run(follow, case, alone(case["model"]), ranks=num_ranks(case))
 
 
 @pytest.mark.matrix
@@ -238,4 +238,4 @@ def test_ranks_along_context_follow_one_process_in_every_combination(
 ) -> None:
     fixed = FACTORS | {"context": (context,), "model": (model,)}
     for case in with_drawn(fixed, DRAWN, lambda case: legal(case, 8)):
-        rank_pool.run(follow, case, ranks=num_ranks(case), timeout_s=120)
+        rank_pool.run(follow, case, alone(model), ranks=num_ranks(case), timeout_s=120)

@@ -15,7 +15,7 @@ import sixfold
 from sixfold.base.errors import ConfigError, ModelError, StateError
 from sixfold.engine import Engine
 from sixfold.plan import PRESETS, cut_units
-from tests.ranks import plain
+from tests.ranks import plain, rows
 
 STEPS = 4
 
@@ -138,8 +138,8 @@ def drop_gradients_of_the_optimizer(engine: Engine) -> None:
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 2))
 @pytest.mark.parametrize("intrude", [evaluate, drop_gradients_of_the_optimizer])
 def test_what_one_may_do_in_the_middle_of_accumulation(intrude: Callable[[Engine], None], zero: int) -> None:
     def disturbed(engine: Engine, step: int) -> None:
@@ -199,8 +199,8 @@ def test_a_users_own_scheduler_is_left_alone() -> None:
     assert rates == [0.4, 0.2, 0.1]
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 3))
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_edits_under_gathered_hold_on_every_rank(compute: str, zero: int) -> None:
     engine = start("recommender", torch.float32, precision={"compute": compute}, layout={"zero": zero})
@@ -260,8 +260,8 @@ def test_an_update_that_was_begun_is_ended_first() -> None:
     engine.train_step(batch)
 
 
-@pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 2))
 def test_rehearsal_changes_nothing(zero: int) -> None:
     """Also where ranks see unequally much, so that their reductions end at different times."""
     for name in ("recommender", "decoder"):
@@ -333,10 +333,14 @@ class Stack(nn.Module):
         return self.head(x).square().mean()  # type: ignore[no-any-return]
 
 
-@pytest.mark.ranks(1, 2, timeout_s=60)
+@pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("how", "zero"),
-    [("compiled", 0), *((how, zero) for how in ("recomputed", "recomputed reentrant") for zero in PRESETS)],
+    ("how", "zero", "num_ranks"),
+    [
+        *(("compiled", 0, ranks) for ranks in (1, 2)),
+        *(("recomputed", *each) for each in rows.presets(1, 2)),
+        *(("recomputed reentrant", *each) for each in rows.presets(1, 2)),
+    ],
 )
 def test_recomputed_and_compiled_blocks_follow_one_process(how: str, zero: int) -> None:
     def build(kind: str) -> nn.Module:

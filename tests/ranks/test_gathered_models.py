@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sixfold
 from sixfold.plan import PRESETS
+from sixfold.testing import Pool
+from tests.covering import Case, covering, label
 from tests.ranks import plain, towers
 from tests.ranks.towers import WIDTH, Block, Tower
 
@@ -250,20 +252,25 @@ ODD = (Adapters, Tied, Odd, Skipping, InPlace, Auxiliary)
 MODELS: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in (*PLAIN, *ODD)}
 
 
-@pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("name", MODELS)
-def test_follows_plain_torch(name: str, num_ranks: int) -> None:
-    follow(name, *{2: ("train_step", "uneven"), 3: ("written_out", "empty")}[num_ranks])
+CASES = covering(
+    {
+        "name": tuple(MODELS),
+        "ranks": (1, 2, 3),  # nothing is cut, copies are gathered (`towers.start`), or memory is in common
+        "loop": ("train_step", "written_out"),
+        "shares": ("even", "uneven", "empty"),
+    },
+    lambda case: (case["ranks"] == 1) == (case["shares"] == "even"),
+)
 
 
-@pytest.mark.ranks(1, 4, timeout_s=60)
-def test_all_follow_plain_torch(num_ranks: int) -> None:
-    for name in MODELS:
-        follow(name, *{1: ("written_out", "even"), 4: ("train_step", "empty")}[num_ranks])
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_follows_plain_torch(case: Case, rank_pool: Pool) -> None:
+    name, ranks, loop, shares = case.values()
+    reference = towers.reference(MODELS[name], 3, ranks, shares)
+    rank_pool.run(follow, name, loop, shares, reference, ranks=ranks)
 
 
-def follow(name: str, loop: str, shares: str) -> None:
-    reference = towers.reference(MODELS[name], 3, torch.distributed.get_world_size(), shares)
+def follow(name: str, loop: str, shares: str, reference: nn.Module) -> None:
     engine = towers.start(MODELS[name], {"zero": 3})
     for _ in range(3):
         towers.step(engine, shares, loop)

@@ -183,7 +183,7 @@ def test_recompute_of_hugging_face_gathers_no_more() -> None:
 # The same numbers, whoever runs how much.
 
 
-@pytest.mark.ranks(1, 2, 3, 4, timeout_s=60)
+@pytest.mark.ranks(1, 2, 3)
 def test_every_loop_follows_one_process_whatever_the_shares() -> None:
     steps = 4
     for shares in ("even", "uneven", "empty"):
@@ -298,7 +298,7 @@ class Wandering(Tower):
         return x
 
 
-@pytest.mark.ranks(1, 2, 3, 4, timeout_s=60)
+@pytest.mark.ranks(1, 2, 3)
 def test_ranks_that_take_other_ways_through_the_model() -> None:
     """From the first step on: the order is settled by ranks that want different units."""
     reference = towers.reference(Wandering, 4, sixfold_ranks(), "empty")

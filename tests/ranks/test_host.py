@@ -26,7 +26,7 @@ from sixfold.mesh import Group, HostGroup, Mesh
 from sixfold.mesh.host.common import renew
 from sixfold.plan import Geometry
 from sixfold.testing import Pool, RankFailure
-from tests.ranks import plain
+from tests.ranks import plain, rows
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
@@ -426,10 +426,12 @@ EDITS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-@pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("transport", ["host", "network"])
-@pytest.mark.parametrize("zero", [0, 1, 2])  # with 3, edits are made inside engine.gathered()
-def test_edits_in_place_on_every_rank_act_once(zero: int, transport: str) -> None:
+# With preset 3, edits are made inside engine.gathered().
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("preset", "num_ranks", "transport"), [case for case in rows.carried(2, 3) if case[0] in "012"]
+)
+def test_edits_in_place_on_every_rank_act_once(preset: str, transport: str) -> None:
     def model() -> nn.Module:
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -440,7 +442,7 @@ def test_edits_in_place_on_every_rank_act_once(zero: int, transport: str) -> Non
         optimizer = torch.optim.AdamW(reference.parameters(), lr=0.05)
         engine = sixfold.initialize(
             model(),
-            config={"layout": {"zero": zero, "transport": transport}, "optimizer": {"lr": 0.05}},
+            config={"layout": {"zero": int(preset), "transport": transport}, "optimizer": {"lr": 0.05}},
             loss_fn=lambda output, batch: output.square().mean(),
         )
         places = plain.cuts(12, engine.data_ranks, "even", 0)[engine.data_rank]

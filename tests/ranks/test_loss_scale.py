@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sixfold
 from sixfold.base.errors import ModelError
 from sixfold.engine import Engine
-from sixfold.plan import PRESETS, LearningRate
+from sixfold.plan import LearningRate
 from sixfold.testing import Pool
 from tests.ranks import plain, rows
 from tests.ranks.rows import RESIDENCIES
@@ -26,8 +26,11 @@ FP16_EPS = 2.0**-11
 INITIAL, GROWTH_STEPS = 2.0**22, 3  # overflows at first, and grows and overflows again later
 
 
+ByHand = tuple[dict[str, Tensor], list[float], list[float]]
+
+
 @cache
-def by_hand() -> tuple[dict[str, Tensor], list[float], list[float]]:
+def by_hand() -> ByHand:
     """fp16 forward and backward, fp32 masters, torch's GradScaler: masters, losses, scale of each step."""
     task = plain.TASKS[MODEL]
     model = task.build()
@@ -86,11 +89,11 @@ def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("residency", "ranks"), rows.on(1, 2))
 def test_fp16_follows_torchs_own_scaler(residency: str, ranks: int, rank_pool: Pool) -> None:
-    rank_pool.run(follow, RESIDENCIES[residency], ranks=ranks)
+    rank_pool.run(follow, RESIDENCIES[residency], by_hand(), ranks=ranks)
 
 
-def follow(layout: dict[str, Any]) -> None:
-    masters, losses, scales = by_hand()
+def follow(layout: dict[str, Any], expected: ByHand) -> None:
+    masters, losses, scales = expected
     engine = start(layout)
     results = train(engine, STEPS)
     assert [result.loss_scale for result in results] == scales
@@ -171,8 +174,8 @@ class Half(nn.Module):
         return (self.parts["fine"](x) + self.parts["sick"](x.sqrt())).float().mean()
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 3))
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 def test_what_never_becomes_finite_is_reported_with_parameter_rank_and_step(compute: str, zero: int) -> None:
     scale = {"initial_scale": 4.0} if compute == "fp16" else {}

@@ -51,7 +51,7 @@ CASES = covering(FACTORS, legal)
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_pipeline_follows_one_process(case: Case, rank_pool: Pool) -> None:
-    rank_pool.run(follow, case, ranks=case["pipe"] * case["data"], timeout_s=60)
+    rank_pool.run(follow, case, pipes.plain_run(way_of(case)), ranks=case["pipe"] * case["data"])
 
 
 @pytest.mark.matrix
@@ -65,7 +65,7 @@ def test_a_pipeline_follows_one_process_in_every_combination(
     for case in all_cases({**FACTORS, **fixed}, lambda case: True):
         drawn = (case | {name: draw.choice(FACTORS[name]) for name in DRAWN} for _ in range(100))
         if full := next(filter(legal, drawn), None):
-            rank_pool.run(follow, full, ranks=pipe * full["data"], timeout_s=60)
+            rank_pool.run(follow, full, pipes.plain_run(way_of(full)), ranks=pipe * full["data"])
 
 
 @pytest.mark.ranks(2)
@@ -78,17 +78,16 @@ def test_losses_in_fp32_stay_together(schedule: str) -> None:
     assert losses == pytest.approx(pipes.plain_run(case).losses, rel=FP32_LOSS_BOUND, abs=0)
 
 
-def follow(case: Case) -> None:
+def way_of(case: Case) -> pipes.Case:
+    """All of it but whether losses are evaluated, and what the layout says besides."""
+    besides = ("evaluates", "recompute", "transport")
+    return pipes.Case(**{name: value for name, value in case.items() if name not in besides})
+
+
+def follow(case: Case, reference: plain.PlainRun) -> None:
     """One case on every rank, in fp64."""
-    way = pipes.Case(
-        **{name: case[name] for name in ("model", "schedule", "pipe", "data", "num_micro", "zero", "shares")},
-        frozen=case["frozen"],
-        ragged=case["ragged"],
-        optimizer=case["optimizer"],
-    )
-    layout = {"recompute": case["recompute"], "transport": case["transport"]}
-    reference = pipes.plain_run(way)
-    engine = pipes.engine_of(way, **layout)
+    way = way_of(case)
+    engine = pipes.engine_of(way, recompute=case["recompute"], transport=case["transport"])
     losses, norms = pipes.train(engine, way, evaluates=case["evaluates"])
     whole = engine.full_state_dict()
     precise = 1e-6 if pipes.TASKS[way.model].fp32_inside else 1e-12

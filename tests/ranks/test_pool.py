@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sixfold.base.errors import WorkerError
-from sixfold.testing import Pool, RankFailure
+from sixfold.testing import Pool, RankFailure, plugin
 from sixfold.testing import pool as pool_module
 
 _KEPT: list[Any] = []  # what bodies below leak on purpose
@@ -55,6 +56,31 @@ def test_body_runs_on_every_rank_of_its_world(factor: int, num_ranks: int, tmp_p
     dist.all_reduce(total)
     assert total.item() == factor * num_ranks
     assert len(list(tmp_path.iterdir())) == num_ranks  # the all-reduce came after every rank's file
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("factor", "num_ranks"), [(1, 1), (2, 3)])
+def test_sizes_may_go_with_other_parameters(factor: int) -> None:
+    assert dist.get_world_size() == 2 * factor - 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "own"),
+    [
+        (pytest.mark.ranks, pytest.mark.parametrize("factor", [1])),
+        (pytest.mark.ranks(2), pytest.mark.parametrize(("factor", "num_ranks"), [(1, 1)])),
+        (pytest.mark.ranks(9), pytest.mark.parametrize("factor", [1])),
+        (pytest.mark.ranks(2, patience_s=1), pytest.mark.parametrize("factor", [1])),
+    ],
+)
+def test_marks_without_sizes_or_with_others_are_refused(
+    asked: pytest.MarkDecorator, own: pytest.MarkDecorator
+) -> None:
+    definition = SimpleNamespace(
+        get_closest_marker=lambda name: asked.mark, iter_markers=lambda name: [own.mark]
+    )
+    with pytest.raises(pytest.UsageError, match=r"mark ranks\("):
+        plugin.pytest_generate_tests(SimpleNamespace(definition=definition))  # type: ignore[arg-type]
 
 
 @pytest.mark.ranks(2)

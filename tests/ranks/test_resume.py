@@ -77,9 +77,10 @@ def everything(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-@pytest.mark.ranks(1, 2, timeout_s=60)
+@pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("compute", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "adagrad")]
+    ("compute", "optimizer", "num_ranks"),
+    [("fp32", "adamw", 1), ("fp32", "adamw", 2), ("bf16", "adamw", 2), ("fp32", "adagrad", 2)],
 )
 def test_three_stops_equal_a_straight_run(
     compute: str, optimizer: str, num_ranks: int, tmp_path: Path
@@ -159,7 +160,7 @@ def test_dropout_differs_between_steps_ranks_micro_batches_and_forwards(num_rank
     assert len(set(masks[with_eval:])) == 1  # no dropout there
 
 
-@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.ranks(1, 2)
 def test_learning_rate_and_samples_do_not_depend_on_ranks_or_accumulation(num_ranks: int) -> None:
     steps, peak = 50, 0.02
     expected = [peak * (step + 1) / 5 for step in range(5)]

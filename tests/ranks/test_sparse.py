@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sixfold
-from sixfold.plan import PRESETS
-from tests.ranks import plain
+from tests.ranks import plain, rows
 
 
 class Bags(nn.Module):
@@ -36,8 +35,8 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return items, torch.randint(0, 6, (12,), generator=generator)
 
 
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("zero", PRESETS)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("zero", "num_ranks"), rows.presets(1, 3))
 @pytest.mark.parametrize("loop", ["train_step", "written_out"])
 def test_sparse_gradients_are_summed_like_dense_ones(loop: str, zero: int) -> None:
     reference = build(sparse=False).double()

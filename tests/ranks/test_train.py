@@ -98,11 +98,13 @@ def test_four_ranks_follow_two(config: Path, tmp_path: Path, rank_pool: Pool) ->
 def test_what_is_changed_at_a_resume_is_told_and_origins_stay(
     config: Path, tmp_path: Path, rank_pool: Pool
 ) -> None:
+    """By fewer ranks, too."""
     run = tmp_path / "run"
     on_ranks(rank_pool, 2, Request(config=config, into=run))
     origins = config_origins(run)
     changes = (f"train.steps={STEPS + 1}", "batch.global=4", "seed=1")
-    out = on_ranks(rank_pool, 2, Request(resume=run, overrides=changes))
+    out = on_ranks(rank_pool, 1, Request(resume=run, overrides=changes))
+    assert f"resumed     after update {STEPS} " in out
     assert "\nchanged since the save: seed 0 -> 1\n" in out
     assert "\nchanged since the save: batch.global 6 -> 4\n" in out
     changed = config_origins(run)

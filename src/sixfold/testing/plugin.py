@@ -6,6 +6,10 @@
     @pytest.mark.ranks(1, 2, 4, timeout_s=60)   # the body runs once per size, on all its ranks
     def test_sum(tmp_path, num_ranks): ...
 
+    @pytest.mark.ranks   # on sizes that go with other parameters
+    @pytest.mark.parametrize(("zero", "num_ranks"), [(0, 1), (0, 2), (3, 2)])
+    def test_step(zero): ...
+
 Fixtures are made in pytest's process and their values travel to the ranks as pickles (tmp_path,
 parametrised values); monkeypatch is made anew on each rank and undone there.
 `fresh=True` gives a world that the test may destroy. Around every test, also those without ranks,
@@ -33,7 +37,7 @@ _POOL = pytest.StashKey[Pool]()
 
 @dataclass(frozen=True)
 class _Wish:
-    """What one `ranks` mark asks for."""
+    """What one `ranks` mark asks for; without sizes the test is parametrised by `num_ranks` itself."""
 
     sizes: tuple[int, ...]
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -46,14 +50,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "ranks(n, ..., timeout_s=60, fresh=False): run on every rank of n gloo ranks, once per n"
+        "markers",
+        "ranks(n, ..., timeout_s=60, fresh=False): run on every rank of n gloo ranks, once per n, or per "
+        "num_ranks that the test is parametrised by",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("ranks")
-    if mark is not None:
-        sizes = _wish(mark).sizes
+    if mark is None:
+        return
+    sizes = _wish(mark).sizes
+    names = [
+        each.args[0] if each.args else each.kwargs["argnames"]
+        for each in metafunc.definition.iter_markers("parametrize")
+    ]
+    if bool(sizes) == any("num_ranks" in each for each in names):
+        raise _refusal(mark)
+    if sizes:
         metafunc.parametrize("num_ranks", sizes, indirect=True, ids=[f"ranks={size}" for size in sizes])
 
 
@@ -125,13 +139,16 @@ def _pool(config: pytest.Config) -> Pool:
 def _wish(mark: pytest.Mark) -> _Wish:
     unknown = sorted(mark.kwargs.keys() - {"timeout_s", "fresh"})
     legal = all(type(size) is int and 1 <= size <= _MAX_RANKS for size in mark.args)
-    if unknown or not mark.args or not legal:
-        given = ", ".join(
-            [*map(repr, mark.args), *(f"{name}={value!r}" for name, value in mark.kwargs.items())]
-        )
-        raise pytest.UsageError(
-            f"mark ranks({given})\n"
-            f"  rule: ranks(n, ..., timeout_s=seconds, fresh=bool) with n from 1 to {_MAX_RANKS}\n"
-            "  fix:  for instance @pytest.mark.ranks(1, 2, timeout_s=60)"
-        )
+    if unknown or not legal:
+        raise _refusal(mark)
     return _Wish(tuple(mark.args), **mark.kwargs)
+
+
+def _refusal(mark: pytest.Mark) -> pytest.UsageError:
+    given = ", ".join([*map(repr, mark.args), *(f"{name}={value!r}" for name, value in mark.kwargs.items())])
+    return pytest.UsageError(
+        f"mark ranks({given})\n"
+        f"  rule: ranks(n, ..., timeout_s=seconds, fresh=bool) with n from 1 to {_MAX_RANKS}, and without n "
+        "where the test is parametrised by num_ranks itself\n"
+        "  fix:  for instance @pytest.mark.ranks(1, 2, timeout_s=60)"
+    )
