@@ -233,8 +233,8 @@ def together(mesh: Mesh, place: Path, call: Callable[[], T]) -> T:
         place: what it reads or writes.
 
     Raises:
-        SaveError, CheckpointError: of the first rank on which it raised, on every rank; so none goes on to wait
-            for one that has failed, whatever of.
+        SaveError, CheckpointError: of the first rank on which it raised, on every rank; so none goes on to
+            wait for one that has failed, whatever of.
     """
     try:
         result = call()

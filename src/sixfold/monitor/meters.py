@@ -128,8 +128,8 @@ class Meter:
         compute_s: float | None = None,
         exchange_s: float | None = None,
     ) -> StepRecord:
-        """The update has ended now. Arguments are fields of `StepRecord`; what is left of the time is `host_s`,
-        where any part of it is known.
+        """The update has ended now. Arguments are fields of `StepRecord`; what is left of the time is
+        `host_s`, where any part of it is known.
 
         Raises:
             RuntimeError: when no update was started.

@@ -150,7 +150,7 @@ class Gathering:
         self._drop_all_but(current.kept)
 
     def leave(self) -> None:
-        """No forward is under way, though none was seen to end: torch calls no hook for a KeyboardInterrupt."""
+        """No forward is under way, though none was seen to end: torch calls no hook at a Ctrl-C."""
         self._depth = 0
 
     def refresh(self) -> None:

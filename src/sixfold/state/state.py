@@ -93,8 +93,8 @@ class ModelState:
         self._is_reduced: set[int] = set()
         self._is_begun = False
         self._is_free = True
-        # Several stages are on a rank in pipelines alone, where ranks come to passes in an order that they have
-        # agreed on, so that nobody asks to be served.
+        # Several stages are on a rank in pipelines alone, where ranks come to passes in an order that they
+        # have agreed on, so that nobody asks to be served.
         serve = partial(self._serve_asked, stages[0].number)
         self._meeting = Meeting(module, mesh, serve, is_needed=bool(self.residency.parameters and self.units))
         self._stages = {
@@ -339,7 +339,7 @@ class ModelState:
 
 
 def _make_units(plan: Plan, stages: Sequence[Stage], mesh: Mesh, given: Collection[str]) -> list[Unit]:
-    """The units of a plan over the parameters of its stages; without their whole numbers where these are cut."""
+    """The units of a plan over the parameters of its stages, dropped where they are cut."""
     parameters = {stage.number: stage.parameters for stage in stages}
     units = []
     for each in plan.units:

@@ -93,8 +93,8 @@ class ReduceWindow:
                 raise self._late(each.first_arrived())
 
     def finish(self) -> None:
-        """`close`, whichever gradients came: a window may have been left open by an error. Ranks that caught it
-        go on from different places perhaps, so all that any of them started is brought to its end."""
+        """`close`, whichever gradients came: a window may have been left open by an error. Ranks that caught
+        it go on from different places perhaps, so all that any of them started is brought to its end."""
         self.flush()
         while self._under_way:
             self._under_way.pop(0).finish_reduce()
