@@ -17,7 +17,7 @@ def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
     """Bytes that can be taken, and the limit that says so, in words; pages of files count as free. None where
     the system does not say."""
     available = _field(proc / "meminfo", "MemAvailable:") * 1024
-    return min((available, "of the machine"), *_headrooms(proc, groups)) if available else None
+    return min([(available, "of the machine"), *_headrooms(proc, groups)]) if available else None
 
 
 def total_bytes(proc: Path = Path("/proc")) -> int:
