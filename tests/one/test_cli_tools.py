@@ -110,3 +110,5 @@ def test_findings_that_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         found.append(checkup._open_files())
     assert {each.status for each in found} == {"note"}
     assert all(each.fix for each in found if each.found and "there is none" not in each.found)
+    monkeypatch.setattr(checkup, "free_bytes", lambda: None)
+    assert checkup._memory() == Finding("memory", "note", "the system does not say how much is free")

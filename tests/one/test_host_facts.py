@@ -106,14 +106,19 @@ def test_without_limits_what_the_machine_has_is_free(proc: Path, tmp_path: Path)
     assert free_bytes(proc, tmp_path / "none") == (2000 * 1024, "of the machine")
 
 
+def test_without_groups_the_machine_counts_and_without_its_word_nothing_is_known(tmp_path: Path) -> None:
+    """Groups are a matter of Linux, and `/proc` of few systems."""
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 2000 kB\n")
+    assert free_bytes(tmp_path, tmp_path) == (2000 * 1024, "of the machine")
+    assert free_bytes(tmp_path / "none", tmp_path) is None
+
+
 def test_the_tightest_group_counts_and_pages_of_files_are_free(proc: Path, tmp_path: Path) -> None:
     groups = tmp_path / "cgroup"
     names = ("memory.max", "memory.current")
     group(groups / "job/rank", *names, limit="max", used=900_000)
     group(groups / "job", *names, limit=1_000_000, used=900_000, stat="inactive_file 300000")
-    free, limit = free_bytes(proc, groups)
-    assert free == 400_000
-    assert limit == f"under {groups}/job/memory.max = 1 MB"
+    assert free_bytes(proc, groups) == (400_000, f"under {groups}/job/memory.max = 1 MB")
 
 
 def test_groups_of_the_first_version(proc: Path, tmp_path: Path) -> None:
@@ -121,4 +126,6 @@ def test_groups_of_the_first_version(proc: Path, tmp_path: Path) -> None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     groups = tmp_path / "cgroup"
     group(groups / "memory", *names, limit=800_000, used=300_000, stat="total_inactive_file 100000")
-    assert free_bytes(proc, groups)[0] == 600_000  # a container sees its own group as the root
+    found = free_bytes(proc, groups)
+    assert found is not None
+    assert found[0] == 600_000  # a container sees its own group as the root

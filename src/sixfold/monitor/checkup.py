@@ -166,7 +166,10 @@ def _open_files() -> Finding:
 
 
 def _memory() -> Finding:
-    free, limit = free_bytes()
+    known = free_bytes()
+    if known is None:
+        return Finding("memory", "note", "the system does not say how much is free")
+    free, limit = known
     return Finding("memory", "ok", f"{bytes_text(free)} free ({limit})")
 
 

@@ -142,7 +142,7 @@ class Host:
             PlanError: "host" was asked for and is not possible, on every rank.
         """
         memory, problem = _own_memory(asked, device)
-        free, limit = free_bytes() if not problem else (0, "")
+        free, limit = (free_bytes() if memory else None) or (0, "")
         mine = Facts(
             asked=asked,
             device=device.type,
@@ -221,6 +221,8 @@ def _own_memory(asked: str | None, device: torch.device) -> tuple[OwnMemory | No
         return None, "not tried"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None, f"{sys.platform} on {platform.machine()}; Linux on x86_64 is needed"
+    if free_bytes() is None:
+        return None, "the system does not say how much memory is free"
     try:
         length = min(total_bytes(), _ADDRESS_SPACE // (os.cpu_count() or 1))
         memory = OwnMemory(length)

@@ -13,10 +13,11 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
-    """Bytes that can be taken, and the limit that says so, in words; pages of files count as free."""
-    found = [(_field(proc / "meminfo", "MemAvailable:") * 1024, "of the machine"), *_headrooms(proc, groups)]
-    return min(found)
+def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str] | None:
+    """Bytes that can be taken, and the limit that says so, in words; pages of files count as free. None where
+    the system does not say."""
+    available = _field(proc / "meminfo", "MemAvailable:") * 1024
+    return min([(available, "of the machine"), *_headrooms(proc, groups)]) if available else None
 
 
 def total_bytes(proc: Path = Path("/proc")) -> int:
@@ -25,7 +26,7 @@ def total_bytes(proc: Path = Path("/proc")) -> int:
 
 
 def _headrooms(proc: Path, groups: Path) -> Iterator[tuple[int, str]]:
-    for line in (proc / "self/cgroup").read_text().splitlines():
+    for line in _lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -45,5 +46,8 @@ def _headroom(group: Path, limit: str, used: str, reclaimable: str) -> Iterator[
 
 
 def _field(path: Path, name: str) -> int:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+    return next((int(line.split()[1]) for line in _lines(path) if line.startswith(name)), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []

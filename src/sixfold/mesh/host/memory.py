@@ -46,7 +46,8 @@ class OwnMemory:
         """
         size = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         offset = self._reserved
-        free, limit = min(free_bytes(), (len(self.map) - offset, "of the address space set aside"))
+        set_aside = len(self.map) - offset, "of the address space set aside"
+        free, limit = min(filter(None, (free_bytes(), set_aside)))
         if size > free:
             raise self._refusal(size, f"{bytes_text(free)} are free {limit}")
         try:
