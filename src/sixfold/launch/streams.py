@@ -18,6 +18,7 @@ from pathlib import Path
 
 _READ_BYTES = 65_536
 _RESIZE_S = 0.5
+_JOIN_S = 5.0
 
 
 class Relay:
@@ -58,11 +59,11 @@ class Relay:
         return any(stream.is_inside_line for stream in self._streams)
 
     def close(self) -> None:
-        """Finish, after rank 0 and all its children are gone."""
-        self._thread.join(timeout=5.0)
-        for stream in self._streams:
-            stream.finish()
-        os.close(self._log)
+        """Wait for the end, after rank 0 and all its children are gone; harmless when repeated.
+
+        Not for ever: a terminal that was stopped takes nothing more. What was read is in the log by then.
+        """
+        self._thread.join(_JOIN_S)
 
     def _pump(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -74,6 +75,9 @@ class Relay:
                         selector.unregister(key.fd)
                 for stream in self._streams:
                     stream.match_size()
+        for stream in self._streams:
+            stream.finish()
+        os.close(self._log)
 
 
 class _Stream:
@@ -100,8 +104,8 @@ class _Stream:
         except OSError:  # how a pseudo terminal says that its other end is closed
             return False
         if data:
+            self._keep(data)  # first: the terminal may block
             self._pass_on(data)
-            self._keep(data)
         return bool(data)
 
     def match_size(self) -> None:
