@@ -6,6 +6,7 @@ Written by the training loop, read by reports. A write that fails is told and ne
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,10 @@ FILE_NAME = "timeline.json"
 def write_recording(folder: Path, step: int, timeline: Timeline, warn: Callable[[str], None]) -> None:
     """Write the times of update `step` into a run folder, in place of another one's."""
     file = folder / FILE_NAME
+    draft = file.with_suffix(".tmp")
     try:
-        file.write_text(json.dumps({"step": step, "events": timeline.rows()}))
+        draft.write_text(json.dumps({"step": step, "events": timeline.rows()}))
+        os.replace(draft, file)  # reports are made while the run goes on, or was killed
     except OSError as error:
         warn(f"the recorded update is not written to {file}: {error}; training goes on")
 
