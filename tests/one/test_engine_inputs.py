@@ -546,6 +546,28 @@ def test_a_schedule_without_an_end_is_refused_at_once() -> None:
         sixfold.initialize(nn.Linear(2, 1), config=config)
 
 
+def test_a_rehearsal_that_fails_puts_buffers_back_too() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 1)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            if not x.isfinite().all():
+                raise ArithmeticError("not finite")
+            return super().forward(x).square().mean()
+
+    model = Counting()
+    engine = sixfold.initialize(model, config={"batch": {"micro": 2}})
+    engine.rehearse(X)
+    with pytest.raises(ArithmeticError):
+        engine.rehearse(torch.cat([X[:2], X[:2] * float("nan")]))
+    assert model.seen == 0
+    engine.train_step(X)
+    assert model.seen == len(X)
+
+
 def test_a_closed_engine_refuses_to_train(tmp_path: Path) -> None:
     engine = sixfold.initialize(nn.Linear(2, 1), loss_fn=_mean_square)
     engine.close()

@@ -173,11 +173,13 @@ class Engine:
         """
         self._order.check_idle("rehearse")
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._playing.play("rehearse", "rehearsal", batch, self.num_steps, self._last_weight)
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
-        self._playing.routing.forget()
+        try:
+            self._playing.play("rehearse", "rehearsal", batch, self.num_steps, self._last_weight)
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.module.named_buffers():
+                    buffer.copy_(buffers[name])
+            self._playing.routing.forget()
 
     # The same, written out.
 
