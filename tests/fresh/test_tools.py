@@ -15,6 +15,11 @@ pytestmark = pytest.mark.fresh
 
 
 def test_two_ranks_sum_over_every_transport(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the test is made inside of a rank of some launch."""
+    own = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    own |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": "3"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(selftest.sys, "executable", warm_python)
     outcome = selftest.run(2, 600.0)
     assert outcome.problem is None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sixfold.base.errors import SixfoldError
 from sixfold.mesh import Mesh
@@ -39,13 +39,13 @@ class Outcome:
 
 def run(num_ranks: int, timeout_s: float) -> Outcome:
     """Start ranks of this machine, let them exchange, and collect what they say."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sixfold.monitor.selftest", str(num_ranks), str(port), str(timeout_s)]
+    # They meet at a store that is kept here, as at a launcher's: its port is never free for others meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = [str(num_ranks), str(store.port), str(timeout_s)]
+    command = [sys.executable, "-m", "sixfold.monitor.selftest", *given]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_plain()
+            [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environ()
         )
         for rank in range(num_ranks)
     ]
@@ -66,10 +66,15 @@ def run(num_ranks: int, timeout_s: float) -> Outcome:
     return Outcome("; ".join(problems) or None, rates)
 
 
-def _plain() -> dict[str, str]:
-    """This environment without what would make a process believe it is a rank already."""
+def _environ() -> dict[str, str]:
+    """This environment for ranks that meet at a store of somebody else, whatever rank this process may be."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in own}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in own and not name.startswith("TORCHELASTIC_")
+    }
+    return {**kept, "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def exchange(num_ranks: int, port: int, timeout_s: float, rank: int) -> dict[str, float]:
