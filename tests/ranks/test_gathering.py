@@ -243,6 +243,51 @@ def test_two_losses_of_one_forward() -> None:
     assert plain.farthest(engine.full_state_dict(), reference) < BOUND
 
 
+class Interruptible(Tower):
+    """Somebody presses Ctrl-C in its middle."""
+
+    is_interrupted = False
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.is_interrupted:
+            self.blocks[0](x)
+            raise KeyboardInterrupt
+        return super().run(x)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_forward_that_was_interrupted_may_be_followed_by_any_call() -> None:
+    engine = towers.start(Interruptible, {"zero": 3})
+    module, x = engine.module, towers.data(0)[:2]
+    assert isinstance(module, Interruptible)
+
+    def evaluated() -> float:
+        with torch.no_grad():
+            return float(engine(x).square().mean())
+
+    def differentiated() -> float:
+        loss = towers.mean_square(engine(x), x)
+        engine.backward(loss)
+        engine.step()
+        return float(loss.detach())
+
+    loss = evaluated()
+    for goes_on in (
+        evaluated,
+        lambda: engine.eval_step(x).loss,
+        differentiated,
+        lambda: engine.train_step(x),
+    ):
+        for is_learning in (False, True):
+            module.is_interrupted = True
+            with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(is_learning):
+                engine(x)
+            module.is_interrupted = False
+        assert goes_on() == pytest.approx(loss, rel=1e-12)
+        loss = evaluated()
+    engine.close()
+
+
 class Wandering(Tower):
     """Samples say which of the blocks they take."""
 

@@ -191,6 +191,7 @@ class Engine:
         self._order.check_whole("engine(...)")
         cast = self._playing.cast
         args, kwargs = to_device(args, self.device, cast), to_device(kwargs, self.device, cast)
+        self.state.begin_forward()
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._playing.routing.refuse_written_out()

@@ -140,6 +140,7 @@ class Gathering:
         current = self.current
         if current is None:
             return
+        self.leave()
         current.go((), to_end=True)
         if isinstance(current, Finding):
             self._orders[current.kind] = self._settled(current)
@@ -148,6 +149,11 @@ class Gathering:
             self._window.flush()
         self.current = None
         self._drop_all_but(current.kept)
+
+    def leave(self) -> None:
+        """No forward is under way, whether or not one was seen to end: after a KeyboardInterrupt torch calls
+        no hook."""
+        self._depth = 0
 
     def refresh(self) -> None:
         """Drop everything: the numbers have changed."""
@@ -291,12 +297,12 @@ class Gathering:
     # Hooks.
 
     def _root_begins(self, module: nn.Module, args: object) -> None:
-        self._depth += 1
-        if self._depth == 1 and not self._is_explicit and not self._is_held:
+        if self._depth == 0 and not self._is_explicit and not self._is_held:
             self.open(forward_kind())
+        self._depth += 1
 
     def _root_ends(self, module: nn.Module, args: object, output: object) -> None:
-        self._depth -= 1
+        self._depth = max(self._depth - 1, 0)
         # After an error the pass is left open: ranks must not talk while one of them is on its way out. Who
         # goes on instead ends it with the next call.
         has_failed = output is None and sys.exc_info()[0] is not None

@@ -132,6 +132,11 @@ class ModelState:
                 gathering.close()
         return self._meeting.meet(what, number)
 
+    def begin_forward(self) -> None:
+        """The module is called from outside, so an earlier call of it has come to its end."""
+        for gathering in self._gathering:
+            gathering.leave()
+
     def largest(self, what: str, num_micro: int) -> int:
         """`arrive`; the largest `num_micro` of all ranks, or this rank's own where nothing that is sent
         depends on the others'."""
