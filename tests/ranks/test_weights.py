@@ -217,3 +217,25 @@ def test_weights_that_do_not_fit_are_listed_on_every_rank(tmp_path: Path) -> Non
     dist.barrier()
     with pytest.raises(CheckpointError, match="has no manifest"):
         engine.load(tmp_path / "c")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("at", ["engine.weights.open_weights", "checkpoint.weights.fill_pieces"])
+def test_an_unforeseen_error_on_one_rank_is_told_on_all(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a library, say, whichever step it comes in: the other ranks wait for nobody who has left."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    rank = dist.get_rank()
+    if rank == 0:
+        save_file(dict(nn.Linear(3, 2).state_dict()), tmp_path / "model.safetensors")
+    dist.barrier()
+    if rank == 1:
+        monkeypatch.setattr(f"sixfold.{at}", fail)
+    with pytest.raises(CheckpointError, match="RuntimeError: boom") as caught:
+        sixfold.initialize(nn.Linear(3, 2), config={}, weights=tmp_path)
+    assert isinstance(caught.value.__cause__, RuntimeError) == (rank == 1)
+    assert caught.value.given.startswith("rank 1: ") == (rank == 0)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from sixfold.checkpoint.retention import Keep
 from sixfold.checkpoint.tensorfile import Spec
 from sixfold.checkpoint.writing import Cancelled, Plan, Save, plan
 from sixfold.mesh import Mesh
+
+T = TypeVar("T")
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.02
 _REHEARSAL = ".rehearsal"
@@ -68,21 +71,15 @@ class Saving:
         if self._failed is not None:
             self._failed.join()  # on every rank before any writes: it may have had the same name
             self._failed = None
-        content: Content | None = None
-        planned: Plan | None = None
-        failure: SixfoldError | None = None
-        try:
+
+        def prepared() -> tuple[Content, Plan, str | None]:
             content = make()
             check_content(content)
-            planned = plan(content)
-        except Exception as error:
-            failure = _told(folder, error)
-        digest = planned.digest if planned else 0
-        row = [secrets.token_hex(8), digest, staging_place() if is_remote(folder) else None]
+            return content, plan(content), staging_place() if is_remote(folder) else None
+
+        content, planned, staging = together(self._mesh, folder, prepared)
+        row = [secrets.token_hex(8), planned.digest, staging]
         rows = [json.loads(text) for text in self._mesh.texts(json.dumps(row))]
-        raise_together(self._mesh, failure)
-        if content is None or planned is None:
-            raise AssertionError("a rank without a content has told of its failure")
         strangers = [str(rank) for rank, row in enumerate(rows) if row[1] != rows[0][1]]
         if strangers:
             raise CheckpointError(
@@ -168,24 +165,26 @@ class Saving:
         )
         self.start(target, lambda: content, snapshot=False)
         self.wait(_REHEARSAL_LIMIT_S)
-        failure: SixfoldError | None = None
-        try:
-            free = self._files.free_bytes(folder)
+
+        def check() -> None:
+            try:
+                open_checkpoint(target).verify()
+                free = self._files.free_bytes(folder)
+            except (OSError, CheckpointError) as error:
+                raise SaveError(
+                    f"{target} was written by all ranks, and rank {self._mesh.rank} cannot read it: {error}",
+                    rule="what was saved can be loaded on every rank",
+                    fix="name a folder on a file system that all hosts share and may read",
+                ) from error
             if free < num_bytes:
-                failure = SaveError(
+                raise SaveError(
                     f"{folder} has {bytes_text(free)} left, and one checkpoint takes {bytes_text(num_bytes)}",
                     rule="there is room for a checkpoint before training begins",
                     fix="free some, or save to another disk",
                 )
-            open_checkpoint(target).verify()
-        except (OSError, CheckpointError) as error:
-            failure = SaveError(
-                f"{target} was written by all ranks, and rank {self._mesh.rank} cannot read it: {error}",
-                rule="what was saved can be loaded on every rank",
-                fix="name a folder on a file system that all hosts share and may read",
-            )
+
         try:
-            raise_together(self._mesh, failure)
+            together(self._mesh, target, check)
         finally:
             if self._mesh.rank == 0:
                 self._files.remove(target)
@@ -227,6 +226,25 @@ class _Flight:
             self._over.set()
 
 
+def together(mesh: Mesh, place: Path, call: Callable[[], T]) -> T:
+    """What `call` gives on this rank, after it has come to its end on all of them. A collective.
+
+    Args:
+        place: what it reads or writes.
+
+    Raises:
+        SaveError, CheckpointError: of the first rank on which it raised, on every rank; so none goes on to
+            wait for one that has failed, whatever of.
+    """
+    try:
+        result = call()
+    except Exception as error:
+        raise_together(mesh, _told(place, error))
+        raise
+    raise_together(mesh, None)
+    return result
+
+
 def raise_together(mesh: Mesh, failure: SixfoldError | None) -> None:
     """Raise the first rank's failure, if any has one, on every rank. A collective.
 
@@ -250,13 +268,13 @@ def _lonely(folder: Path, limit_s: float) -> SaveError:
     )
 
 
-def _told(folder: Path, error: Exception) -> SixfoldError:
+def _told(place: Path, error: Exception) -> SixfoldError:
     if isinstance(error, SixfoldError):
         return error
     told = CheckpointError(
-        f"{folder}: {type(error).__name__}: {error}",
-        rule="model, optimizer state and counters can be written as tensors and plain values",
-        fix="see the original error above this one",
+        f"{place}: {type(error).__name__}: {error}",
+        rule="what all ranks save or load together works on each of them; state is tensors and plain values",
+        fix="mend what the message names; its rank shows the original error above this one",
     )
     told.__cause__ = error
     return told

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sixfold.base.errors import CheckpointError, SixfoldError
+from sixfold.base.errors import CheckpointError
 from sixfold.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -29,7 +29,7 @@ from sixfold.checkpoint import (
     open_checkpoint,
     state_name,
 )
-from sixfold.checkpoint.together import Saving, raise_together
+from sixfold.checkpoint.together import Saving, together
 from sixfold.checkpoint.weights import Weights, are_weights
 from sixfold.config import CheckpointConfig
 from sixfold.engine.weights import matching_weights, read_weights
@@ -203,18 +203,7 @@ class Persistence:
             return self._load(folder)
 
     def _load(self, folder: Path) -> Mapping[str, Any] | None:
-        incoming: _Incoming | Weights | None = None
-        failure: SixfoldError | None = None
-        try:
-            if are_weights(folder):
-                incoming = matching_weights(self.module, folder, self.aliases)
-            else:
-                incoming = self._read(folder)
-        except SixfoldError as error:
-            failure = error
-        raise_together(self.mesh, failure)
-        if incoming is None:
-            raise AssertionError("a rank that could not read has told of its failure")
+        incoming = together(self.mesh, folder, lambda: self._incoming(folder))
         if isinstance(incoming, Weights):
             read_weights(self.module, self.state, incoming)
             for unit, numbers in self._averages.items():
@@ -236,6 +225,11 @@ class Persistence:
         if self.keeps_settings and training["groups"] is not None:
             self.bound.load_settings(training["groups"])
         return incoming.counters
+
+    def _incoming(self, folder: Path) -> _Incoming | Weights:
+        if are_weights(folder):
+            return matching_weights(self.module, folder, self.aliases)
+        return self._read(folder)
 
     def _read(self, folder: Path) -> _Incoming:
         saved = open_checkpoint(folder)

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sixfold.base.errors import SixfoldError
 from sixfold.checkpoint import MODEL, Piece, Spec
-from sixfold.checkpoint.together import raise_together
+from sixfold.checkpoint.together import together
 from sixfold.checkpoint.weights import Weights, open_weights
 from sixfold.mesh import Mesh
 from sixfold.parallel import persistent_buffers
@@ -34,16 +33,7 @@ def find_weights(module: nn.Module, source: Path, aliases: Mapping[str, str], me
     Raises:
         CheckpointError: there are none, or lists all that does not fit; on every rank.
     """
-    found: Weights | None = None
-    failure: SixfoldError | None = None
-    try:
-        found = matching_weights(module, source, aliases)
-    except SixfoldError as error:
-        failure = error
-    raise_together(mesh, failure)
-    if found is None:
-        raise AssertionError("a rank without weights has told of its failure")
-    return found
+    return together(mesh, source, lambda: matching_weights(module, source, aliases))
 
 
 def matching_weights(module: nn.Module, source: Path, aliases: Mapping[str, str]) -> Weights:
@@ -78,12 +68,8 @@ def read_weights(module: nn.Module, state: ModelState, weights: Weights) -> None
     buffers = {n: each for n, each in persistent_buffers(module).items() if n in weights.places}
     read = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in buffers.items()}
     pieces += [Piece(MODEL, name, 0, numbers) for name, numbers in read.items()]
-    failure: SixfoldError | None = None
-    try:
-        weights.fill(piece for piece in pieces if piece.tensor.numel())
-    except SixfoldError as error:
-        failure = error
-    raise_together(state.mesh, failure)
+    filled = [piece for piece in pieces if piece.tensor.numel()]
+    together(state.mesh, weights.folder, lambda: weights.fill(filled))
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(read[name])
