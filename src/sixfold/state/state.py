@@ -229,7 +229,7 @@ class ModelState:
         if self._is_begun:
             return
         for window in self._windows.values():
-            window.abandon()
+            window.finish()
         self._is_reduced = set()
         self._readiness.restore()
         self._is_begun = True

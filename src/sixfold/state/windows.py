@@ -87,14 +87,14 @@ class ReduceWindow:
         """
         if not self.is_open:
             return
-        self.abandon()
+        self.finish()
         for each in self._all:
             if len(each.awaited) < len(each.plan.slots):
                 raise self._late(each.first_arrived())
 
-    def abandon(self) -> None:
-        """End a window that may have been left open by an error: ranks that caught it go on from different
-        places perhaps, so all that any of them started is brought to its end."""
+    def finish(self) -> None:
+        """`close`, whichever gradients came: a window may have been left open by an error. Ranks that caught
+        it go on from different places perhaps, so all that any of them started is brought to its end."""
         self.flush()
         while self._under_way:
             self._under_way.pop(0).finish_reduce()
