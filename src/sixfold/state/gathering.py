@@ -14,7 +14,7 @@ later block first, so nothing of it is left by then.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
@@ -50,12 +50,11 @@ class Gathering:
 
     Args:
         units: those whose parameters are cut, in module order; with none it does nothing.
-        serve: called in place of a pass that this rank has no part in, with its kind.
+        meeting: where ranks come together before they pass.
         window: what reduces units that a backward pass has left.
         prefetch_bytes: bound on what is gathered ahead; None for always one unit.
 
     Attributes:
-        meeting: where ranks come together before they pass.
         is_free: whether nobody has agreed on the order of passes, so that ranks ask for it.
         current: the pass under way.
     """
@@ -65,7 +64,7 @@ class Gathering:
         module: nn.Module,
         units: Sequence[Unit],
         mesh: Mesh,
-        serve: Callable[[str], None],
+        meeting: Meeting,
         window: ReduceWindow,
         prefetch_bytes: int | None,
     ) -> None:
@@ -73,7 +72,7 @@ class Gathering:
         self._mesh = mesh
         self._window = window
         self._prefetch_bytes = prefetch_bytes
-        self.meeting = Meeting(module, mesh, serve, is_needed=self.has_units)
+        self._meeting = meeting
         self.is_free = True
         self._staying = [unit for unit in units if not unit.plan.blocks]
         self._users: dict[str, list[Unit]] = {}
@@ -126,7 +125,7 @@ class Gathering:
         if self.current is not None:
             self.close()
         if self.is_free:
-            self.meeting.meet(kind)
+            self._meeting.meet(kind)
         self._start(kind).go(self._staying)
 
     def serve(self, kind: str) -> None:

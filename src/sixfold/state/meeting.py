@@ -1,7 +1,7 @@
 """Where the ranks of a module with cut parameters come together, whatever each of them calls.
 
 Some come to a forward or backward that others do not make, and these serve it; any other call all have in
-common. Made by `Gathering` and asked before every call. It gathers nothing itself.
+common. Made by `ModelState`, one for all its stages, and asked before every call. It gathers nothing itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sixfold.state.passes import PASSES
 
 _MOST_LETTERS = 96
 _SERIALS = count()
-"""One for each module of a process; ranks make them in one order."""
+"""One for each engine of a process; ranks make them in one order."""
 
 
 class Meeting:

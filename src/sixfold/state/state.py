@@ -23,6 +23,7 @@ from sixfold.state.catalog import make_catalog
 from sixfold.state.edits import Edits
 from sixfold.state.foreign import Foreign
 from sixfold.state.gathering import Gathering
+from sixfold.state.meeting import Meeting
 from sixfold.state.passes import BACKWARD, forward_kind
 from sixfold.state.publishing import Publication
 from sixfold.state.readiness import Readiness
@@ -93,6 +94,9 @@ class ModelState:
         self._is_reduced: set[int] = set()
         self._is_begun = False
         self._is_free = True
+        # Only a pipeline has several stages on a rank, and there nobody is served who was not expected.
+        serve = partial(self._serve_asked, stages[0].number)
+        self._meeting = Meeting(module, mesh, serve, is_needed=bool(self.residency.parameters and self.units))
         self._windows: dict[int, ReduceWindow] = {}
         self._gatherings: dict[int, Gathering] = {}
         self._publications: dict[int, Publication] = {}
@@ -108,14 +112,12 @@ class ModelState:
                 stage.module,
                 units if self.residency.parameters else [],
                 mesh,
-                partial(self._serve_asked, stage.number),
+                self._meeting,
                 window,
                 prefetch_bytes,
             )
         self._gathering = [each for each in self._gatherings.values() if each.has_units]
         self.edits = Edits(module, self.units, self.foreign, self.known, self._gathering, mesh)
-        # Of a stage that has parameters, where one has: the others meet nobody.
-        self._meeting = max(self._gatherings.values(), key=lambda each: each.has_units).meeting
         self._places = {
             id(parameter): (gradients, index)
             for unit, gradients in zip(self.trained, self._gradients, strict=True)
