@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +31,21 @@ from sixfold.state.readiness import Readiness
 from sixfold.state.sums import GradientSums
 from sixfold.state.unit import Unit
 from sixfold.state.windows import ReduceWindow
+
+
+@dataclass(frozen=True)
+class _StageParts:
+    """What moves the numbers of one stage's units.
+
+    Args:
+        window: sums their gradients over ranks.
+        gathering: makes them whole while they are used, where they are cut.
+        publication: brings what an update has written into their working parameters.
+    """
+
+    window: ReduceWindow
+    gathering: Gathering
+    publication: Publication
 
 
 class ModelState:
@@ -59,25 +75,8 @@ class ModelState:
     ) -> None:
         self.mesh = mesh
         self.residency = plan.residency
-        self._module = module
         stages = stages or [Stage.whole(module)]
-        parameters = {stage.number: stage.parameters for stage in stages}
-        self.units: list[Unit] = []
-        for unit_plan in plan.units:
-            is_blank = all(slot.name in given for slot in unit_plan.slots)
-            own, precision = parameters[unit_plan.stage], plan.precision_of(unit_plan)
-            unit = Unit(
-                unit_plan,
-                precision,
-                plan.residency,
-                own,
-                mesh.replicas_of(unit_plan.cut),
-                is_blank=is_blank,
-                is_first="tensor" in unit_plan.cut or mesh.place("tensor") == 0,
-            )
-            self.units.append(unit)
-            if self.residency.parameters:
-                unit.presence.drop()
+        self.units = _make_units(plan, stages, mesh, given)
         self.trained = [unit for unit in self.units if unit.plan.trainable]
         self._gradients = [unit.gradients for unit in self.trained if unit.gradients is not None]
         names = [name for name, _ in module.named_parameters()]
@@ -94,35 +93,28 @@ class ModelState:
         self._is_reduced: set[int] = set()
         self._is_begun = False
         self._is_free = True
-        # Only a pipeline has several stages on a rank, and there nobody is served who was not expected.
+        # Several stages are on a rank in pipelines alone, where ranks come to passes in an order that they
+        # have agreed on, so that nobody asks to be served.
         serve = partial(self._serve_asked, stages[0].number)
         self._meeting = Meeting(module, mesh, serve, is_needed=bool(self.residency.parameters and self.units))
-        self._windows: dict[int, ReduceWindow] = {}
-        self._gatherings: dict[int, Gathering] = {}
-        self._publications: dict[int, Publication] = {}
-        for stage in stages:
-            units = [unit for unit in self.units if unit.plan.stage == stage.number]
-            window = ReduceWindow(
-                [unit for unit in units if unit.plan.trainable],
-                by_arrival=not self.residency.parameters and not puts_off,
-            )
-            self._windows[stage.number] = window
-            self._publications[stage.number] = Publication([u for u in units if u.plan.trainable])
-            self._gatherings[stage.number] = Gathering(
-                stage.module,
-                units if self.residency.parameters else [],
-                mesh,
-                self._meeting,
-                window,
-                prefetch_bytes,
-            )
-        self._gathering = [each for each in self._gatherings.values() if each.has_units]
+        self._stages = {
+            stage.number: self._make_parts(stage, prefetch_bytes, puts_off=puts_off) for stage in stages
+        }
+        self._gathering = [each.gathering for each in self._stages.values() if each.gathering.has_units]
         self.edits = Edits(module, self.units, self.foreign, self.known, self._gathering, mesh)
         self._places = {
             id(parameter): (gradients, index)
             for unit, gradients in zip(self.trained, self._gradients, strict=True)
             for index, parameter in enumerate(unit.parameters)
         }
+
+    def _make_parts(self, stage: Stage, prefetch_bytes: int | None, *, puts_off: bool) -> _StageParts:
+        units = [unit for unit in self.units if unit.plan.stage == stage.number]
+        trained = [unit for unit in units if unit.plan.trainable]
+        cut = units if self.residency.parameters else []
+        window = ReduceWindow(trained, by_arrival=not self.residency.parameters and not puts_off)
+        gathering = Gathering(stage.module, cut, self.mesh, self._meeting, window, prefetch_bytes)
+        return _StageParts(window, gathering, Publication(trained))
 
     # Who runs and who serves, where parameters are cut; elsewhere these do nothing.
 
@@ -145,7 +137,7 @@ class ModelState:
         if self.residency.parameters:
             return round(max(self.arrive(what, num_micro)))
         # With several stages here, the order in which they are reduced depends on the number too.
-        depends = self.residency.reduces_each or len(self._windows) > 1
+        depends = self.residency.reduces_each or len(self._stages) > 1
         return self.mesh.largest(num_micro) if depends else num_micro
 
     @contextmanager
@@ -164,13 +156,13 @@ class ModelState:
     def backward(self, stage: int = 0) -> AbstractContextManager[None]:
         """Inside, the one backward pass that this rank makes now; a window that is open is its own, and
         completed at its end."""
-        return self._gatherings[stage].backward()
+        return self._stages[stage].gathering.backward()
 
     def backward_input(self, stage: int) -> AbstractContextManager[None]:
         """Inside, the input part of a backward. What it accumulates belongs to the next reduction, so the
         one under way is waited for."""
-        self._windows[stage].close()
-        return self._gatherings[stage].backward()
+        self._stages[stage].window.close()
+        return self._stages[stage].gathering.backward()
 
     def put_off(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Accumulate a gradient that a backward left for later."""
@@ -185,16 +177,16 @@ class ModelState:
     def complete(self, stage: int) -> None:
         """Start to reduce what is left of a stage in its open window: its gradients are complete, and those
         that did not come are zeros. Stages are so reduced in the order of their windows on every rank."""
-        self._windows[stage].flush()
+        self._stages[stage].window.flush()
 
     def keep(self, stage: int, *, is_kept: bool) -> None:
         """Have a stage's cut parameters whole from now on, or no longer than passes need them."""
-        self._gatherings[stage].keep(is_kept)
+        self._stages[stage].gathering.keep(is_kept)
 
     def serve_forward(self, stage: int = 0) -> None:
         """Take part in the others' forward."""
         if self.residency.parameters:
-            self._gatherings[stage].serve(forward_kind())
+            self._stages[stage].gathering.serve(forward_kind())
 
     def serve_backward(self, stage: int = 0, *, puts_off: bool = False) -> None:
         """Take part in the others' backward and, in an open window, in its reductions.
@@ -203,15 +195,15 @@ class ModelState:
             puts_off: whether they run its input part alone.
         """
         if puts_off:
-            self._windows[stage].close()
+            self._stages[stage].window.close()
         if self.residency.parameters:
-            self._gatherings[stage].serve(BACKWARD)
+            self._stages[stage].gathering.serve(BACKWARD)
         if not puts_off:
             self.complete(stage)
 
     def _serve_asked(self, stage: int, kind: str) -> None:
         if kind != BACKWARD:
-            self._gatherings[stage].serve(kind)
+            self._stages[stage].gathering.serve(kind)
             return
         self.begin()
         if self.reduces_with_backward:
@@ -230,8 +222,8 @@ class ModelState:
         further call does nothing: a rank may have served others before its own first backward."""
         if self._is_begun:
             return
-        for window in self._windows.values():
-            window.finish()
+        for each in self._stages.values():
+            each.window.finish()
         self._is_reduced = set()
         self._readiness.restore()
         self._is_begun = True
@@ -253,20 +245,20 @@ class ModelState:
                 rule="gradients that are held whole are summed over ranks once, when they are complete",
                 fix='write one reduce for each stage, or set layout.reduce = "each"',
             )
-        self._windows[stage].open()
+        self._stages[stage].window.open()
         self._is_reduced.add(stage)
 
     def finish_reduce(self) -> None:
         """Start to reduce what has not been since `open_reduce`, and wait for all of it."""
-        for window in self._windows.values():
-            window.close()
+        for each in self._stages.values():
+            each.window.close()
 
     def publish(self, stage: int | None) -> None:
         """Bring a stage's updated state into its working parameters; None: of all units, of frozen ones too,
         after `Unit.fill_own`."""
         if stage is None:
             self.refresh()
-        publication = Publication(self.units) if stage is None else self._publications[stage]
+        publication = Publication(self.units) if stage is None else self._stages[stage].publication
         publication.run()
 
     @contextmanager
@@ -278,8 +270,8 @@ class ModelState:
         kept = {unit: unit.part.clone() for unit in self.trained}
         try:
             self.refresh()
-            for publication in self._publications.values():
-                publication.run(numbers)
+            for each in self._stages.values():
+                each.publication.run(numbers)
             yield
             self.refresh()
             for pending in [unit.settle() for unit in kept]:
@@ -337,13 +329,33 @@ class ModelState:
 
     def remove(self) -> None:
         """Take the hooks off the module; its parameters stay usable, unless they are cut."""
-        for window in self._windows.values():
-            window.remove()
+        for each in self._stages.values():
+            each.window.remove()
         for gathering in self._gathering:
             gathering.remove()
         for unit in self.units:
             if self.residency.parameters:
                 unit.presence.end()
+
+
+def _make_units(plan: Plan, stages: Sequence[Stage], mesh: Mesh, given: Collection[str]) -> list[Unit]:
+    """The units of a plan over the parameters of its stages; those that are cut hold their own part alone."""
+    parameters = {stage.number: stage.parameters for stage in stages}
+    units = []
+    for each in plan.units:
+        unit = Unit(
+            each,
+            plan.precision_of(each),
+            plan.residency,
+            parameters[each.stage],
+            mesh.replicas_of(each.cut),
+            is_blank=all(slot.name in given for slot in each.slots),
+            is_first="tensor" in each.cut or mesh.place("tensor") == 0,
+        )
+        units.append(unit)
+        if plan.residency.parameters:
+            unit.presence.drop()
+    return units
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:
