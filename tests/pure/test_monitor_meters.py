@@ -46,6 +46,17 @@ def test_a_record_holds_what_it_was_given_and_the_time_between_start_and_stop() 
     assert record.as_dict()["tokens_per_s"] == 50.0
 
 
+def test_what_no_part_of_the_time_explains_is_the_host() -> None:
+    clock = Clock()
+    meter = Meter(1, clock=clock)
+    meter.start()
+    clock.now += 2.0
+    record = meter.stop(
+        1, loss=2.5, lr=1e-3, grad_norm=None, tokens=9, samples=4, data_s=0.25, compute_s=1.0, exchange_s=0.5
+    )
+    assert (record.data_s, record.compute_s, record.exchange_s, record.host_s) == (0.25, 1.0, 0.5, 0.25)
+
+
 def test_one_slow_update_moves_neither_the_rate_nor_the_time_left() -> None:
     clock = Clock()
     *_, last = play(Meter(10, clock=clock), clock, [30.0, 2.0, 2.0, 2.0])

@@ -124,9 +124,12 @@ class Meter:
         samples: int,
         loss_scale: float | None = None,
         skipped: bool = False,
-        spent: tuple[float, float, float] | None = None,
+        data_s: float | None = None,
+        compute_s: float | None = None,
+        exchange_s: float | None = None,
     ) -> StepRecord:
-        """The update has ended now.
+        """The update has ended now. Arguments are fields of `StepRecord`; what is left of the time is
+        `host_s`, where any part of it is known.
 
         Raises:
             RuntimeError: when no update was started.
@@ -140,7 +143,7 @@ class Meter:
         self._seconds.append(seconds)
         self._rates.append(tokens / seconds)
         tokens_per_s = median(self._rates)
-        data_s, compute_s, exchange_s = spent or (None, None, None)
+        spent = [each for each in (data_s, compute_s, exchange_s) if each is not None]
         return StepRecord(
             step=step,
             loss=loss,
@@ -158,7 +161,7 @@ class Meter:
             data_s=data_s,
             compute_s=compute_s,
             exchange_s=exchange_s,
-            host_s=max(0.0, seconds - sum(spent)) if spent is not None else None,
+            host_s=max(0.0, seconds - sum(spent)) if spent else None,
         )
 
     def _utilisation(self, tokens_per_s: float) -> float | None:

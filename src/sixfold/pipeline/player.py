@@ -67,8 +67,8 @@ class Player:
         A written-out step under way is left as it is, so that one may evaluate in its middle.
 
         Raises:
-            ModelError: ranks of a pipeline have different batches; or a micro-batch's loss is a mean over
-                samples that have unequally many targets; every rank raises, those without a micro-batch too.
+            ModelError: a micro-batch's loss is a mean over samples that have unequally many targets; every
+                rank raises, those without a micro-batch too.
         """
         outer, self._step = self._step, Step(work, work.counts)
         try:

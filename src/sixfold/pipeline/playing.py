@@ -99,6 +99,10 @@ class Playing:
             what: the call it is for.
             step: updates done.
             last_weight: global weight of the update before; None for the first.
+
+        Raises:
+            ModelError: ranks that work on the same samples have different batches, or as `Player.play`; on
+                every rank.
         """
         micros = split(batch, self._micro)
         common = self._in_common(batch, len(micros)) if self._layout.expert > 1 else 0

@@ -38,6 +38,8 @@ class BoundOptimizer:
         runs: what they update.
         state: whose masters these are; its mesh tells everyone which state there is.
         average: of the masters, where one is kept.
+
+    Attributes:
         base_lrs: each group's peak learning rate.
     """
 

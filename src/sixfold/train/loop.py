@@ -262,7 +262,9 @@ def _updates(run: Run, session: Session, callbacks: Sequence[Callback], budget: 
             samples=run.engine.num_samples,
             loss_scale=run.engine.last.loss_scale if run.engine.plan.loss_scaling != LossScaling() else None,
             skipped=run.engine.last.skipped,
-            spent=(data_s, run.engine.last.compute_s or 0.0, dispatcher.blocked_s - blocked),
+            data_s=data_s,
+            compute_s=run.engine.last.compute_s or 0.0,
+            exchange_s=dispatcher.blocked_s - blocked,
         )
         # Before it is saved: a resumed run goes on by the length that is written down there.
         if budget is not None and budget.is_due(run.engine.num_steps):
