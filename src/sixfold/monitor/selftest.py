@@ -39,7 +39,7 @@ class Outcome:
 
 def run(num_ranks: int, timeout_s: float) -> Outcome:
     """Start ranks of this machine, let them exchange, and collect what they say."""
-    # They meet at a store that is kept here, as at a launcher's: its port is never free for others.
+    # They meet at a store that is kept here, as at a launcher's: its port is never free for others meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = [str(num_ranks), str(store.port), str(timeout_s)]
     command = [sys.executable, "-m", "sixfold.monitor.selftest", *given]

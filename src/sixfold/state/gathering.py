@@ -150,7 +150,8 @@ class Gathering:
         self._drop_all_but(current.kept)
 
     def leave(self) -> None:
-        """No forward is under way, though none was seen to end: torch calls no hook at a Ctrl-C."""
+        """No forward is under way, whether or not one was seen to end: after a KeyboardInterrupt torch calls
+        no hook."""
         self._depth = 0
 
     def refresh(self) -> None:

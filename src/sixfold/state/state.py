@@ -339,7 +339,7 @@ class ModelState:
 
 
 def _make_units(plan: Plan, stages: Sequence[Stage], mesh: Mesh, given: Collection[str]) -> list[Unit]:
-    """The units of a plan over the parameters of its stages, dropped where they are cut."""
+    """The units of a plan over the parameters of its stages; those that are cut hold their own part alone."""
     parameters = {stage.number: stage.parameters for stage in stages}
     units = []
     for each in plan.units:
