@@ -95,7 +95,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sequence": (False, True),
     "recompute": (None, "full", "selective"),
     "clip_norm": (None, 0.3),
-    "loss_chunk": (None, 5),
+    "loss_chunk": (None, 13),
     "transport": ("host", "network"),
 }
 
