@@ -95,7 +95,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pipe": (1, 2),
     "tensor": (None, "whole", "sequence"),
     "context": (1, 2),
-    "micro": (None, 3),
+    "micro": (None, 5),
     "shares": ("even", "uneven", "empty"),
     "recompute": (None, "full", "selective"),
     "transport": ("host", "network"),
