@@ -59,17 +59,20 @@ def entries(call: Callable[[], object]) -> Counter[str]:
     return named
 
 
-def fewest_entries(update: Callable[[], object], enough: int = 0) -> Counter[str]:
+def fewest_entries(
+    update: Callable[[], object], is_enough: Callable[[int], bool] = lambda fewest: False
+) -> Counter[str]:
     """`entries` of an update that does nothing for the first time and waits little.
 
     Args:
-        enough: the first update with so many entries or fewer is counted, without a look at others.
+        is_enough: asked after every update for the fewest until then; true ends the counting. Where an update
+            takes several ranks it has to tell all of them the same.
     """
     for _ in range(_WARM_UP):
         update()
     fewest = entries(update)
     for _ in range(_COUNTED - 1):
-        if fewest.total() <= enough:
+        if is_enough(fewest.total()):
             break
         fewest = min(fewest, entries(update), key=Counter.total)
     return fewest
