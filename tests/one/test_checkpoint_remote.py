@@ -51,8 +51,10 @@ def test_a_run_is_kept_behind_a_url(sixfold: Terminal) -> None:
     assert sixfold("ckpt", "ls", ROOT) == EXIT_DONE
     assert [line.split()[2] for line in sixfold.out.splitlines()] == ["2", "3", "4"]
     assert sixfold("ckpt", "verify", ROOT) == EXIT_DONE
+    (UPath(ROOT).parent / "config.toml").write_text("")  # of a run that was copied there
+    assert sixfold("ckpt", "gc", ROOT, "--keep-last", "2") == EXIT_DONE
     removed = prune(ROOT, Keep(1))
-    assert [path.name for path in removed] == ["step-2", "step-3"]
+    assert [path.name for path in removed] == ["step-3"]
     assert [path.name for path in UPath(ROOT).iterdir()] == ["step-1"]
 
 

@@ -44,6 +44,8 @@ def test_a_rank_takes_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    if num_visible == 1:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5")
     assert own_device(asked, placement) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
 
@@ -59,11 +61,13 @@ def test_other_devices_are_no_concern(asked: str, chosen: list[torch.device]) ->
     assert chosen == []
 
 
+@pytest.mark.parametrize("num_visible", [1, 2])
 def test_more_ranks_than_gpus_are_refused(
-    chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch
+    num_visible: int, chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"local rank 3 of 4 .* 2 GPU") as caught:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ConfigError, match=rf"local rank 3 of 4 .* {num_visible} GPU") as caught:
         own_device("cuda", rank(3))
-    assert "at most 2 rank(s)" in caught.value.fix
+    assert f"at most {num_visible} rank(s)" in caught.value.fix
     assert chosen == []

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 import sixfold
 from sixfold.base.errors import ConfigError, StateError
+from sixfold.state import state_bytes_per_weight
 from sixfold.state.elementwise import ELEMENTWISE, elementwise_groups
 from tests.one import optimizers
 
@@ -105,3 +106,13 @@ def test_a_parameter_has_one_optimizer() -> None:
         sixfold.initialize(model, optimizer=both)
     with pytest.raises(StateError, match=r"misses 1 of its trainable ones \(weight\)"):
         sixfold.initialize(model, optimizer=[torch.optim.SGD([model.bias], lr=1.0)])
+
+
+@pytest.mark.parametrize("shapes", [((), (3, 4)), ((3, 4), ())])
+def test_what_an_optimizer_keeps_does_not_depend_on_the_order_of_its_parameters(
+    shapes: tuple[tuple[int, ...], ...],
+) -> None:
+    """One without dimensions among them, of which a count of steps has the shape."""
+    optimizer = torch.optim.Adagrad([nn.Parameter(torch.ones(shape)) for shape in shapes])
+    assert tried(optimizer)
+    assert state_bytes_per_weight([optimizer], [torch.float32]) == [4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,10 @@ def test_sources_of_one_name(sixfold: Terminal) -> None:
     own = sixfold.folder / "corpus.spool" / "mine.txt"
     own.parent.mkdir()
     own.write_text("mine")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = own.parent.with_name(f"corpus.spool-{ended.pid}-killed")
+    left.mkdir()
     both = ("here.py:documents", "there.py:documents", "--into", "corpus")
     small = ("--set", "data.held_out_documents=3", "--set", "data.tokenizer=bytes")
     assert sixfold("data", "build", *both, *small, "--json") == EXIT_DONE
@@ -207,6 +212,7 @@ def test_sources_of_one_name(sixfold: Terminal) -> None:
     assert [part["name"] for part in parts] == ["0/documents.jsonl", "1/documents.jsonl"]
     assert [part["num_train_documents"] for part in parts] == [6, 6]
     assert own.read_text() == "mine"
+    assert not left.exists()
 
 
 def test_a_callback_that_fails_in_the_end_costs_no_update_and_sinks_are_closed(

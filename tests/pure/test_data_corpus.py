@@ -418,9 +418,9 @@ def test_sources_of_other_names_are_another_corpus(source: Path, tmp_path: Path)
     (tmp_path / "more.jsonl").write_text(
         "".join(json.dumps({"text": f"line {n}\n"}) + "\n" for n in range(12))
     )
-    for name in ("text", "renamed"):
-        source = source.rename(tmp_path / name)
-        both = (str(source), str(tmp_path / "more.jsonl"))
+    (tmp_path / "another").symlink_to(source)
+    for name in (source.name, "another"):
+        both = (str(tmp_path / name), str(tmp_path / "more.jsonl"))
         corpus = prepare(asked(source, path=None, sources=both, tokenizer="bytes", vocab_size=None))
         assert [part.name for part in corpus.record.parts] == [name, "more.jsonl"]
 

@@ -137,6 +137,13 @@ def test_a_missing_folder_names_its_neighbour(tmp_path: Path) -> None:
     assert f"set data.path = '{tmp_path}/my_texts'" in error.fix
 
 
+def test_a_place_that_is_named_twice(tmp_path: Path) -> None:
+    write(tmp_path, many(12))
+    (tmp_path / "link").symlink_to(tmp_path)
+    error = refusal(DataConfig(sources=(str(tmp_path), str(tmp_path / "link"))))
+    assert error.given == f"data.sources names '{tmp_path}/link' twice"
+
+
 def test_a_path_that_is_missing_higher_up_names_that_place(tmp_path: Path) -> None:
     (tmp_path / "corpora").mkdir()
     error = refusal(DataConfig(path=tmp_path / "corpra" / "python" / "src"))

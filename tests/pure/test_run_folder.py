@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from sixfold.base.errors import ConfigError, SaveError
 from sixfold.config import load
@@ -74,3 +75,19 @@ def test_a_run_is_held_by_one_process_until_that_ends_however_it_does(tmp_path: 
         pass
     with held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_told_and_used(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with held(tmp_path):
+        assert f"{tmp_path} cannot be locked" in caplog.text
+    monkeypatch.setattr(error, "errno", errno.ENOSPC, raising=False)
+    if isinstance(error, OSError):
+        with pytest.raises(SaveError), held(tmp_path):
+            pass

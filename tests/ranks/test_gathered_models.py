@@ -255,11 +255,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in (*
 CASES = covering(
     {
         "name": tuple(MODELS),
-        "ranks": (1, 2, 3),  # nothing is cut, copies are gathered (`towers.start`), or memory is in common
+        "ranks": (1, 2, 3, 4),  # nothing is cut, copies are gathered (`towers.start`), or memory is in common
         "loop": ("train_step", "written_out"),
         "shares": ("even", "uneven", "empty"),
     },
-    lambda case: (case["ranks"] == 1) == (case["shares"] == "even"),
+    lambda case: case["ranks"] > 1 or case["shares"] == "even",
 )
 
 

@@ -282,6 +282,8 @@ def test_a_forward_that_was_interrupted_may_be_followed_by_any_call() -> None:
             module.is_interrupted = True
             with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(is_learning):
                 engine(x)
+            with pytest.raises(KeyboardInterrupt), engine.gathered():
+                module(x)
             module.is_interrupted = False
         assert goes_on() == pytest.approx(loss, rel=1e-12)
         loss = evaluated()

@@ -103,7 +103,7 @@ def digests(seed: int, zero: int) -> dict[str, str]:
 def test_weights_from_meta_are_the_same_for_any_number_of_ranks_and_any_cut(rank_pool: Pool) -> None:
     first, *others = [
         each
-        for ranks, zero in ((1, 0), (2, 0), (3, 3))
+        for ranks, zero in ((1, 0), (2, 0), (3, 3), (4, 3))
         for each in rank_pool.run(digests, 5, zero, ranks=ranks, timeout_s=60)
     ]
     for other in others:

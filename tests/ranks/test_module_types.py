@@ -174,6 +174,6 @@ def check(name: str, zero: int) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("zero", "num_ranks"), [(0, 2), (3, 3)])
+@pytest.mark.parametrize(("zero", "num_ranks"), [(0, 2), (3, 1), (3, 2), (3, 3), (3, 4)])
 def test_every_type_keeps_its_weights_and_trains_like_plain_torch(zero: int) -> None:
     assert follow(zero) == {}

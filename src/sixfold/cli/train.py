@@ -65,9 +65,9 @@ def run_train(request: Request, *, dry_run: bool, as_json: bool = False) -> int:
     if dry_run:
         _show_plan(resolved, decided, as_json=as_json)
         return EXIT_DONE
-    if request.resume is not None:
+    if request.resume is not None and (node is None or node.node_rank == 0):
         with held(request.resume):
-            pass  # told before anything is started; the first rank will hold it
+            pass  # told before anything is started; the first rank, which this node starts, will hold it
     corpus = _prepare(resolved)
     if standing is not None:
         standing.reading(corpus)

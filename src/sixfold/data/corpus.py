@@ -270,7 +270,11 @@ def _settings(config: DataConfig) -> dict[str, object]:
 
 def _signature(sources: Sequence[Source], config: DataConfig) -> str:
     files = [
-        (str(source.folder.resolve()), [(each.name, each.num_bytes, each.mtime_ns) for each in source.files])
+        (
+            source.name,
+            str(source.folder.resolve()),
+            [(each.name, each.num_bytes, each.mtime_ns) for each in source.files],
+        )
         for source in sources
     ]
     return _hash_of([config.max_mb, config.held_out_documents, _vocabulary_key(config), files])

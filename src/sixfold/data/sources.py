@@ -72,15 +72,29 @@ def find_sources(config: DataConfig) -> tuple[Source, ...]:
     installed on top of it do not count.
 
     Raises:
-        DataError: a place does not exist or holds no file that matches.
+        DataError: a place does not exist, holds no file that matches, or is named twice.
     """
     left_out = _NOT_SOURCE if config.path is None and config.sources is None else frozenset[str]()
     places = places_of(config)
+    _refuse_twice(places)
     names = _names_of([path for _, path in places])
     return tuple(
         _find(name, option, path, config, left_out)
         for name, (option, path) in zip(names, places, strict=True)
     )
+
+
+def _refuse_twice(places: Sequence[tuple[str, Path]]) -> None:
+    seen: set[str] = set()
+    for option, path in places:
+        place = os.path.realpath(path)
+        if place in seen:
+            raise DataError(
+                f"{option} names {str(path)!r} twice",
+                rule="every source is a place of its own: the same documents would count once all the same",
+                fix="name it once; data.weights says how often a source is drawn from",
+            )
+        seen.add(place)
 
 
 def _names_of(paths: Sequence[Path]) -> list[str]:

@@ -6,7 +6,10 @@ any other.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +40,27 @@ def spooled(names: Sequence[str], into: Path, field: str) -> Iterator[tuple[str,
         yield tuple(names)
         return
     into.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{into.name}.spool-", dir=into.parent) as spool:
+    stem = f"{into.name}.spool-"
+    for left in into.parent.glob(f"{glob.escape(stem)}*-*"):
+        if not _is_alive(left.name.removeprefix(stem).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)  # of a build that was killed
+    with TemporaryDirectory(prefix=f"{stem}{os.getpid()}-", dir=into.parent) as spool:
         # Each in a folder of its own, since functions of several files may have one name.
         yield tuple(
             _write(name, Path(spool, str(number)), field) if is_function(name) else name
             for number, name in enumerate(names)
         )
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether such a process may be there; what is no number was not made here."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 def _write(name: str, folder: Path, field: str) -> str:

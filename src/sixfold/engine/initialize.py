@@ -100,7 +100,8 @@ def initialize(
 
     Raises:
         ConfigError, PlanError, ModelError, MeshError: before any training, with a change that works. Modules
-            then run as before the call, so it may be made again.
+            then run as before the call, so it may be made again; with a new model where this one's weights
+            were cut already (`layout.zero` = 3, tensor, pipe, expert), as after `Engine.close`.
         CheckpointError: `weights` are not those of this model; lists what does not fit.
     """
     resolved = _resolve(config)

@@ -278,6 +278,7 @@ class Gathering:
             yield
         finally:
             self._is_held = False
+            self.leave()
             for unit in asked:
                 unit.take_back()
                 self._whole.units.add(unit)

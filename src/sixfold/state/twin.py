@@ -36,7 +36,9 @@ def twin_of(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter
     vars(twin).update(copy.deepcopy(rest, stand_ins))
     settings = {key: value for key, value in group.items() if key != "params"}
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-    original = next((each for each in group["params"] if each in optimizer.state), None)
+    known = [each for each in group["params"] if each in optimizer.state]
+    # Beside a parameter without dimensions every count of steps looks like state of its shape.
+    original = max(known, key=lambda each: each.dim() > 0, default=None)
     if original is not None and all(_fits(value, original) for value in optimizer.state[original].values()):
         state[parameter] = {
             key: torch.zeros_like(parameter) if _is_like(value, original) else copy.deepcopy(value, stand_ins)

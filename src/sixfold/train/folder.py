@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from filelock import FileLock, Timeout
 from sixfold.base.errors import CheckpointError, ConfigError, SaveError
 from sixfold.checkpoint import latest
 from sixfold.checkpoint.finding import CHECKPOINTS
+from sixfold.checkpoint.remote import is_remote
 from sixfold.config import Resolved
 from sixfold.config.resolved import CONFIG
 
 ADAPTER_FOLDER = "adapter"
 _LOCK = ".lock"
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_log = logging.getLogger(__name__)
 
 
 def check_place(into: Path | None, parent: Path) -> None:
@@ -107,7 +111,10 @@ def run_at(folder: Path) -> Path:
 
 
 def run_around(folder: Path) -> Path | None:
-    """The run whose folder this is, or the one of its checkpoints; None where it belongs to none."""
+    """The run whose folder this is, or the one of its checkpoints; None where it belongs to none, or lies
+    behind a URL, as no run does that trains."""
+    if is_remote(folder):
+        return None
     near = (folder, folder.absolute().parent)
     return next((each for each in near if (each / CONFIG).is_file()), None)
 
@@ -163,7 +170,7 @@ def write_file(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a run folder against every other process that would change it. The system lets go of it when this
-    one ends, however it does.
+    one ends, however it does. On a file system without locks nobody is kept off, which is told.
 
     Raises:
         ConfigError: another process holds it.
@@ -178,8 +185,10 @@ def held(folder: Path) -> Iterator[None]:
             rule="a run folder is changed by one process at a time",
             fix=f"wait for its end, or begin a run of your own with --config {folder / CONFIG}",
         ) from error
-    except OSError as error:
-        raise _unwritten(folder / _LOCK, error) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+            raise _unwritten(folder / _LOCK, error) from error
+        _log.warning("%s cannot be locked: see that no other process changes this run meanwhile", folder)
     try:
         yield
     finally:
