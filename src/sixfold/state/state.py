@@ -122,8 +122,8 @@ class ModelState:
         """Come to the call `what` of the engine; ranks in a pass are served until they come too. Returns
         everyone's `number`."""
         for gathering in self._gathering:
-            gathering.close()
-            gathering.leave()
+            if gathering.current is not None:
+                gathering.close()
         return self._meeting.meet(what, number)
 
     def begin_forward(self) -> None:
