@@ -101,13 +101,14 @@ class Scene:
             assert self._is_told.wait(20)
         return self._told
 
-    def told_of_a_broken_exchange(self) -> list[Verdict | None]:
-        """What rank 2 tells where rank 0 has ended first, and its store with it."""
+    def told_of_a_broken_exchange(self, *, is_kept: bool = False) -> list[Verdict | None]:
+        """What rank 2 tells where rank 0 has ended first, and its store with it unless that `is_kept`."""
         with self.watching() as (watcher, watched):
             for ring in (self._rings[1], watched.ring):
                 ring.post(TOPIC, 3, "train.py:9")
+            self._store.set("verdict", b"0")
             self._end_of_zero()
-            self._store.has_ended = True
+            self._store.has_ended = not is_kept
             watcher.explain(RuntimeError("connection reset by peer"))
         return self._told
 
@@ -182,10 +183,14 @@ def test_a_verdict_that_another_tells_is_not_told_again(tmp_path: Path) -> None:
     assert Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True).told() == [None]
 
 
-def test_a_verdict_heard_of_ends_this_rank_whatever_it_would_find_itself(tmp_path: Path) -> None:
-    """To rank 2, who told and ended looks like one that died, which it leaves to the launcher."""
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_verdict_heard_of_ends_this_rank_whatever_it_would_find_itself(
+    is_kept: bool, tmp_path: Path
+) -> None:
+    """To rank 2, who told and ended looks like one that died, which it leaves to the launcher: also where it
+    asked whether there is a verdict before there was one."""
     scene = Scene(tmp_path, last_words=f"{VERDICT_OF} 0", before=True, tells_deaths=False)
-    assert scene.told_of_a_broken_exchange() == [None]
+    assert scene.told_of_a_broken_exchange(is_kept=is_kept) == [None]
 
 
 def test_a_rank_that_an_error_takes_along_says_which(tmp_path: Path) -> None:

@@ -183,8 +183,8 @@ class Watcher:
         alarms = self._store.add("alarms", 0)
         if alarms != self._alarms:
             self._alarms = alarms
-            if self._store.check(["verdict"]):
-                self._end(None, int(self._store.get("verdict")))
+            if (teller := self._told()) is not None:
+                self._end(None, teller)
                 return
             self._store.set(f"ring/{self._rank}", self._ring.snapshot())
         if not self._is_broken and not self._is_late():
@@ -207,20 +207,24 @@ class Watcher:
             return
         verdict = self._verdict(positions)
         self._answers_by = None
-        if verdict is None:
+        if verdict is not None:
+            self._end(verdict, self._teller())
+        elif (teller := self._told()) is not None:
+            # A verdict that was told meanwhile has ended ranks, who then seem to have died by themselves.
+            self._end(None, teller)
+        else:
             self._is_broken = False
-            return
-        self._end(verdict, self._teller())
 
     def _judge_alone(self) -> None:
+        positions = {rank: self._near(rank) for rank in range(self._world_size)}
         teller = self._heard()
         if teller is not None and teller != self._rank:
-            # Before a look of one's own: who told it and ended would count as one more that died.
+            # Before a judgement of one's own: who told it and ended would count as one more that died.
             self._end(None, teller)
             return
         if not self._is_broken and not self._is_late():
             return
-        verdict = self._verdict({rank: self._near(rank) for rank in range(self._world_size)})
+        verdict = self._verdict(positions)
         self._is_broken = False
         if verdict is not None:
             self._end(verdict, self._rank)
@@ -238,6 +242,10 @@ class Watcher:
         with contextlib.suppress(Exception):
             self._store.add("alarms", 1)
         return teller
+
+    def _told(self) -> int | None:
+        """Who tells a verdict that another rank has made; None where there is none."""
+        return int(self._store.get("verdict")) if self._store.check(["verdict"]) else self._heard()
 
     def _heard(self) -> int | None:
         """Who tells a verdict, as ranks of this host have left word: their rings stay mapped here."""
