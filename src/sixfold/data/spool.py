@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from sixfold.base.errors import DataError
 from sixfold.base.plugins import is_known, load_plugin
+from sixfold.base.processes import is_running
 
 
 def is_function(name: str) -> bool:
@@ -42,7 +43,8 @@ def spooled(names: Sequence[str], into: Path, field: str) -> Iterator[tuple[str,
     into.parent.mkdir(parents=True, exist_ok=True)
     stem = f"{into.name}.spool-"
     for left in into.parent.glob(f"{glob.escape(stem)}*-*"):
-        if not _is_alive(left.name.removeprefix(stem).partition("-")[0]):
+        pid = left.name.removeprefix(stem).partition("-")[0]
+        if pid.isdecimal() and not is_running(int(pid)):
             shutil.rmtree(left, ignore_errors=True)  # of a build that was killed
     with TemporaryDirectory(prefix=f"{stem}{os.getpid()}-", dir=into.parent) as spool:
         # Each in a folder of its own, since functions of several files may have one name.
@@ -50,17 +52,6 @@ def spooled(names: Sequence[str], into: Path, field: str) -> Iterator[tuple[str,
             _write(name, Path(spool, str(number)), field) if is_function(name) else name
             for number, name in enumerate(names)
         )
-
-
-def _is_alive(pid: str) -> bool:
-    """Whether such a process may be there; what is no number was not made here."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):
-        return True
-    return True
 
 
 def _write(name: str, folder: Path, field: str) -> str:

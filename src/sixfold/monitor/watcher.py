@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sixfold.base.places import place_of
+from sixfold.base.processes import is_running
 from sixfold.base.ring import Block, Position, Ring, opened, read
 from sixfold.monitor.verdict import LEFT, Verdict, is_complete, judge
 
@@ -291,7 +292,7 @@ class Watcher:
             return None
         position = read(block)
         silent_s = max(0.0, time.time() - position.beat)
-        return replace(position, silent_s=silent_s, is_alive=_is_running(position.pid))
+        return replace(position, silent_s=silent_s, is_alive=is_running(position.pid))
 
     def _sent(self, rank: int) -> bytes | None:
         key = f"ring/{rank}"
@@ -305,20 +306,6 @@ class Watcher:
         if sent is None:
             return None
         return replace(read(sent), is_alive=sent != self._asked.get(rank))
-
-
-def _is_running(pid: int) -> bool:
-    """Whether a process of this host exists and does not only wait to be collected."""
-    with contextlib.suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-        return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _last_words() -> str:
